@@ -1,0 +1,11 @@
+"""Train, sparsify, prune and fine-tune YOLO detectors under a device's channel rules."""
+
+import os
+
+# Ultralytics reads these once, at its own import, so they are set before anything here can import it.
+# Checkpoints and model YAMLs come from strangers: load weights only, build models without eval.
+os.environ.setdefault("ULTRALYTICS_SAFE_LOAD", "1")
+# A missing optional package is the user's decision, never a silent `pip install` in the middle of a run.
+os.environ.setdefault("YOLO_AUTOINSTALL", "false")
+
+__version__ = "0.1.0"

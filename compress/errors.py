@@ -1,0 +1,75 @@
+"""Named errors, and the one place that turns them into a line and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable
+
+
+class EspalierError(Exception):
+    """A mistake that the user can mend. Its message is one line: what is wrong, then what to do."""
+
+
+class SettingsError(EspalierError):
+    """A configuration or a command-line value that does not fit."""
+
+
+class CheckpointError(EspalierError):
+    """A model file that is missing, damaged or not a model."""
+
+
+class DataError(EspalierError):
+    """A data set that cannot be used."""
+
+
+class GraphError(EspalierError):
+    """A model that cannot be traced or whose channels cannot be followed."""
+
+
+class PlanError(EspalierError):
+    """A plan that does not fit the model it is applied to."""
+
+
+class BudgetError(EspalierError):
+    """A budget that no plan can meet."""
+
+
+class SurgeryError(EspalierError):
+    """A pruned model that does not compute what the masked dense model computes."""
+
+
+class RunError(EspalierError):
+    """A run folder that cannot be used: locked, damaged, or of another version."""
+
+
+class ExportError(EspalierError):
+    """An artefact that could not be made or that does not agree with PyTorch."""
+
+
+class BenchmarkError(EspalierError):
+    """A measurement that could not be taken or cannot be trusted."""
+
+
+def run_app(app: Callable[[], object]) -> None:
+    """Run a command-line app: a user's mistake becomes one `error:` line and exit code 2, never a traceback.
+
+    Ctrl-C exits with 130: finished stages are on disk by then and the next start resumes from them.
+    """
+    try:
+        app()
+    except EspalierError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        print("\ninterrupted: run the same command again to resume", file=sys.stderr)
+        raise SystemExit(130) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        _fail(f"{error.strerror}{where}: free some space or choose another --output, then run the same command again")
+
+
+def _fail(message: str) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,196 @@
+"""What a stage leaves on disk: files, and a manifest that is written last.
+
+No manifest means not finished. A stage is skipped only when its manifest names the same configuration and the same
+inputs as now and every file that it lists is still there, byte for byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from compress.errors import RunError
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+STARTED = "started.json"
+_TOOLS = ("torch", "torchvision", "ultralytics", "onnx", "onnxruntime", "onnxsim", "ncnn", "pnnx", "numpy")
+
+
+def sha256_file(path: Path) -> str:
+    """Return the sha256 of a file's bytes, as hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Return the sha256 of a JSON value, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_bytes_atomic(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, or a kill -9, sees the old content or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically, readable by a person."""
+    write_bytes_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        RunError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise RunError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RunError(f"{path} is not valid JSON ({error}): delete it and run again") from None
+
+
+def tool_versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that shape a result."""
+    found = {"python": platform.python_version()}
+    for name in _TOOLS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def input_hashes(inputs: Mapping[str, Path]) -> dict[str, str]:
+    """Return the sha256 of each input file, by its role (model, plan, data …)."""
+    return {role: sha256_file(path) for role, path in inputs.items()}
+
+
+def is_finished(folder: Path, stage: str, config: Mapping[str, Any], parents: Mapping[str, str]) -> bool:
+    """Tell whether `folder` holds this very stage, finished, unchanged and undamaged.
+
+    Raises:
+        RunError: the folder was written by another version of Espalier or by another stage.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        return False
+    manifest = read_json(path)
+    if manifest.get("schema") != SCHEMA:
+        raise RunError(
+            f"{path} has schema {manifest.get('schema')}, this version reads schema {SCHEMA}: "
+            "choose another --output, or delete the folder"
+        )
+    if manifest["stage"] != stage:
+        raise RunError(f"{folder} holds the stage '{manifest['stage']}', not '{stage}': choose another --output")
+    if manifest["config"] != _plain(config) or manifest["parents"] != dict(parents):
+        return False
+    return all(
+        (folder / name).is_file() and sha256_file(folder / name) == digest for name, digest in manifest["files"].items()
+    )
+
+
+def begin(folder: Path, stage: str, config: Mapping[str, Any], parents: Mapping[str, str]) -> bool:
+    """Prepare `folder` for a stage that is not finished; tell whether an interrupted start of the same work is there.
+
+    Work of another configuration is moved aside to `NAME.1`, `NAME.2` …, never overwritten.
+
+    Raises:
+        RunError: the folder holds files that no stage wrote.
+    """
+    identity = {"schema": SCHEMA, "stage": stage, "config": _plain(config), "parents": dict(parents)}
+    started = folder / STARTED
+    if started.exists() and not (folder / MANIFEST).exists() and read_json(started) == identity:
+        return True
+    if folder.exists() and any(folder.iterdir()):
+        if not started.exists() and not (folder / MANIFEST).exists():
+            raise RunError(f"{folder} is not empty and holds no stage of Espalier: choose another --output")
+        folder.rename(_free_name(folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(started, identity)
+    return False
+
+
+def finish(
+    folder: Path,
+    stage: str,
+    config: Mapping[str, Any],
+    parents: Mapping[str, str],
+    files: list[str],
+    metrics: Mapping[str, Any],
+    seed: int | None = None,
+) -> dict[str, Any]:
+    """Write the manifest of a finished stage, last and atomically, and return it.
+
+    Args:
+        files: the stage's results, relative to `folder`; scratch files are not listed and may be deleted.
+    """
+    manifest = {
+        "schema": SCHEMA,
+        "stage": stage,
+        "config": _plain(config),
+        "seed": seed,
+        "parents": dict(parents),
+        "tools": tool_versions(),
+        "metrics": dict(metrics),
+        "files": {name: sha256_file(folder / name) for name in sorted(files)},
+    }
+    write_json(folder / MANIFEST, manifest)
+    (folder / STARTED).unlink(missing_ok=True)
+    return manifest
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process alone. The lock ends with the process, also after kill -9.
+
+    The lock file lies beside the folder, because a stage may move the folder itself aside.
+
+    Raises:
+        RunError: another process holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    held = FileLock(folder.parent / f".{folder.name}.lock")
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        raise RunError(f"{folder} is in use by another process: wait for it, or choose another --output") from None
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` as it reads back from JSON, so that a fresh configuration equals a stored one."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def _free_name(folder: Path) -> Path:
+    number = 1
+    while (other := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    return other

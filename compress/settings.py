@@ -1,0 +1,209 @@
+"""The configuration of a run: strict, complete, and with all its mistakes reported at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from compress.errors import SettingsError
+
+Importance = Literal["bn", "l1", "l2", "random"]
+Runtime = Literal["torch", "onnxruntime"]
+Section = TypeVar("Section", bound="Strict")
+Share = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
+class Strict(BaseModel):
+    """A settings section: an unknown key is an error, and so is a value of another type."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class LayerRule(Strict):
+    """What the layers whose names match a glob may keep; a value that is not given is inherited."""
+
+    layers: str = Field(description="glob over layer names, such as 'model.0.*' or 'model.22.cv2.*'")
+    multiple_of: int | None = Field(None, ge=1)
+    power_of_two: bool | None = None
+    min_width: int | None = Field(None, ge=1)
+    max_removed: float | None = Field(None, ge=0.0, le=1.0)
+    freeze: bool = False
+
+
+class Budget(Strict):
+    """The widths that a device likes. See configs/budgets/ for measured ones."""
+
+    multiple_of: int = Field(8, ge=1, description="channel counts are multiples of this")
+    power_of_two: bool = Field(False, description="channel counts are powers of two")
+    min_width: int = Field(8, ge=1, description="no layer becomes narrower than this")
+    max_removed: float = Field(0.75, ge=0.0, le=1.0, description="largest share of channels that one group may lose")
+    rules: tuple[LayerRule, ...] = Field((), description="per-layer overrides, the last match wins")
+    source: str = Field("", description="where the rule comes from")
+
+
+class Training(Strict):
+    """One training: Ultralytics' names, Ultralytics' meanings."""
+
+    epochs: int = Field(ge=0)
+    batch: int = Field(16, ge=1)
+    optimizer: str = "auto"
+    lr0: float = Field(0.01, gt=0.0)
+    lrf: float = Field(0.01, gt=0.0)
+    cos_lr: bool = False
+    warmup_epochs: float = Field(3.0, ge=0.0)
+    close_mosaic: int = Field(10, ge=0)
+    amp: bool = True
+    args: dict[str, Any] = Field(default_factory=dict, description="any other Ultralytics training argument")
+
+
+class Sparsity(Training):
+    """Sparsity training: a training with an L1 penalty on the batch-norm scales γ of prunable channels."""
+
+    sr: float = Field(1e-4, ge=0.0, description="penalty λ, added to the gradient of γ as λ·γ/‖γ‖ per coupled unit")
+    sr_decay: float = Field(0.1, gt=0.0, le=1.0, description="share of λ that is left at the last epoch (linear)")
+    start: Literal["train", "model"] = Field("train", description="start from the trained model or from `model` itself")
+
+
+class Finetune(Training):
+    """Fine-tuning of the pruned model, with the dense model as the teacher unless told otherwise."""
+
+    distill: bool = Field(True, description="distil from the dense model (Ultralytics' feature distillation)")
+    dis: float = Field(6.0, gt=0.0, description="weight of the distillation loss")
+
+
+class Prune(Strict):
+    """How much to remove (one of percent, macs, params), by which importance, under which budget."""
+
+    percent: float | None = Field(None, ge=0.0, lt=1.0, description="share of the prunable channels to remove")
+    macs: Share | None = Field(None, description="MACs of the pruned model as a share of the dense model's")
+    params: Share | None = Field(None, description="parameters of the pruned model as a share of the dense model's")
+    importance: Importance = "bn"
+    budget: Budget = Budget()
+    recalibrate_images: int = Field(256, ge=0, description="training images that re-estimate batch-norm statistics")
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Prune:
+        given = [name for name in ("percent", "macs", "params") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"exactly one of percent, macs, params is needed, got {', '.join(given) or 'none'}")
+        return self
+
+
+class Export(Strict):
+    """ONNX export."""
+
+    opset: int = Field(17, ge=13, le=22)
+    simplify: bool = True
+    parity_images: int = Field(16, ge=1, description="real images on which ONNX must equal PyTorch")
+
+
+class Benchmark(Strict):
+    """Latency and accuracy of the dense and the pruned model."""
+
+    runtimes: tuple[Runtime, ...] = ("torch", "onnxruntime")
+    threads: int = Field(1, ge=1)
+    mode: Literal["quick", "standard", "mlperf"] = "quick"
+    split: Literal["train", "val", "test"] = "val"
+
+
+class Run(Strict):
+    """A whole pipeline, as configs/pipelines/*.yaml spell it."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run folder is runs/NAME")
+    model: str = Field(description="a checkpoint (.pt) or an architecture (.yaml)")
+    data: str = Field(description="a data set YAML of Ultralytics' form, or 'shapes' for the generated one")
+    imgsz: int = Field(640, ge=32)
+    device: str = "cpu"
+    workers: int = Field(8, ge=0)
+    seed: int = 0
+    train: Training
+    sparsify: Sparsity
+    prune: Prune
+    finetune: Finetune
+    export: Export = Export()
+    benchmark: Benchmark = Benchmark()
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping with the safe loader.
+
+    Raises:
+        SettingsError: the file is missing, is not YAML, or is not a mapping.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(f"{path} does not exist: check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise SettingsError(f"{path} must hold a mapping of keys to values, it holds {type(content).__name__}")
+    return content
+
+
+def load_run(path: Path, overrides: list[str]) -> Run:
+    """Read a pipeline YAML and apply `key=value` overrides such as `finetune.epochs=20`.
+
+    `prune.budget` may name a file of configs/budgets/ instead of holding the rules itself.
+
+    Raises:
+        SettingsError: all the mistakes at once, one after another.
+    """
+    content = load_yaml(path)
+    for override in overrides:
+        _apply_override(content, override)
+    prune = content.get("prune")
+    if isinstance(prune, dict) and isinstance(prune.get("budget"), str):
+        prune["budget"] = load_yaml(Path(prune["budget"]))
+    return parse(Run, content, str(path))
+
+
+def load_budget(path: Path) -> Budget:
+    """Read a file of configs/budgets/."""
+    return parse(Budget, load_yaml(path), str(path))
+
+
+def parse(kind: type[Section], content: dict[str, Any], source: str) -> Section:
+    """Check a mapping against a settings section and return the section; report every mistake in one error."""
+    import json
+
+    try:
+        # Through JSON, so that strict typing still takes a YAML list where a tuple is meant.
+        return kind.model_validate_json(json.dumps(content, default=str))
+    except ValidationError as error:
+        mistakes = [_describe(item) for item in error.errors()]
+        raise SettingsError(f"{source}: {'; '.join(mistakes)}") from None
+
+
+def _describe(item: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"]) or "settings"
+    if item["type"] == "extra_forbidden":
+        return f"unknown key '{where}'"
+    if item["type"] == "missing":
+        return f"'{where}' is missing"
+    got = "" if item["type"] == "value_error" else f" (got {item['input']!r})"
+    return f"{where}: {item['msg'].removeprefix('Value error, ')}{got}"
+
+
+def _apply_override(content: dict[str, Any], override: str) -> None:
+    import yaml
+
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise SettingsError(f"'{override}' must have the form key=value, such as finetune.epochs=20")
+    *parents, last = key.split(".")
+    section = content
+    for name in parents:
+        section = section.setdefault(name, {})
+        if not isinstance(section, dict):
+            raise SettingsError(f"'{key}': '{name}' is a value, not a section")
+    try:
+        section[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"'{override}' has a value that is not valid YAML: {error}") from None
