@@ -1,0 +1,150 @@
+"""Model files: opened by a restricted loader, written as Ultralytics checkpoints that carry their plans."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import CheckpointError
+from compress.manifest import sha256_json, write_bytes_atomic
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PLANS = "espalier_plans"  # attribute of a pruned model: its plans, oldest first, as plain dicts
+
+
+def load_model(path: str | Path) -> nn.Module:
+    """Open a checkpoint (.pt) or build an architecture (.yaml), in fp32 and evaluation mode.
+
+    A checkpoint is unpickled with an allow-list of tensors and model classes; anything else in it is refused before
+    it can run. The name of an official Ultralytics checkpoint that is not on disk is downloaded by Ultralytics.
+
+    Raises:
+        CheckpointError: missing, damaged, not a model, or a file that would import something else than a model.
+    """
+    path = Path(path)
+    if path.suffix in (".yaml", ".yml"):
+        return build_model(str(path))
+    return _open(path)[0]
+
+
+def load_training_args(path: str | Path) -> dict[str, Any]:
+    """Return the Ultralytics training arguments that a checkpoint was made with (empty for a .yaml)."""
+    path = Path(path)
+    return {} if path.suffix in (".yaml", ".yml") else dict(_open(path)[1].get("train_args") or {})
+
+
+def build_model(cfg: str | dict[str, Any], nc: int | None = None) -> nn.Module:
+    """Build an untrained detection model from a YAML of Ultralytics' form, with `nc` classes.
+
+    Raises:
+        CheckpointError: the YAML is missing or does not describe a model.
+    """
+    from ultralytics.nn.tasks import DetectionModel
+
+    with quiet():
+        try:
+            return DetectionModel(copy.deepcopy(cfg), nc=nc, verbose=False).eval()
+        except (FileNotFoundError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            name = cfg if isinstance(cfg, str) else cfg.get("yaml_file", "the model YAML")
+            raise CheckpointError(f"{name} does not describe a model of Ultralytics' form: {error}") from None
+
+
+def plans_of(model: nn.Module) -> list[dict[str, Any]]:
+    """Return the plans that shaped a model, oldest first; empty for a dense model."""
+    return list(getattr(model, PLANS, []))
+
+
+def structure_hash(model: nn.Module) -> str:
+    """Return a hash of the names and shapes of a model's weights: what a plan must match."""
+    return sha256_json({name: list(value.shape) for name, value in model.state_dict().items()})
+
+
+def save_model(model: nn.Module, path: Path, training_args: dict[str, Any]) -> None:
+    """Write a checkpoint that stock `YOLO(path)` opens for predict, val and export. The file appears whole or not."""
+    import torch
+    from ultralytics import __version__
+
+    stored = copy.deepcopy(model).half()
+    for parameter in stored.parameters():
+        parameter.grad = None
+    checkpoint = {
+        "epoch": -1,
+        "best_fitness": None,
+        "model": stored,
+        "ema": None,
+        "optimizer": None,
+        "train_args": training_args,
+        "date": datetime.now(timezone.utc).isoformat(),
+        "version": __version__,
+        "license": "AGPL-3.0 (https://ultralytics.com/license)",
+    }
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write_bytes_atomic(path, buffer.getvalue())
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence Ultralytics' informational log lines; its warnings become ours to raise."""
+    logger = logging.getLogger("ultralytics")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _open(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    import torch
+    from ultralytics.nn.tasks import torch_safe_load
+    from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
+
+    if path.suffix != ".pt":
+        raise CheckpointError(f"{path} is not a model: give a .pt checkpoint or a .yaml architecture")
+    if not path.is_file() and str(path) not in GITHUB_ASSETS_NAMES:
+        raise CheckpointError(f"{path} does not exist: check the path")
+    if path.is_file():
+        _refuse_foreign_globals(path)
+    with quiet():
+        try:
+            checkpoint, _ = torch_safe_load(str(path), safe_only=True)
+        except Exception as error:  # damaged files surface as a dozen unrelated exception types
+            raise CheckpointError(f"{path} is not a checkpoint that can be opened: {_first_line(error)}") from None
+    model = checkpoint.get("ema") or checkpoint.get("model")
+    if not isinstance(model, torch.nn.Module):
+        raise CheckpointError(f"{path} holds no Ultralytics model: train or convert it first")
+    model = model.float().eval()
+    model.pt_path = str(path)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return model, checkpoint
+
+
+def _refuse_foreign_globals(path: Path) -> None:
+    """Name what a checkpoint would import, if that is not a model class, before any of it is opened."""
+    import torch
+
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    except Exception:  # not a zip archive of torch: the loader says so with its own message
+        return
+    allowed = ("torch.", "ultralytics.", "numpy.", "pathlib.", "builtins.getattr", "torchvision.transforms.")
+    foreign = [name for name in names if not name.startswith(allowed)]
+    if foreign:
+        raise CheckpointError(
+            f"{path} is not a plain model: opening it would import {', '.join(sorted(foreign)[:3])}; refused"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).replace("ERROR ❌️ ", "").strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,85 @@
+"""How much each unit of each channel group matters: one number per unit, larger is kept longer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from compress.slots import FIXED
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from compress.graph import Graph
+    from compress.settings import Importance
+
+
+def importance(graph: Graph, model: nn.Module, method: Importance, seed: int = 0) -> list[np.ndarray]:
+    """Score the units of every group, arrays of shape (width,), averaged over the layers that share a unit.
+
+    Methods:
+        bn: |γ| of batch norm (Liu et al., "Learning Efficient Convolutional Networks through Network Slimming",
+            ICCV 2017). A group without batch norm is scored by l1, scaled to the mean |γ| of the model.
+        l1, l2: norm of the filters that make the channel (Li et al., "Pruning Filters for Efficient ConvNets",
+            ICLR 2017), divided by the mean over the group, since layers differ in scale.
+        random: uniform noise from `seed`, the control that every other method has to beat.
+    """
+    if method == "random":
+        generator = np.random.default_rng(seed)
+        return [generator.random(group.width) for group in graph.groups]
+    if method in ("l1", "l2"):
+        return [_relative(score) for score in _filter_norms(graph, model, order=int(method[1]))]
+    gammas = _average(graph, batch_norm_scales(graph, model))
+    known = [score for score in gammas if np.isfinite(score).all()]
+    scale = float(np.concatenate(known).mean()) if known else 1.0
+    norms = _filter_norms(graph, model, order=1)
+    return [
+        gamma if np.isfinite(gamma).all() else _relative(norm) * scale
+        for gamma, norm in zip(gammas, norms, strict=True)
+    ]
+
+
+def batch_norm_scales(graph: Graph, model: nn.Module) -> dict[str, np.ndarray]:
+    """Return |γ| of every batch norm whose channels can be followed, by the name of γ, shape (channels,)."""
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    modules = dict(model.named_modules())
+    return {
+        axis.tensor: modules[axis.tensor.rpartition(".")[0]].weight.detach().abs().double().cpu().numpy()
+        for axis in graph.axes
+        if axis.tensor.endswith(".weight") and isinstance(modules[axis.tensor.rpartition(".")[0]], _BatchNorm)
+    }
+
+
+def _filter_norms(graph: Graph, model: nn.Module, order: int) -> list[np.ndarray]:
+    """Return the mean norm of the filters that make each unit; ones where no filter does."""
+    state = model.state_dict()
+    norms = {}
+    for axis in graph.axes:
+        shape = graph.shapes[axis.tensor]
+        if len(shape) < 2 or axis.dim != 0 or axis.tensor not in graph.positions:
+            continue
+        weight = state[axis.tensor].double().cpu().numpy().reshape(shape[0], -1)
+        norms[axis.tensor] = np.linalg.norm(weight, ord=order, axis=1)
+    return [np.where(np.isfinite(score), score, 1.0) for score in _average(graph, norms)]
+
+
+def _average(graph: Graph, values: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """Average per-channel values over the tensors that share a unit; NaN where no tensor has one."""
+    total = [np.zeros(group.width) for group in graph.groups]
+    count = [np.zeros(group.width) for group in graph.groups]
+    for axis in graph.axes:
+        if axis.dim != 0 or axis.tensor not in values:
+            continue
+        for index in np.unique(axis.group[axis.group != FIXED]).tolist():
+            mine = axis.group == index
+            np.add.at(total[index], axis.unit[mine], values[axis.tensor][mine])
+            np.add.at(count[index], axis.unit[mine], 1)
+    with np.errstate(invalid="ignore"):
+        return [t / c for t, c in zip(total, count, strict=True)]
+
+
+def _relative(score: np.ndarray) -> np.ndarray:
+    mean = float(score.mean())
+    return score / mean if mean > 0 else score
