@@ -85,7 +85,12 @@ def choose(graph: Graph, scores: list[np.ndarray], target: Target, budget: Budge
     Groups step down from one allowed width to the next, always the step that loses the least importance per channel,
     MAC or parameter saved. A saving counts at producers and at consumers, so it shrinks while neighbours shrink;
     gains are therefore taken anew before a step is accepted. Rounding to allowed widths is part of each step, never
-    a correction afterwards. With `percent` and single-channel steps this is the global threshold of network slimming.
+    a correction afterwards.
+
+    With `percent` the loss of a group is the sum of what it loses, and with single-channel steps the result is the
+    global threshold of network slimming. With `macs` and `params` it is -log of the share of importance that the
+    group keeps: layers are run one after another, so one that has lost nearly everything costs the network more than
+    its few channels say, and a wide layer can spare more channels than a narrow one.
 
     Args:
         scores: importance per group, arrays of shape (width,).
@@ -93,7 +98,7 @@ def choose(graph: Graph, scores: list[np.ndarray], target: Target, budget: Budge
     Raises:
         BudgetError: the target cannot be met; the message says what can be reached and what stands in the way.
     """
-    tied = _tied_groups(graph, scores, budget)
+    tied = _tied_groups(graph, scores, budget, _sum_lost if target.kind == "percent" else _log_share_lost)
     widths = graph.widths.copy()
     level = [0] * len(tied)
     spent, limit, saving = _resource(graph, target, widths)
@@ -146,7 +151,21 @@ def _resource(
     return cost, cost(widths) * target.value, cost.saving
 
 
-def _tied_groups(graph: Graph, scores: list[np.ndarray], budget: Budget) -> list[_Tied]:
+def _sum_lost(ascending: np.ndarray, width: int) -> float:
+    """Return the importance that goes when the `width` largest of the scores stay."""
+    return float(ascending[: ascending.size - width].sum())
+
+
+def _log_share_lost(ascending: np.ndarray, width: int) -> float:
+    """Return -log of the share of importance that the `width` largest of the scores hold."""
+    total = float(ascending.sum())
+    kept = float(ascending[ascending.size - width :].sum())
+    return float(np.log(total / kept)) if kept > 0 else 0.0
+
+
+def _tied_groups(
+    graph: Graph, scores: list[np.ndarray], budget: Budget, loss: Callable[[np.ndarray, int], float]
+) -> list[_Tied]:
     by_tie: dict[int, list[int]] = defaultdict(list)
     for index, group in enumerate(graph.groups):
         by_tie[group.tie].append(index)
@@ -158,7 +177,7 @@ def _tied_groups(graph: Graph, scores: list[np.ndarray], budget: Budget) -> list
         choices = [set(allowed_widths(graph.groups[i].width, rule)) for i, (rule, _) in zip(groups, rules, strict=True)]
         widths = sorted(set.intersection(*choices), reverse=True)
         ascending = [np.sort(scores[index]) for index in groups]
-        lost = [float(sum(score[: score.size - width].sum() for score in ascending)) for width in widths]
+        lost = [sum(loss(score, width) for score in ascending) for width in widths]
         tied.append(_Tied(groups, widths, lost))
     return tied
 
@@ -182,11 +201,11 @@ def _explain(graph: Graph, widths: np.ndarray, budget: Budget) -> list[str]:
         elif len(allowed) == 1:
             reasons.append("no smaller width is allowed")
         elif width == group.width:
-            reasons.append("every step down costs more than others")
+            reasons.append("kept whole")
         elif width == allowed[-1]:
-            reasons.append("least width that the budget allows")
+            reasons.append("least allowed width")
         else:
-            reasons.append("least loss of importance per gain")
+            reasons.append("cheapest step")
     return reasons
 
 

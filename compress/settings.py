@@ -61,6 +61,9 @@ class Training(Strict):
 class Sparsity(Training):
     """Sparsity training: a training with an L1 penalty on the batch-norm scales γ of prunable channels."""
 
+    # Adam would divide the constant pull of the penalty by its own magnitude, and λ would mean nothing.
+    optimizer: str = "SGD"
+
     sr: float = Field(1e-4, ge=0.0, description="penalty λ, added to the gradient of γ as λ·γ/‖γ‖ per coupled unit")
     sr_decay: float = Field(0.1, gt=0.0, le=1.0, description="share of λ that is left at the last epoch (linear)")
     start: Literal["train", "model"] = Field("train", description="start from the trained model or from `model` itself")

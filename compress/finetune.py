@@ -1,0 +1,65 @@
+"""Stage 4: fine-tune the pruned model back into shape, with the dense one as its teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compress.errors import run_app
+from compress.settings import Finetune
+from compress.train import Common, training_stage
+
+
+def finetune(model: Path, teacher: Path | None, data: Path, settings: Finetune, common: Common, output: Path) -> Path:
+    """Train a pruned model further and return the checkpoint, `output/model.pt`.
+
+    The pruned shape is rebuilt from the plan that the checkpoint carries, also on resume.
+
+    Args:
+        teacher: the dense model to distil from; None, or `settings.distill` false, trains without one.
+    """
+    distil = teacher is not None and settings.distill
+    return training_stage(
+        "finetune",
+        "PlanTrainer",
+        str(model),
+        data,
+        settings,
+        common,
+        output,
+        overrides={"distill_model": str(teacher), "dis": settings.dis} if distil else None,
+        extra_inputs={"teacher": teacher} if distil and teacher else None,
+    )
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    model: Annotated[Path, typer.Option(help="pruned checkpoint (.pt)")],
+    data: Annotated[str, typer.Option(help="data set YAML, or 'shapes' for the generated one")],
+    output: Annotated[Path, typer.Option(help="folder of this stage")],
+    teacher: Annotated[Path | None, typer.Option(help="dense checkpoint to distil from")] = None,
+    epochs: Annotated[int, typer.Option(min=1)] = 100,
+    batch: Annotated[int, typer.Option(min=1)] = 16,
+    imgsz: Annotated[int, typer.Option(min=32)] = 640,
+    device: Annotated[str, typer.Option(help="cpu, 0, 0,1 …")] = "cpu",
+    optimizer: Annotated[str, typer.Option(help="as Ultralytics names them")] = "auto",
+    lr0: Annotated[float, typer.Option(help="first learning rate (ignored by optimizer=auto)")] = 0.01,
+    dis: Annotated[float, typer.Option(min=0.0, help="weight of the distillation loss")] = 6.0,
+    workers: Annotated[int, typer.Option(min=0)] = 8,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Fine-tune a pruned detector; its shape comes from the plan that it carries."""
+    from compress.dataset import resolve
+
+    settings = Finetune(epochs=epochs, batch=batch, optimizer=optimizer, lr0=lr0, dis=dis)
+    common = Common(imgsz=imgsz, device=device, workers=workers, seed=seed)
+    finetune(model, teacher, resolve(data), settings, common, output)
+
+
+if __name__ == "__main__":
+    run_app(app)

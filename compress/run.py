@@ -1,0 +1,182 @@
+"""The whole pipeline: train → sparsify → prune → fine-tune → export → benchmark. Reads top to bottom.
+
+Each stage reads what the stages before it left and writes its own folder below runs/NAME. A second start skips what
+is finished and unchanged and resumes what was interrupted.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from compress import checkpoint, manifest
+from compress.errors import run_app
+from compress.finetune import finetune
+from compress.prune import plan_pruning, print_plan, prune
+from compress.settings import Run, load_run
+from compress.sparsify import sparsify
+from compress.train import Common, train
+
+
+def run(settings: Run, command: str, runs: Path = Path("runs")) -> dict[str, Any]:
+    """Run a pipeline to its end and return its summary, which is also `runs/NAME/summary.json`."""
+    from compress.dataset import resolve
+
+    folder = runs / settings.name
+    with manifest.lock(folder):
+        data = resolve(settings.data)
+        common = Common(imgsz=settings.imgsz, device=settings.device, workers=settings.workers, seed=settings.seed)
+        _write_run(folder, settings, command, "running")
+
+        dense = train(settings.model, data, settings.train, common, folder / "01_train")
+        start = str(dense) if settings.sparsify.start == "train" else settings.model
+        sparse = sparsify(start, data, settings.sparsify, common, folder / "02_sparsify")
+        cut = prune(sparse, data, settings.prune, settings.imgsz, settings.seed, folder / "03_prune")
+        pruned = finetune(cut, dense, data, settings.finetune, common, folder / "04_finetune")
+
+        models = {"dense": dense, "pruned": pruned}
+        parity = export(models, data, settings, folder / "05_export")
+        summary = benchmark(models, parity, data, settings, command, folder)
+        _write_run(folder, settings, command, "finished")
+    return summary
+
+
+def export(models: dict[str, Path], data: Path, settings: Run, folder: Path) -> dict[str, Any]:
+    """Export every model to ONNX and prove each file against PyTorch on real images."""
+    from export.onnx import export_stage
+
+    return export_stage(models, data, settings.imgsz, settings.export, folder)
+
+
+def benchmark(
+    models: dict[str, Path], parity: dict[str, Any], data: Path, settings: Run, command: str, folder: Path
+) -> dict[str, Any]:
+    """Score and time the dense and the pruned model, and write summary, report and record."""
+    from benchmark.accuracy import evaluate
+    from benchmark.latency import measure
+    from benchmark.report import print_table, write_report
+
+    wanted = settings.benchmark
+    artefacts = {
+        name: {"torch": path, "onnxruntime": folder / "05_export" / f"{name}.onnx"} for name, path in models.items()
+    }
+    output = folder / "06_benchmark"
+    inputs = {f"{name}.{runtime}": path for name, files in artefacts.items() for runtime, path in files.items()}
+    config = {**wanted.model_dump(mode="json"), "imgsz": settings.imgsz, "seed": settings.seed, "data": str(data)}
+    parents = manifest.input_hashes(inputs)
+    with manifest.lock(output):
+        if manifest.is_finished(output, "benchmark", config, parents):
+            print(f"benchmark: finished before, unchanged: {output}")
+        else:
+            manifest.begin(output, "benchmark", config, parents)
+            scores = {
+                name: {
+                    runtime: evaluate(path, data, split=wanted.split, imgsz=settings.imgsz)
+                    for runtime, path in files.items()
+                }
+                for name, files in artefacts.items()
+            }
+            manifest.write_json(output / "accuracy.json", scores)
+            timed = {
+                name: {runtime: files[runtime] for runtime in wanted.runtimes} for name, files in artefacts.items()
+            }
+            record = measure(timed, imgsz=settings.imgsz, threads=wanted.threads, mode=wanted.mode, seed=settings.seed)
+            manifest.write_json(output / "latency.json", record)
+            files = ["accuracy.json", "latency.json"]
+            manifest.finish(output, "benchmark", config, parents, files, {}, settings.seed)
+    scores, record = manifest.read_json(output / "accuracy.json"), manifest.read_json(output / "latency.json")
+    summary = summarise(settings, scores, record, parity, folder, command)
+    manifest.write_json(folder / "summary.json", summary)
+    write_report(summary, record, folder)
+    print_table(summary)
+    print(f"report: {folder / 'report.html'}")
+    return summary
+
+
+def summarise(
+    settings: Run, scores: dict[str, Any], record: dict[str, Any], parity: dict[str, Any], folder: Path, command: str
+) -> dict[str, Any]:
+    """Put dense and pruned side by side: accuracy, size, latency, and how much of the MACs cut became speed."""
+    cut = manifest.read_json(folder / "03_prune" / manifest.MANIFEST)["metrics"]
+    before_cut = settings.train.epochs if settings.sparsify.start == "train" else 0
+    epochs = {
+        "dense": settings.train.epochs,
+        "pruned": before_cut + settings.sparsify.epochs + settings.finetune.epochs,
+    }
+    latency: dict[str, dict[str, Any]] = {"dense": {}, "pruned": {}}
+    for cell in record["cells"]:
+        latency[cell["model"]][cell["runtime"]] = {"p50": cell["p50_ms"], "p90": cell["p90_ms"]}
+    sides = {
+        name: {
+            "map50_95": scores[name]["torch"]["map50_95"],
+            "map50": scores[name]["torch"]["map50"],
+            "map50_95_onnx": scores[name]["onnxruntime"]["map50_95"],
+            "params": cut["params"][index],
+            "macs": cut["macs"][index],
+            "file_bytes": (folder / "05_export" / f"{name}.onnx").stat().st_size,
+            "epochs": epochs[name],
+            "latency_ms": latency[name],
+        }
+        for index, name in enumerate(("dense", "pruned"))
+    }
+    macs_speedup = sides["dense"]["macs"] / sides["pruned"]["macs"]
+    speedup = {c["runtime"]: c["speedup"] for c in record["comparisons"]}
+    return {
+        "name": settings.name,
+        "imgsz": settings.imgsz,
+        "data": Path(settings.data).name,
+        "split": settings.benchmark.split,
+        **sides,
+        "macs_speedup": macs_speedup,
+        "speedup": speedup,
+        "speedup_interval": {c["runtime"]: c["interval"] for c in record["comparisons"]},
+        "realised": {runtime: value / macs_speedup for runtime, value in speedup.items()},
+        "parity": parity,
+        "oracle_error": cut["oracle_error"],
+        "commands": [command],
+    }
+
+
+def dry_run(settings: Run) -> None:
+    """Print the plan that the pipeline would make for its model as it is now, and stop."""
+    model = checkpoint.load_model(settings.model)
+    print_plan(plan_pruning(model, settings.prune, settings.imgsz, settings.seed), settings.prune.budget)
+
+
+def _write_run(folder: Path, settings: Run, command: str, status: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "schema": manifest.SCHEMA,
+        "status": status,
+        "command": command,
+        "config": settings.model_dump(mode="json"),
+        "tools": manifest.tool_versions(),
+    }
+    manifest.write_json(folder / "run.json", content)
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    config: Annotated[Path, typer.Option(help="a file of configs/pipelines/")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="settings such as finetune.epochs=20")] = None,
+    model: Annotated[str | None, typer.Option(help="overrides the config's model")] = None,
+    data: Annotated[str | None, typer.Option(help="overrides the config's data")] = None,
+    dry: Annotated[bool, typer.Option("--dry-run", help="print the plan for the model as it is, and stop")] = False,
+) -> None:
+    """Turn a detector into a smaller, faster, proven one."""
+    changes = list(overrides or [])
+    changes += [f"{key}={value}" for key, value in (("model", model), ("data", data)) if value is not None]
+    settings = load_run(config, changes)
+    if dry:
+        dry_run(settings)
+        return
+    run(settings, " ".join(["python -m compress.run --config", str(config), *changes]))
+
+
+if __name__ == "__main__":
+    run_app(app)

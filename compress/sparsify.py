@@ -1,0 +1,49 @@
+"""Stage 2: sparsity training, which shows by their γ which channels the detector can do without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compress.errors import run_app
+from compress.settings import Sparsity
+from compress.train import Common, training_stage
+
+
+def sparsify(model: str, data: Path, settings: Sparsity, common: Common, output: Path) -> Path:
+    """Train with a penalty on the γ of prunable channels and return the checkpoint, `output/model.pt`.
+
+    The last epoch's weights are kept: their γ are the sparsest. Watch `output/tensorboard`.
+    """
+    return training_stage("sparsify", "SparsityTrainer", model, data, settings, common, output, keep_last=True)
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    model: Annotated[str, typer.Option(help="trained checkpoint (.pt)")],
+    data: Annotated[str, typer.Option(help="data set YAML, or 'shapes' for the generated one")],
+    output: Annotated[Path, typer.Option(help="folder of this stage")],
+    sr: Annotated[float, typer.Option(min=0.0, help="strength λ of the penalty on γ")] = 1e-4,
+    epochs: Annotated[int, typer.Option(min=1)] = 100,
+    batch: Annotated[int, typer.Option(min=1)] = 16,
+    imgsz: Annotated[int, typer.Option(min=32)] = 640,
+    device: Annotated[str, typer.Option(help="cpu, 0, 0,1 …")] = "cpu",
+    optimizer: Annotated[str, typer.Option(help="as Ultralytics names them")] = "SGD",
+    lr0: Annotated[float, typer.Option(help="first learning rate")] = 0.01,
+    workers: Annotated[int, typer.Option(min=0)] = 8,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Train with sparsity; look at the γ with `tensorboard --logdir OUTPUT/tensorboard`."""
+    from compress.dataset import resolve
+
+    settings = Sparsity(epochs=epochs, batch=batch, optimizer=optimizer, lr0=lr0, sr=sr)
+    sparsify(model, resolve(data), settings, Common(imgsz=imgsz, device=device, workers=workers, seed=seed), output)
+
+
+if __name__ == "__main__":
+    run_app(app)

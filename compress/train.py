@@ -1,0 +1,144 @@
+"""Stage 1: train the dense model, the reference that everything after it is compared with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from compress import checkpoint, manifest
+from compress.errors import DataError, run_app
+from compress.settings import Strict, Training
+
+MODEL = "model.pt"
+
+
+class Common(Strict):
+    """What every training of a run shares: Ultralytics' names."""
+
+    imgsz: int = 640
+    device: str = "cpu"
+    workers: int = 8
+    seed: int = 0
+
+
+def train(model: str, data: Path, settings: Training, common: Common, output: Path) -> Path:
+    """Train a detector on a data set and return its checkpoint, `output/model.pt`.
+
+    With 0 epochs the model is taken as it is, if it knows the data set's classes.
+    """
+    return training_stage("train", "PlanTrainer", model, data, settings, common, output)
+
+
+def training_stage(
+    stage: str,
+    trainer: str,
+    model: str,
+    data: Path,
+    settings: Training,
+    common: Common,
+    output: Path,
+    *,
+    overrides: dict[str, Any] | None = None,
+    extra_inputs: dict[str, Path] | None = None,
+    keep_last: bool = False,
+) -> Path:
+    """Run one training as a stage: skipped when finished and unchanged, resumed when interrupted.
+
+    Args:
+        trainer: name of a class in `trainers`.
+        overrides: further Ultralytics arguments.
+        extra_inputs: further files whose content shapes the result.
+        keep_last: keep the last epoch's weights, not those of the best validation.
+    """
+    config = {**settings.model_dump(mode="json"), **common.model_dump(), "data": str(data)}
+    inputs = {"data": data, **(extra_inputs or {})}
+    if Path(model).is_file():
+        inputs["model"] = Path(model)
+    else:
+        config["model"] = model
+    parents = manifest.input_hashes(inputs)
+    result = output / MODEL
+    with manifest.lock(output):
+        if manifest.is_finished(output, stage, config, parents):
+            print(f"{stage}: finished before, unchanged: {result}")
+            return result
+        resumable = manifest.begin(output, stage, config, parents)
+        metrics: dict[str, Any] = {"epochs": settings.epochs}
+        if settings.epochs == 0:
+            trained, arguments = _as_it_is(model, data), checkpoint.load_training_args(model)
+        else:
+            from compress import trainers
+
+            best, last = trainers.run_training(
+                getattr(trainers, trainer),
+                model,
+                data,
+                settings,
+                output,
+                resumable=resumable,
+                overrides={**common.model_dump(), **(overrides or {})},
+            )
+            chosen = last if keep_last else best
+            trained, arguments = trainers.trained_model(chosen), checkpoint.load_training_args(chosen)
+            metrics |= _last_metrics(chosen)
+        checkpoint.save_model(trained, result, {**arguments, "imgsz": common.imgsz})
+        manifest.finish(output, stage, config, parents, [MODEL], metrics, common.seed)
+    print(f"{stage}: {result} ({settings.epochs} epochs{_score(metrics)})")
+    return result
+
+
+def _as_it_is(model: str, data: Path) -> Any:
+    from compress.dataset import class_names
+
+    loaded = checkpoint.load_model(model)
+    classes = class_names(data)
+    if len(loaded.names) != len(classes):  # type: ignore[arg-type]
+        raise DataError(
+            f"{model} knows {len(loaded.names)} classes, {data} has {len(classes)}: "  # type: ignore[arg-type]
+            "train it on this data first (train.epochs above 0)"
+        )
+    return loaded
+
+
+def _last_metrics(path: Path) -> dict[str, float]:
+    import math
+
+    from ultralytics.nn.tasks import torch_safe_load
+
+    found = torch_safe_load(str(path), safe_only=True)[0].get("train_metrics") or {}
+    return {k: float(v) for k, v in found.items() if isinstance(v, (int, float)) and math.isfinite(v)}
+
+
+def _score(metrics: dict[str, Any]) -> str:
+    score = metrics.get("metrics/mAP50-95(B)")
+    return "" if score is None else f", val mAP50-95 {score:.3f}"
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    model: Annotated[str, typer.Option(help="checkpoint (.pt) or architecture (.yaml) to start from")],
+    data: Annotated[str, typer.Option(help="data set YAML, or 'shapes' for the generated one")],
+    output: Annotated[Path, typer.Option(help="folder of this stage")],
+    epochs: Annotated[int, typer.Option(min=0)] = 100,
+    batch: Annotated[int, typer.Option(min=1)] = 16,
+    imgsz: Annotated[int, typer.Option(min=32)] = 640,
+    device: Annotated[str, typer.Option(help="cpu, 0, 0,1 …")] = "cpu",
+    optimizer: Annotated[str, typer.Option(help="as Ultralytics names them")] = "auto",
+    lr0: Annotated[float, typer.Option(help="first learning rate (ignored by optimizer=auto)")] = 0.01,
+    workers: Annotated[int, typer.Option(min=0)] = 8,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Train a dense detector, the reference of everything that follows."""
+    from compress.dataset import resolve
+
+    settings = Training(epochs=epochs, batch=batch, optimizer=optimizer, lr0=lr0)
+    train(model, resolve(data), settings, Common(imgsz=imgsz, device=device, workers=workers, seed=seed), output)
+
+
+if __name__ == "__main__":
+    run_app(app)

@@ -1,0 +1,243 @@
+"""Ultralytics' detection trainer, taught to keep pruned shapes and to press batch-norm scales towards zero.
+
+The only file that knows Ultralytics' trainer. Both trainers read everything they need from the checkpoint and from
+files beside their run folder, so they also work where Ultralytics starts them itself: on resume and under DDP.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.utils import DEFAULT_CFG_DICT, RANK
+from ultralytics.utils.torch_utils import unwrap_model
+
+from compress.checkpoint import load_model, plans_of
+from compress.errors import CheckpointError, EspalierError, PlanError, SettingsError
+from compress.graph import build_graph
+from compress.importance import batch_norm_scales
+from compress.manifest import read_json, write_bytes_atomic, write_json
+from compress.settings import Sparsity, Training
+from compress.slots import FIXED
+
+if TYPE_CHECKING:
+    from compress.graph import Graph
+
+TRAINING = "training"  # Ultralytics' own folder inside a stage's
+RESUME = "resume.pt"  # the newest checkpoint, whole even if the process is killed while it writes last.pt
+SPARSITY = "sparsity.json"
+_OURS = {"model", "data", "mode", "task", "project", "name", "save_dir", "resume", "exist_ok", "pretrained", "cfg"}
+_TRACE_IMGSZ = 64  # groups do not depend on the image size; the smallest that every stride divides is fastest
+NEAR_ZERO = 0.05  # |γ| below this share of the mean |γ| at the start counts as near zero
+
+
+class PlanTrainer(DetectionTrainer):
+    """A detection trainer that keeps the shape of a pruned checkpoint, where Ultralytics would rebuild its YAML."""
+
+    def get_model(
+        self, cfg: str | dict | None = None, weights: nn.Module | None = None, verbose: bool = True
+    ) -> nn.Module:
+        """Return a copy of a pruned checkpoint's own model; any other is built as Ultralytics does.
+
+        Not even the dense shape follows from the YAML: Ultralytics keeps the width of the classification towers of
+        whatever it once started from. So the module that the checkpoint carries is the only true account of it.
+
+        Raises:
+            PlanError: the data set has another number of classes than the pruned model.
+        """
+        if weights is None or not plans_of(weights):
+            return super().get_model(cfg, weights, verbose)
+        classes = len(weights.names)  # type: ignore[arg-type]
+        if classes != self.data["nc"]:
+            raise PlanError(
+                f"the pruned model knows {classes} classes, the data set has {self.data['nc']}: "
+                "train the dense model on this data set and prune that"
+            )
+        model = copy.deepcopy(weights)
+        model.criterion = None  # type: ignore[assignment]
+        model.names = self.data["names"]
+        return model
+
+    def save_model(self) -> bool:
+        """Save as Ultralytics does, then keep a whole copy to resume from."""
+        saved = super().save_model()
+        write_bytes_atomic(self.wdir / RESUME, self.last.read_bytes())
+        return saved
+
+
+class SparsityTrainer(PlanTrainer):
+    """Adds the subgradient of λ·Σ‖γ_unit‖ to the γ of prunable channels (network slimming, Liu et al., ICCV 2017).
+
+    The γ of layers that share a channel form one group penalty, so that they vanish together; for a channel with one γ
+    this is plain L1. The term is added when the optimizer steps: after AMP's unscaling and after gradient clipping.
+    """
+
+    def _setup_train(self) -> None:
+        super()._setup_train()
+        settings = read_json(Path(self.save_dir).parent / SPARSITY)
+        self.sr, self.sr_decay = float(settings["sr"]), float(settings["sr_decay"])
+        model = unwrap_model(self.model)
+        graph = build_graph(model, _TRACE_IMGSZ, self.data["channels"])
+        self.penalty = GroupPenalty(graph, model)
+        self.optimizer.register_step_pre_hook(lambda *_: self.penalty.add_gradient(self.current_sr()))
+        if RANK in (-1, 0):
+            self.gamma_log = GammaLog(graph, Path(self.save_dir).parent, model)
+            self.add_callback("on_fit_epoch_end", SparsityTrainer.log_gammas)
+
+    def current_sr(self) -> float:
+        """Return λ of this epoch: from `sr` it falls linearly to `sr · sr_decay`."""
+        progress = self.epoch / max(self.epochs - 1, 1)
+        return self.sr * (1.0 - (1.0 - self.sr_decay) * min(progress, 1.0))
+
+    def log_gammas(self) -> None:
+        """Write γ histograms, the near-zero share and the metrics of this epoch to TensorBoard."""
+        if self.epoch < self.epochs:  # Ultralytics calls once more after its final evaluation
+            ema = self.ema.ema
+            self.gamma_log.write(ema, self.epoch, self.current_sr(), dict(self.metrics or {}))
+
+
+class GroupPenalty:
+    """The gradient of Σ over units of ‖γ of the unit‖₂."""
+
+    def __init__(self, graph: Graph, model: nn.Module) -> None:
+        parameters = dict(model.named_parameters())
+        offsets = np.cumsum([0, *graph.widths.tolist()])
+        prunable = np.array([not group.frozen for group in graph.groups] + [False])  # the last entry is FIXED's
+        device = next(model.parameters()).device
+        names = batch_norm_scales(graph, model)
+        self.units = int(offsets[-1])
+        self.gammas: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]] = []
+        for axis in graph.axes:
+            if axis.tensor in names:
+                unit = np.where(axis.group == FIXED, 0, offsets[axis.group] + axis.unit)
+                weight = torch.from_numpy(prunable[axis.group]).to(device, torch.float32)
+                self.gammas.append((parameters[axis.tensor], torch.from_numpy(unit).to(device), weight))
+
+    @torch.no_grad()
+    def add_gradient(self, strength: float) -> None:
+        """Add `strength`·γ/‖γ of its unit‖ to the gradient of every prunable γ; nothing where γ is zero."""
+        if not self.gammas or strength == 0.0:
+            return
+        square = torch.zeros(self.units, device=self.gammas[0][0].device)
+        for gamma, unit, weight in self.gammas:
+            square.index_add_(0, unit, gamma.float().square() * weight)
+        norm = square.sqrt().clamp_(min=1e-12)
+        for gamma, unit, weight in self.gammas:
+            if gamma.grad is not None:
+                gamma.grad.add_((strength * weight * gamma / norm[unit]).to(gamma.grad.dtype))
+
+
+class GammaLog:
+    """γ of the prunable channels, watched in TensorBoard."""
+
+    def __init__(self, graph: Graph, folder: Path, model: nn.Module) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # tensorboard's own imports
+            from torch.utils.tensorboard import SummaryWriter
+
+        self.graph = graph
+        self.writer = SummaryWriter(str(folder / "tensorboard"))
+        settings = read_json(folder / SPARSITY)
+        if "start_mean" not in settings:
+            settings["start_mean"] = float(np.concatenate(list(batch_norm_scales(graph, model).values())).mean())
+            write_json(folder / SPARSITY, settings)
+        self.threshold = NEAR_ZERO * settings["start_mean"]
+        self.near_zero = 0.0
+
+    def write(self, model: nn.Module, epoch: int, strength: float, metrics: dict[str, Any]) -> None:
+        """Write one epoch."""
+        gammas = batch_norm_scales(self.graph, model)
+        every = np.concatenate(list(gammas.values()))
+        self.near_zero = float((every < self.threshold).mean())
+        self.writer.add_histogram("gamma/all", every, epoch)
+        for name, values in gammas.items():
+            self.writer.add_histogram(f"gamma/{name.removesuffix('.weight')}", values, epoch)
+        self.writer.add_scalar("sparsity/near_zero_share", self.near_zero, epoch)
+        self.writer.add_scalar("sparsity/mean_gamma", float(every.mean()), epoch)
+        self.writer.add_scalar("sparsity/lambda", strength, epoch)
+        for key, value in metrics.items():
+            if key.startswith("metrics/"):
+                self.writer.add_scalar(key.replace("(B)", ""), float(value), epoch)
+        self.writer.flush()
+
+
+def run_training(
+    trainer: type[PlanTrainer],
+    model: Path | str,
+    data: Path,
+    settings: Training,
+    folder: Path,
+    *,
+    resumable: bool,
+    overrides: dict[str, Any],
+) -> tuple[Path, Path]:
+    """Train to the end, resuming where an interrupted run stopped, and return its (best, last) checkpoints.
+
+    Args:
+        folder: the stage's folder; Ultralytics writes below `folder/training`.
+        resumable: an interrupted start of this very training may lie in `folder`.
+        overrides: further Ultralytics arguments (imgsz, device, seed …); `settings.args` has the last word.
+
+    Raises:
+        SettingsError: an argument that Ultralytics does not know, or that Espalier sets itself.
+        EspalierError: the training failed.
+    """
+    _check_arguments(settings.args)
+    weights = folder / TRAINING / "weights"
+    best, last, resume = weights / "best.pt", weights / "last.pt", weights / RESUME
+    arguments: dict[str, Any] = {
+        "model": str(model),
+        "data": str(data),
+        "save_dir": str(folder / TRAINING),
+        "plots": False,
+        "patience": 0,  # equal epochs for all that is compared; 0 means never stop early
+        "exist_ok": True,
+        **settings.model_dump(include=set(Training.model_fields) - {"args"}),
+        **overrides,
+        **settings.args,
+    }
+    if resumable and resume.exists():
+        if _is_complete(resume, settings.epochs):
+            return (best if best.exists() else last), last
+        arguments |= {"resume": str(resume), "model": str(resume)}
+    elif isinstance(settings, Sparsity):
+        write_json(folder / SPARSITY, {"sr": settings.sr, "sr_decay": settings.sr_decay})
+    try:
+        trainer(overrides=arguments).train()
+    except EspalierError:
+        raise
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise EspalierError(f"training stopped: {reason}; what was saved is in {folder}") from error
+    return (best if best.exists() else last), last
+
+
+def _check_arguments(arguments: dict[str, Any]) -> None:
+    for name in arguments:
+        if name in _OURS:
+            raise SettingsError(f"args: '{name}' is set by Espalier itself: remove it")
+        if name not in DEFAULT_CFG_DICT:
+            raise SettingsError(f"args: '{name}' is not an argument of Ultralytics' training")
+
+
+def _is_complete(checkpoint: Path, epochs: int) -> bool:
+    """Tell whether a checkpoint is that of the last epoch."""
+    from ultralytics.nn.tasks import torch_safe_load
+
+    try:
+        epoch = torch_safe_load(str(checkpoint), safe_only=True)[0].get("epoch", -1)
+    except Exception as error:
+        raise CheckpointError(f"{checkpoint} cannot be opened to resume from: delete its folder ({error})") from None
+    return epoch + 1 >= epochs
+
+
+def trained_model(checkpoint: Path) -> nn.Module:
+    """Open what a training left, without the teacher if it distilled."""
+    model = load_model(checkpoint)
+    return getattr(model, "student_model", model)
