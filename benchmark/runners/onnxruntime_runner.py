@@ -1,0 +1,84 @@
+"""ONNX Runtime on the CPU.
+
+One of the self-contained runners: `load`, `infer` and `describe` are plain functions that need numpy and onnxruntime
+and nothing else, so that this file alone can be copied to a device.
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+_ERRORS_ONLY = 3
+
+
+@dataclass(frozen=True)
+class Session:
+    """A graph ready to infer."""
+
+    graph: onnxruntime.InferenceSession
+    threads: int
+
+
+def load(path: str, threads: int) -> Session:
+    """Open an ONNX file on the CPU with `threads` threads, all of them inside one operator at a time.
+
+    Raises:
+        ValueError: the file is not an ONNX model with one image input.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = _ERRORS_ONLY
+    try:
+        graph = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own exceptions share no base class of their own
+        raise ValueError(f"{path} cannot be opened by onnxruntime: {error}") from None
+    inputs = graph.get_inputs()
+    if len(inputs) != 1 or len(inputs[0].shape) != 4:
+        raise ValueError(f"{path} must have one input of shape (n, 3, height, width), it has {len(inputs)} input(s)")
+    return Session(graph, threads)
+
+
+def infer(session: Session, images: np.ndarray) -> list[np.ndarray]:
+    """Run the graph.
+
+    Args:
+        session: what `load` returned.
+        images: (n, 3, height, width) float32 in [0, 1], RGB, of the shape that the graph was exported with.
+
+    Returns:
+        The graph's outputs in its order, for detectors as `torch_runner.infer` returns them.
+    """
+    name = session.graph.get_inputs()[0].name
+    outputs: Any = session.graph.run(None, {name: np.ascontiguousarray(images)})
+    return list(outputs)
+
+
+def describe(session: Session) -> dict[str, Any]:
+    """Return what a benchmark record says about the runtime; null where the file does not tell."""
+    metadata = session.graph.get_modelmeta().custom_metadata_map
+    names = _literal(metadata.get("names"))
+    return {
+        "runtime": "onnxruntime",
+        "version": onnxruntime.__version__,
+        "threads": session.threads,
+        "precision": metadata.get("espalier_precision"),
+        "providers": session.graph.get_providers(),
+        "memory_format": None,
+        "input_shape": [size if isinstance(size, int) else None for size in session.graph.get_inputs()[0].shape],
+        "classes": len(names) if isinstance(names, (dict, list)) else None,
+        "end2end": bool(_literal(metadata.get("end2end"))),
+    }
+
+
+def _literal(text: str | None) -> Any:
+    try:
+        return ast.literal_eval(text) if text else None
+    except (ValueError, SyntaxError):
+        return None

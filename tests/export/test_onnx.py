@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+
+from compress import manifest
+from compress.checkpoint import build_model, load_model, save_model
+from compress.errors import CheckpointError, DataError, EspalierError, ExportError, run_app
+from compress.settings import Export
+from export import onnx as exporter
+
+SETTINGS = Export(opset=17, parity_images=2)
+
+
+def run(*arguments: object) -> int:
+    """Run the command line as `python -m export.onnx` does and return its exit code."""
+    command = typer.main.get_command(exporter.app)
+    try:
+        run_app(lambda: command.main([str(argument) for argument in arguments], prog_name="export"))
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def metadata(path: Path) -> dict[str, str]:
+    import onnx
+
+    return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+
+
+def test_metadata_is_what_ultralytics_and_the_runners_read(detector: Path, tmp_path: Path) -> None:
+    found = metadata(exporter.export_onnx(detector, tmp_path / "a.onnx", imgsz=64))
+    assert found["names"] == "{0: 'circle', 1: 'square', 2: 'star'}"
+    assert found["imgsz"] == "[64, 64]"
+    assert (found["stride"], found["task"], found["batch"], found["end2end"]) == ("32", "detect", "1", "False")
+    assert found["espalier_model_sha256"] == manifest.sha256_file(detector)
+    assert "espalier_plan_sha256" not in found
+
+
+def test_the_plans_of_a_pruned_model_are_named(detector: Path, tmp_path: Path) -> None:
+    model: Any = load_model(detector)
+    plans = [{"groups": {"model.0": [0, 2]}}]
+    model.espalier_plans = plans
+    save_model(model, tmp_path / "pruned.pt", {})
+    found = metadata(exporter.export_onnx(tmp_path / "pruned.pt", tmp_path / "a.onnx", imgsz=64))
+    assert found["espalier_plan_sha256"] == manifest.sha256_json(plans)
+
+
+def test_the_same_model_gives_the_same_bytes(detector: Path, tmp_path: Path) -> None:
+    first = exporter.export_onnx(detector, tmp_path / "a.onnx", imgsz=64)
+    second = exporter.export_onnx(detector, tmp_path / "b.onnx", imgsz=64)
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_opset_and_simplify_are_obeyed(detector: Path, tmp_path: Path) -> None:
+    import onnx
+
+    plain = onnx.load(exporter.export_onnx(detector, tmp_path / "a.onnx", imgsz=64, opset=13, simplify=False))
+    simple = onnx.load(exporter.export_onnx(detector, tmp_path / "b.onnx", imgsz=64, opset=13))
+    assert plain.opset_import[0].version == simple.opset_import[0].version == 13
+    assert len(simple.graph.node) < len(plain.graph.node)
+
+
+def test_stock_ultralytics_detects_the_same(detector: Path, images: list[Path], tmp_path: Path) -> None:
+    from ultralytics import YOLO
+
+    path = exporter.export_onnx(detector, tmp_path / "a.onnx", imgsz=64)
+    arguments: dict[str, Any] = {"imgsz": 64, "rect": False, "verbose": False, "device": "cpu"}
+    expected: Any = next(iter(YOLO(detector).predict(images[0], **arguments)))
+    actual: Any = next(iter(YOLO(path, task="detect").predict(images[0], **arguments)))
+    assert actual.names == {0: "circle", 1: "square", 2: "star"}
+    assert len(actual.boxes) == len(expected.boxes) > 0
+    torch.testing.assert_close(actual.boxes.data, expected.boxes.data, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        pytest.param("two_heads", [1, 7, 84], id="two heads: one-to-many, as stock exports"),
+        pytest.param("end2end", [1, 84, 6], id="fused to its end-to-end head: stays so"),
+    ],
+)
+def test_heads(name: str, shape: list[int], images: list[Path], tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    model = request.getfixturevalue(name)
+    record = exporter.export_checked(model, tmp_path / "a.onnx", images, 64, SETTINGS)
+    assert record["outputs"][0]["shape"] == shape
+    assert record["detections"]["torch"] > 0
+    assert metadata(tmp_path / "a.onnx")["end2end"] == str(name == "end2end")
+
+
+@pytest.mark.parametrize(("imgsz", "nearest"), [(330, 320), (340, 352), (1, 32), (16, 32)])
+def test_imgsz_must_fit_the_stride(detector: Path, tmp_path: Path, imgsz: int, nearest: int) -> None:
+    with pytest.raises(ExportError, match=f"imgsz {imgsz} must be a multiple of the model's stride 32: use {nearest}$"):
+        exporter.export_onnx(detector, tmp_path / "a.onnx", imgsz=imgsz)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_that_are_not_detectors_are_refused(tmp_path: Path) -> None:
+    save_model(build_model("yolov8n-seg.yaml", nc=3), tmp_path / "seg.pt", {})
+    with pytest.raises(CheckpointError, match=r"seg\.pt has a Segment head: only detection models"):
+        exporter.export_onnx(tmp_path / "seg.pt", tmp_path / "a.onnx", imgsz=64)
+
+
+def test_a_failed_parity_keeps_the_artefact_as_rejected(
+    detector: Path, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other: Any = load_model(detector)
+    other.model[-1].cv2[0][-1].bias.data[0] += 0.1
+    save_model(other, tmp_path / "other.pt", {})
+    honest = exporter.export_onnx
+    monkeypatch.setattr(
+        exporter, "export_onnx", lambda _, output, **rest: honest(tmp_path / "other.pt", output, **rest)
+    )
+    with pytest.raises(ExportError, match=r"a\.onnx does not equal PyTorch on 3 images: .* kept as a\.rejected\.onnx"):
+        exporter.export_checked(detector, tmp_path / "a.onnx", images, 64, SETTINGS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.rejected.onnx", "other.pt"]
+
+    monkeypatch.undo()
+    assert exporter.export_checked(detector, tmp_path / "a.onnx", images, 64, SETTINGS)["passed"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.onnx", "other.pt"]
+
+
+def test_a_failed_simplification_fails_the_export(
+    detector: Path, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxsim
+
+    monkeypatch.setattr(onnxsim, "simplify", lambda graph, check_n: (graph, check_n < 1))
+    with pytest.raises(ExportError, match=r"onnxsim changed what tiny\.pt computes: use --no-simplify"):
+        exporter.export_checked(detector, tmp_path / "a.onnx", images, 64, SETTINGS)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("tool", "message"),
+    [
+        ("onnxsim.simplify", r"onnxsim cannot simplify tiny\.pt \(broken graph\): try --no-simplify"),
+        ("onnx.checker.check_model", r"the ONNX graph of tiny\.pt is not valid: broken graph"),
+    ],
+)
+def test_a_tool_that_fails_is_named(
+    tool: str, message: str, detector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("broken graph")
+
+    monkeypatch.setattr(tool, fail)
+    with pytest.raises(ExportError, match=message):
+        exporter.export_onnx(detector, tmp_path / "a.onnx", imgsz=64)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stage_exports_every_model_and_is_not_repeated(
+    detector: Path, end2end: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = {"dense": detector, "pruned": end2end}
+    records = exporter.export_stage(models, data, 64, SETTINGS, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "dense.onnx",
+        "manifest.json",
+        "parity.json",
+        "pruned.onnx",
+    ]
+    assert records == json.loads((tmp_path / "out" / "parity.json").read_text())
+    assert {name: record["images"] for name, record in records.items()} == {"dense": 2, "pruned": 2}
+
+    monkeypatch.setattr(exporter, "export_models", None)  # would fail if it were called
+    assert exporter.export_stage(models, data, 64, SETTINGS, tmp_path / "out") == records
+
+
+def test_the_command_exports_and_says_so(
+    detector: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--model", detector, "--data", data, "--imgsz", 64, "--output", tmp_path / "out", "--parity-images", 1)
+    assert run(*arguments) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"export: {tmp_path / 'out' / 'tiny.onnx'} (1 images: boxes within ")
+    assert len(out.splitlines()) == 1
+    assert manifest.read_json(tmp_path / "out" / "manifest.json")["config"]["imgsz"] == 64
+    assert run(*arguments) == 0
+    assert capsys.readouterr().out == f"export: finished before, unchanged: {tmp_path / 'out'}\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--model": "missing.pt"}, "missing.pt does not exist"),
+        ({"--imgsz": "100"}, "imgsz 100 must be a multiple of the model's stride 32: use 96"),
+        ({"--opset": "12"}, "opset: Input should be greater than or equal to 13 (got 12)"),
+        ({"--parity-images": "0"}, "parity_images: Input should be greater than or equal to 1 (got 0)"),
+    ],
+)
+def test_mistakes_are_one_line(
+    changes: dict[str, str],
+    message: str,
+    detector: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = {"--model": detector, "--data": data, "--imgsz": "64", "--output": tmp_path / "out", **changes}
+    assert run(*(word for pair in arguments.items() for word in pair)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert not list(tmp_path.glob("out/*.onnx"))
+
+
+def test_damaged_files_are_one_line(
+    detector: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cut.pt").write_bytes(detector.read_bytes()[:10_000])
+    assert run("--model", tmp_path / "cut.pt", "--data", data, "--imgsz", 64, "--output", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "cut.pt" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_data_without_images_is_an_error(detector: Path, tmp_path: Path) -> None:
+    (tmp_path / "images" / "val").mkdir(parents=True)
+    (tmp_path / "data.yaml").write_text("train: images/val\nval: images/val\nnames: {0: a, 1: b, 2: c}\n")
+    with pytest.raises(DataError):
+        exporter.export_stage({"tiny": detector}, tmp_path / "data.yaml", 64, SETTINGS, tmp_path / "out")
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_part(
+    detector: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(path: Path, content: bytes) -> None:
+        if path.suffix == ".onnx":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        path.write_bytes(content)
+
+    monkeypatch.setattr(manifest, "write_bytes_atomic", full)
+    assert run("--model", detector, "--data", data, "--imgsz", 64, "--output", tmp_path / "out") == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert not list(tmp_path.glob("out/*.onnx"))
+
+
+def test_a_graph_that_the_exporter_refuses_is_an_export_error(
+    detector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise torch.onnx.errors.UnsupportedOperatorError("aten::mystery", 17, None)
+
+    monkeypatch.setattr(torch.onnx, "export", refuse)
+    with pytest.raises(EspalierError, match=r"tiny\.pt cannot be exported with opset 17: .*mystery"):
+        exporter.export_onnx(detector, tmp_path / "a.onnx", imgsz=64)

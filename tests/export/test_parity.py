@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from compress.errors import DataError, ExportError
+from export import parity
+from export.onnx import export_onnx
+
+SHARED = Path(__file__).parents[2].parent / "shared"
+A, B = [0, 0, 10, 10], [50, 50, 60, 60]
+
+
+@pytest.fixture(scope="module")
+def artefact(detector: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_onnx(detector, tmp_path_factory.mktemp("artefact") / "tiny.onnx", imgsz=64)
+
+
+def rows(*detections: list[float]) -> np.ndarray:
+    return np.array(detections, dtype=np.float32).reshape(-1, 6)
+
+
+@pytest.mark.parametrize(
+    ("reference", "candidate", "pairs", "lost"),
+    [
+        pytest.param([[*A, 0.9, 0]], [[*A, 0.9, 0]], [(0, 0)], 0, id="the same detection"),
+        pytest.param([[*A, 0.9, 0]], [[*A, 0.9, 1]], [], 2, id="another class is another detection"),
+        pytest.param([[*A, 0.9, 0]], [[*B, 0.9, 0]], [], 2, id="another place is another detection"),
+        pytest.param([[*A, 0.9, 0]], [], [], 1, id="lost"),
+        pytest.param([], [[*A, 0.9, 0]], [], 1, id="invented"),
+        pytest.param([[*A, 0.25005, 0]], [[*A, 0.24995, 0]], [(0, 0)], 0, id="moved across the threshold"),
+        pytest.param([[*A, 0.24995, 0]], [], [], 0, id="below the threshold nobody misses it"),
+        pytest.param(
+            [[*A, 0.5, 0], [*B, 0.5, 0]],
+            [[*B, 0.5, 0], [*A, 0.5, 0]],
+            [(0, 1), (1, 0)],
+            0,
+            id="equal scores may swap places",
+        ),
+        pytest.param([[9, 0, 3, 5, 0.9, 0]], [[9, 0, 3, 5, 0.9, 0]], [(0, 0)], 0, id="without area, but the same"),
+        pytest.param([[9, 0, 3, 5, 0.9, 0]], [[9, 0, 4, 5, 0.9, 0]], [], 2, id="without area, and elsewhere"),
+        pytest.param([[*A, 0.9, 0], [*A, 0.8, 0]], [[*A, 0.9, 0]], [(0, 0)], 1, id="one partner serves one detection"),
+    ],
+)
+def test_match(reference: list, candidate: list, pairs: list, lost: int) -> None:
+    found, unmatched = parity.match(rows(*reference), rows(*candidate))
+    assert [(i, j) for i, j, _ in found] == pairs
+    assert unmatched == lost
+
+
+def test_match_reports_the_overlap() -> None:
+    # 10 × 10 against the same box 5 px further right: 50 shared of 150 px², then moved by 2 px: 80 of 120.
+    pairs, _ = parity.match(rows([0, 0, 10, 10, 0.9, 0]), rows([5, 0, 15, 10, 0.9, 0], [2, 0, 12, 10, 0.9, 0]))
+    assert pairs == [(0, 1, pytest.approx(80 / 120))]
+
+
+def test_an_export_equals_its_model(detector: Path, artefact: Path, images: list[Path]) -> None:
+    record = parity.compare(detector, artefact, images, 64)
+    assert record["passed"]
+    assert record["images"] == 3
+    assert record["outputs"][0]["shape"] == [1, 7, 84]  # 4 + 3 classes; 64 + 16 + 4 anchors
+    assert record["detections"]["torch"] == record["detections"]["onnxruntime"] > 0
+    assert record["detections"]["min_iou"] > 0.99
+
+
+def test_the_summary_names_errors_and_counts(detector: Path, artefact: Path, images: list[Path]) -> None:
+    record = parity.compare(detector, artefact, images, 64)
+    line = parity.summary(record)
+    assert line.startswith("3 images: boxes within ")
+    count = record["detections"]["torch"]
+    assert line.endswith(f"{count} detections in PyTorch, {count} in onnxruntime, 0 unmatched")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "measure"),
+    [("model.22.cv2.0.2.bias", "max_box_error_px"), ("model.22.cv3.0.2.bias", "max_score_error")],
+    ids=["a box bias", "a class bias"],
+)
+def test_a_changed_weight_fails(
+    detector: Path, artefact: Path, images: list[Path], tmp_path: Path, prefix: str, measure: str
+) -> None:
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(artefact)
+    bias = next(weight for weight in graph.graph.initializer if weight.name == prefix)
+    values = numpy_helper.to_array(bias).copy()
+    values[0] += 0.1
+    bias.CopyFrom(numpy_helper.from_array(values, bias.name))
+    onnx.save(graph, tmp_path / "changed.onnx")
+
+    record = parity.compare(detector, tmp_path / "changed.onnx", images, 64)
+    assert not record["passed"]
+    assert record["outputs"][0][measure] > 1e-3
+
+
+def test_values_that_are_not_finite_fail(detector: Path, artefact: Path, images: list[Path], tmp_path: Path) -> None:
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(artefact)
+    weight = graph.graph.initializer[0]
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(np.nan), weight.name))
+    onnx.save(graph, tmp_path / "nan.onnx")
+    with pytest.raises(ExportError, match=r"nan\.onnx returns values that are not finite"):
+        parity.compare(detector, tmp_path / "nan.onnx", images, 64)
+
+
+def test_another_shape_fails(detector: Path, end2end: Path, images: list[Path], tmp_path: Path) -> None:
+    artefact = export_onnx(end2end, tmp_path / "end2end.onnx", imgsz=64)
+    with pytest.raises(ExportError, match=r"returns \[\[1, 84, 6\]\], PyTorch returns \[\[1, 7, 84\]\]"):
+        parity.compare(detector, artefact, images, 64)
+
+
+def test_images_are_required(detector: Path, artefact: Path) -> None:
+    with pytest.raises(DataError, match="needs at least one image"):
+        parity.compare(detector, artefact, [], 64)
+
+
+def test_a_file_that_is_no_image_is_named(detector: Path, artefact: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.png").write_text("not an image")
+    with pytest.raises(DataError, match=r"notes\.png cannot be read as an image"):
+        parity.compare(detector, artefact, [tmp_path / "notes.png"], 64)
+
+
+def test_letterbox_pads_with_grey_and_turns_bgr_into_rgb(tmp_path: Path) -> None:
+    import cv2
+
+    blue = np.zeros((32, 64, 3), np.uint8)
+    blue[..., 0] = 255
+    cv2.imwrite(str(tmp_path / "blue.png"), blue)
+    square = parity.letterbox(tmp_path / "blue.png", 64)
+    assert square.shape == (1, 3, 64, 64)
+    assert square.dtype == np.float32
+    assert square[0, :, 32, 32].tolist() == [0.0, 0.0, 1.0]
+    assert square[0, :, 0, 0] == pytest.approx([114 / 255] * 3)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared weights and images beside the repository")
+@pytest.mark.parametrize("name", ["yolov8n_deq", "yolo11n_deq", "yolo26n_deq", "yolov5nu_deq"])
+def test_real_detectors(name: str, tmp_path: Path) -> None:
+    photos = sorted((SHARED / "data/coco128/images/val2017").glob("*.jpg"))[:3]
+    model = SHARED / "weights" / f"{name}.pt"
+    record = parity.compare(model, export_onnx(model, tmp_path / "real.onnx", imgsz=320), photos, 320)
+    assert record["passed"]
+    assert record["detections"]["torch"] >= 3
