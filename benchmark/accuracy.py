@@ -1,0 +1,222 @@
+"""Accuracy: one evaluator for every runtime, so that mAP differs only where the runtime does.
+
+Images, letterbox, suppression and metrics are those of Ultralytics' validator; only the network call is a runner's.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from compress import manifest
+from compress.errors import BenchmarkError, DataError, run_app
+
+if TYPE_CHECKING:
+    from ultralytics.models.yolo.detect import DetectionValidator
+
+STAGE = "accuracy"
+RESULT = "accuracy.json"
+
+
+def evaluate(
+    model: Path, data: Path, *, split: str = "val", imgsz: int = 640, threads: int | None = None
+) -> dict[str, Any]:
+    """Measure the mAP of a model file on a data set, as stock `YOLO(model).val(rect=False)` would.
+
+    Every image is letterboxed to imgsz × imgsz and goes through the network alone, whatever the runtime. Nothing is
+    written into the data folder, and no label cache is read from it.
+
+    Args:
+        model: a checkpoint (.pt, runs in PyTorch) or an ONNX file (.onnx, runs in onnxruntime).
+        data: data set YAML.
+        split: train, val or test.
+        imgsz: side of the square input, px.
+        threads: threads of the runtime; all of the machine's when not given.
+
+    Returns:
+        `map50_95` and `map50` (shares, 0 to 1), `per_class` {class name: map50_95, for classes with labels},
+        `images` (number of images), `runtime`.
+
+    Raises:
+        BenchmarkError: the model cannot be run, does not fit the data or imgsz, or returns values that are not finite.
+        DataError: the data set has no such split, or no images or no labels in it.
+    """
+    import tempfile
+
+    from compress.checkpoint import quiet
+    from compress.dataset import class_names, images
+
+    names = class_names(data)
+    images(data, split)  # says what is missing, before anything is loaded
+    runner = _runner(model)
+    session = _load(runner, model, threads or os.cpu_count() or 1)
+    facts = runner.describe(session)
+    _check_fit(model, facts, data, len(names), imgsz)
+    with tempfile.TemporaryDirectory() as scratch, quiet():
+        validator = _validator(data, names, split, imgsz, facts["end2end"], Path(scratch))
+        _measure(validator, runner, session, model)
+        stats = validator.get_stats()
+    box = validator.metrics.box
+    return {
+        "map50_95": float(stats["metrics/mAP50-95(B)"]),
+        "map50": float(stats["metrics/mAP50(B)"]),
+        "per_class": {names[int(c)]: float(box.maps[c]) for c in validator.metrics.ap_class_index},
+        "images": int(validator.seen or 0),
+        "runtime": facts["runtime"],
+    }
+
+
+def _runner(model: Path) -> ModuleType:
+    """Return the runner of a model file, by its suffix."""
+    if not model.is_file():
+        raise BenchmarkError(f"{model} does not exist: check the path")
+    if model.suffix == ".pt":
+        from benchmark.runners import torch_runner
+
+        return torch_runner
+    if model.suffix == ".onnx":
+        from benchmark.runners import onnxruntime_runner
+
+        return onnxruntime_runner
+    raise BenchmarkError(f"{model} must be a .pt or an .onnx file")
+
+
+def _load(runner: ModuleType, model: Path, threads: int) -> Any:
+    try:
+        return runner.load(str(model), threads)
+    except ValueError as error:
+        raise BenchmarkError(str(error)) from None
+
+
+def _check_fit(model: Path, facts: dict[str, Any], data: Path, classes: int, imgsz: int) -> None:
+    if facts["classes"] != classes:
+        known = "an unknown number of" if facts["classes"] is None else facts["classes"]
+        raise BenchmarkError(f"{model.name} predicts {known} classes, {data} has {classes}: give the data it learned")
+    shape = facts["input_shape"]
+    if shape is not None and shape[2:] != [imgsz, imgsz]:
+        raise BenchmarkError(
+            f"{model.name} takes images of {shape[3]}×{shape[2]} px, --imgsz is {imgsz}: use --imgsz {shape[2]}"
+        )
+
+
+def _validator(
+    data: Path, names: dict[int, str], split: str, imgsz: int, end2end: bool, scratch: Path
+) -> DetectionValidator:
+    """Return Ultralytics' validator with its data loaded and its metrics empty, but without a model."""
+    import torch
+    from ultralytics.data import build_dataloader
+    from ultralytics.data.utils import check_det_dataset
+    from ultralytics.models.yolo.detect import DetectionValidator
+
+    args = {"data": str(data), "split": split, "imgsz": imgsz, "rect": False, "plots": False, "device": "cpu"}
+    validator = DetectionValidator(save_dir=scratch, args=args)
+    content = check_det_dataset(str(data), autodownload=False, split=split)
+    images = _labelled_images(content, split, imgsz, validator.args)
+    if not any(len(label["cls"]) for label in images.labels):
+        raise DataError(f"{data} has no labels for its {split} images: mAP needs at least one labelled object")
+    validator.training = False
+    validator.device = torch.device("cpu")
+    validator.data = content
+    validator.dataloader = build_dataloader(images, 1, workers=0, shuffle=False, pin_memory=False, device="cpu")
+    network: Any = SimpleNamespace(names=names, end2end=end2end)
+    validator.init_metrics(network)
+    return validator
+
+
+def _labelled_images(content: dict[str, Any], split: str, imgsz: int, args: Any) -> Any:
+    """Return Ultralytics' data set, made to keep its label cache away from the data folder.
+
+    Reading that cache would unpickle a file that came with the data; writing it would change the user's folder.
+    """
+    import tempfile
+
+    from ultralytics.data.dataset import YOLODataset
+
+    class FreshLabels(YOLODataset):
+        def _load_or_scan_cache(self, cache_path: Path, cache_hash: str) -> tuple[dict[str, Any], bool]:  # noqa: ARG002
+            with tempfile.TemporaryDirectory() as folder:
+                return self.cache_labels(Path(folder) / cache_path.name), False
+
+    return FreshLabels(
+        img_path=content[split], imgsz=imgsz, augment=False, hyp=args, rect=False, data=content, task="detect"
+    )
+
+
+def _measure(validator: DetectionValidator, runner: ModuleType, session: Any, model: Path) -> None:
+    import numpy as np
+    import torch
+
+    from compress.progress import track
+
+    loader: Any = validator.dataloader
+    for batch in track(loader, f"accuracy {model.name}"):
+        # One image at a time also keeps suppression, which Ultralytics stops after two seconds, far from that limit.
+        images = validator.preprocess(batch)["img"].numpy()
+        output = runner.infer(session, images)[0]
+        if not np.isfinite(output).all():
+            raise BenchmarkError(f"{model.name} returns values that are not finite on {batch['im_file'][0]}")
+        validator.update_metrics(validator.postprocess(torch.from_numpy(output)), batch)
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    model: Annotated[list[Path], typer.Option("--model", "--models", help="model file, .pt or .onnx; may repeat")],
+    data: Annotated[str, typer.Option(help="data set YAML or 'shapes'")],
+    output: Annotated[Path, typer.Option(help="folder for accuracy.json and the manifest")],
+    more: Annotated[list[Path] | None, typer.Argument(metavar="[MODEL]...", help="more model files")] = None,
+    split: Annotated[str, typer.Option(help="train, val or test")] = "val",
+    imgsz: Annotated[int, typer.Option(min=32, help="side of the square input, px")] = 640,
+    threads: Annotated[int | None, typer.Option(min=1, help="threads; all of the machine's when not given")] = None,
+) -> None:
+    """Measure the mAP of model files on a data set, through one evaluator for every runtime."""
+    from compress.dataset import resolve
+
+    models = [*model, *(more or [])]
+    for path in models:
+        _runner(path)
+    yaml = resolve(data)
+    config = {"models": [path.name for path in models], "split": split, "imgsz": imgsz}
+    parents = manifest.input_hashes({**{f"model{i}": path for i, path in enumerate(models)}, "data": yaml})
+    with manifest.lock(output):
+        if manifest.is_finished(output, STAGE, config, parents):
+            print(f"accuracy: finished before, unchanged: {output}")
+            records = manifest.read_json(output / RESULT)
+        else:
+            manifest.begin(output, STAGE, config, parents)
+            records = [
+                {
+                    "model": path.name,
+                    "model_sha256": parents[f"model{i}"],
+                    **evaluate(path, yaml, split=split, imgsz=imgsz, threads=threads),
+                }
+                for i, path in enumerate(models)
+            ]
+            manifest.write_json(output / RESULT, records)
+            metrics = {path.name: record["map50_95"] for path, record in zip(models, records, strict=True)}
+            manifest.finish(output, STAGE, config, parents, [RESULT], metrics)
+    _print_table(records, split, imgsz)
+
+
+def _print_table(records: list[dict[str, Any]], split: str, imgsz: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"accuracy on the {split} split, {records[0]['images']} images at {imgsz} px")
+    table.add_column("model")
+    table.add_column("runtime")
+    table.add_column("mAP50-95", justify="right")
+    table.add_column("mAP50", justify="right")
+    for record in records:
+        table.add_row(record["model"], record["runtime"], f"{record['map50_95']:.4f}", f"{record['map50']:.4f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    run_app(app)
