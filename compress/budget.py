@@ -112,24 +112,24 @@ def choose(graph: Graph, scores: list[np.ndarray], target: Target, budget: Budge
 
     heap = [(step(index)[0], index) for index, item in enumerate(tied) if len(item.widths) > 1]
     heapq.heapify(heap)
-    while spent(widths) > limit and heap:
+    nearest = False
+    while spent(widths) > limit and heap and not nearest:
         _, index = heapq.heappop(heap)
         price, removed = step(index)
         if heap and price > heap[0][0] * (1 + 1e-12):
             heapq.heappush(heap, (price, index))  # its gain shrank since it was queued
             continue
         before = spent(widths)
+        if target.kind == "percent" and before - limit < limit - (before - sum(removed.values())):
+            nearest = True  # the next step overshoots by more than is missing
+            continue
         for group, count in removed.items():
             widths[group] -= count
-        if target.kind == "percent" and before - limit < limit - spent(widths):
-            for group, count in removed.items():
-                widths[group] += count
-            break  # stopping short comes nearer to the share that was asked for
         level[index] += 1
         if level[index] + 1 < len(tied[index].widths):
             heapq.heappush(heap, (step(index)[0], index))
-    # Where steps are coarse, a percentage is met as nearly as they allow; MACs and parameters are upper limits.
-    if spent(widths) > limit and not (target.kind == "percent" and heap):
+    # A percentage is met as nearly as the steps allow; MACs and parameters are upper limits.
+    if spent(widths) > limit and not nearest:
         raise _infeasible(graph, target, widths, budget)
     keep = [_keep_best(score, int(width)) for score, width in zip(scores, widths, strict=True)]
     return Choice(keep, _explain(graph, widths, budget))

@@ -135,7 +135,7 @@ def _refresh_counts(module: nn.Module) -> None:
     if isinstance(module, _ConvTransposeNd):
         module.in_channels, module.out_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
     elif isinstance(module, _ConvNd):
-        if module.groups > 1 and module.weight.shape[1] == 1:  # depthwise: as many groups as inputs
+        if module.groups == module.in_channels > 1:  # depthwise: as many groups as inputs
             module.groups = module.weight.shape[0] * module.groups // module.out_channels
         module.out_channels, module.in_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
     elif isinstance(module, nn.Linear):

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from compress.checkpoint import build_model
+from compress.errors import GraphError
+from compress.graph import build_graph
+from compress.slots import FIXED, reshape
+from topologies import ALL, ChannelShuffle, Chain, ChunkTie, Concat, Grouped, Residual, SpatialGate, SplitFixed
+
+
+def groups_of(model: nn.Module) -> dict[str, tuple[int, str | None]]:
+    return {group.name: (group.width, group.frozen) for group in build_graph(model.eval(), 16).groups}
+
+
+def test_a_chain_has_one_group_a_layer() -> None:
+    found = groups_of(Chain())
+    assert found == {"a.conv": (8, None), "b.conv": (12, None), "head": (4, "output of the model")}
+
+
+def test_residual_layers_share_one_group() -> None:
+    group = build_graph(Residual().eval(), 16).groups[0]
+    assert group.layers == ("a.conv", "a.bn", "b.conv", "b.bn", "c.conv", "c.bn")
+    assert group.consumers == ("b.conv", "c.conv", "head")
+
+
+def test_concatenation_keeps_the_order_of_its_inputs() -> None:
+    """head reads c (10), then a (8), then b (6)."""
+    graph = build_graph(Concat().eval(), 16)
+    names = [group.name for group in graph.groups]
+    axis = next(axis for axis in graph.axes if axis.tensor == "head.weight" and axis.dim == 1)
+    runs = [names[index] for index in axis.group[[0, 10, 18]]]
+    assert runs == ["c.conv", "a.conv", "b.conv"]
+    assert axis.unit.tolist() == [*range(10), *range(8), *range(6)]
+
+
+def test_halves_of_a_chunk_are_tied() -> None:
+    graph = build_graph(ChunkTie().eval(), 16)
+    halves = [group for group in graph.groups if group.name.startswith("a.conv")]
+    assert [half.name for half in halves] == ["a.conv[0:8]", "a.conv[8:16]"]
+    assert halves[0].tie == halves[1].tie
+    assert "b.conv" in halves[1].layers  # added to the second half only
+
+
+def test_an_unknown_split_is_frozen_and_named() -> None:
+    found = groups_of(SplitFixed())
+    assert found["a.conv"] == (12, "split into fixed sizes [8, 4] in the model")
+    assert found["b.conv"] == (6, None)
+
+
+def test_columns_of_a_grouped_convolution_go_together() -> None:
+    """16 channels in 4 groups: column j of each group is one unit, so 4 units of 4 slots."""
+    graph = build_graph(Grouped().eval(), 16)
+    assert graph.groups[0].width == 4
+    parts = [group for group in graph.groups if group.name.startswith("grouped")]
+    assert [part.width for part in parts] == [6, 6, 6, 6]
+    assert len({part.tie for part in parts}) == 1
+
+
+def test_a_mean_over_channels_freezes_what_reaches_it() -> None:
+    found = groups_of(SpatialGate())
+    assert found["a.conv"] == (8, "mean over channels in the model")
+    assert found["b.conv"] == (8, None)
+
+
+def test_a_channel_shuffle_is_followed_through_reshape_and_transpose() -> None:
+    graph = build_graph(ChannelShuffle().eval(), 16)
+    axis = next(axis for axis in graph.axes if axis.tensor == "head.weight" and axis.dim == 1)
+    maker = next(axis for axis in graph.axes if axis.tensor == "a.conv.weight" and axis.dim == 0)
+    order = [maker.unit.tolist().index(unit) for unit in axis.unit]
+    assert order == [0, 4, 1, 5, 2, 6, 3, 7]
+
+
+@pytest.mark.parametrize(("name", "kind"), ALL.items())
+def test_params_and_macs_at_full_width(name: str, kind: type[nn.Module]) -> None:
+    model = kind().eval()
+    graph = build_graph(model, 16)
+    assert graph.params(graph.widths) == sum(p.numel() for p in model.parameters()), name
+    assert graph.macs(graph.widths) > 0
+
+
+def test_macs_by_hand() -> None:
+    """Chain at 16 px: 256 · (3·8·9 + 8·12·9 + 12·4) = 256 · 1128; halving b: 256 · (216 + 432 + 24)."""
+    graph = build_graph(Chain().eval(), 16)
+    assert graph.macs(graph.widths) == 256 * 1128
+    halved = np.array([8, 6, 4])
+    assert graph.macs(halved) == 256 * 672
+    assert graph.macs.saving(graph.widths, {1: 6}) == 256 * (1128 - 672)
+    assert graph.macs.saving(graph.widths, {0: 2, 1: 6}) == 256 * (1128 - (3 * 6 * 9 + 6 * 6 * 9 + 6 * 4))
+
+
+def test_both_heads_of_an_end_to_end_model_are_in_the_graph() -> None:
+    graph = build_graph(build_model("yolo26n.yaml", nc=3), 64)
+    layers = {layer for group in graph.groups for layer in group.layers}
+    assert any(".one2one_cv2." in layer for layer in layers)
+    assert any(".23.cv2." in layer for layer in layers)
+
+
+def test_tracing_leaves_training_flags_alone() -> None:
+    model = build_model("yolov8n.yaml", nc=3).train()
+    model.model[3].eval()  # type: ignore[index]
+    before = [module.training for module in model.modules()]
+    build_graph(model, 64)
+    assert [module.training for module in model.modules()] == before
+
+
+def test_an_operation_without_a_rule_freezes_and_says_so() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.b(torch.cumsum(self.a(x), 1)))
+
+    found = groups_of(Odd())
+    assert found["a"] == (8, "cumsum in the model has no rule")
+    assert found["b"] == (6, None)
+
+
+def test_a_model_that_cannot_be_captured_is_named() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Conv2d(3, 8, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.a(x) if float(x.sum()) > 0 else x
+
+    with pytest.raises(GraphError, match="torch.export cannot capture Branching"):
+        build_graph(Branching().eval(), 16)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "slots", "expected"),
+    [
+        # channels split into (heads, width)
+        ((1, 4, 9), (1, 2, 2, 9), [[[0], [1], [2], [3]]], [[[[0], [1]], [[2], [3]]]]),
+        # channels flattened with space: each becomes a block
+        ((1, 2, 2), (1, 4), [[[0], [1]]], [[0, 0, 1, 1]]),
+        # space flattened alone
+        ((1, 2, 3, 3), (1, 2, 9), [[[[0]], [[1]]]], [[[0], [1]]]),
+        # a dimension of size 1 more
+        ((1, 2), (1, 2, 1, 1), [[0, 1]], [[[[0]], [[1]]]]),
+        # nothing to follow
+        ((1, 4), (2, 2), [[FIXED]], [[FIXED]]),
+    ],
+)
+def test_reshape(old: tuple[int, ...], new: tuple[int, ...], slots: list, expected: list) -> None:
+    assert reshape(np.array(slots), old, new).tolist() == expected
