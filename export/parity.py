@@ -19,8 +19,8 @@ def compare(model: Path, artefact: Path, images: list[Path], imgsz: int) -> dict
     """Run the same letterboxed images through PyTorch and through the artefact, and compare what comes out.
 
     Two comparisons, because either alone can hide a fault: the raw tensors, and the detections that a user would see.
-    The rows of an end-to-end head are sorted by score, so that equal scores may swap places: there the detections
-    stand for the tensors.
+    The rows of an end-to-end head are sorted by score, so that equal scores may swap places: there all scores and the
+    detections stand for the tensors.
 
     Args:
         model: the checkpoint.
@@ -59,6 +59,8 @@ def compare(model: Path, artefact: Path, images: list[Path], imgsz: int) -> dict
         unmatched += lost
         ious += [iou for _, _, iou in pairs]
         if end2end:
+            # Sorted scores compare by position even where rows swap, and even where nothing is detected.
+            scores = max(scores, float(np.abs(actual[..., 4] - expected[..., 4]).max()))
             expected = detections[0][[i for i, _, _ in pairs]].T[None]
             actual = detections[1][[j for _, j, _ in pairs]].T[None]
         difference = np.abs(actual - expected)

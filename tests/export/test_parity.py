@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from compress.checkpoint import load_model, save_model
 from compress.errors import DataError, ExportError
 from export import parity
 from export.onnx import export_onnx
@@ -94,6 +96,23 @@ def test_a_changed_weight_fails(
     record = parity.compare(detector, tmp_path / "changed.onnx", images, 64)
     assert not record["passed"]
     assert record["outputs"][0][measure] > 1e-3
+
+
+def test_an_end2end_head_that_detects_nothing_is_still_compared(
+    end2end: Path, images: list[Path], tmp_path: Path
+) -> None:
+    for name, bias in (("a", -3.0), ("b", -2.9)):
+        model: Any = load_model(end2end)
+        for layers in model.model[-1].cv3:
+            layers[-1].weight.data.zero_()
+            layers[-1].bias.data.fill_(bias)
+        save_model(model, tmp_path / f"{name}.pt", {})
+    artefact = export_onnx(tmp_path / "b.pt", tmp_path / "b.onnx", imgsz=64)
+    record = parity.compare(tmp_path / "a.pt", artefact, images, 64)
+    assert record["detections"]["torch"] == record["detections"]["onnxruntime"] == 0
+    moved = 1 / (1 + np.exp(2.9)) - 1 / (1 + np.exp(3.0))
+    assert record["outputs"][0]["max_score_error"] == pytest.approx(moved, rel=0.02)
+    assert not record["passed"]
 
 
 def test_values_that_are_not_finite_fail(detector: Path, artefact: Path, images: list[Path], tmp_path: Path) -> None:
