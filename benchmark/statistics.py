@@ -1,0 +1,96 @@
+"""Percentiles, their bootstrap intervals, and the speed-up between two models measured in the same rounds.
+
+Queries of one burst share the state of the machine at that moment, so the bootstrap draws whole rounds, not queries:
+intervals from single queries would be too narrow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+RESAMPLES = 1000
+LEVEL = 0.95
+PLATEAU_TOLERANCE = 0.03
+PLATEAU_WINDOWS = 3
+_NAMES: tuple[str, ...] = ("p50_ms", "p90_ms", "p99_ms", "mean_ms")
+_TAILS = (50 * (1 - LEVEL), 100 - 50 * (1 - LEVEL))
+
+Rounds = Sequence[Sequence[float]]
+Interval = list[float]
+
+
+def summarise(rounds_ms: Rounds, seed: int) -> tuple[dict[str, float], dict[str, Interval]]:
+    """Return p50, p90, p99 and mean of all queries in ms, and the 95 % interval of each.
+
+    Percentiles interpolate linearly between the two nearest queries.
+
+    >>> summarise([[1.0, 2.0], [3.0, 4.0]], seed=0)[0]["p50_ms"]
+    2.5
+    """
+    rounds = [np.asarray(samples, dtype=np.float64) for samples in rounds_ms]
+    drawn = _draws(len(rounds), seed)
+    resampled = np.array([_statistics(np.concatenate([rounds[i] for i in draw])) for draw in drawn])
+    low, high = np.percentile(resampled, _TAILS, axis=0)
+    values = dict(zip(_NAMES, _statistics(np.concatenate(rounds)).tolist(), strict=True))
+    return values, {name: [float(a), float(b)] for name, a, b in zip(_NAMES, low, high, strict=True)}
+
+
+def speedup(baseline_ms: Rounds, model_ms: Rounds, seed: int) -> tuple[float, Interval]:
+    """Return p50 of the baseline divided by p50 of the model, and its 95 % interval from a paired bootstrap.
+
+    The i-th rounds of both were measured next to each other: they are drawn together, so that what slowed both down
+    at that moment cancels out.
+
+    >>> speedup([[4.0, 4.0], [8.0, 8.0]], [[2.0, 2.0], [4.0, 4.0]], seed=0)
+    (2.0, [2.0, 2.0])
+
+    Raises:
+        ValueError: the two were not measured in the same number of rounds.
+    """
+    if len(baseline_ms) != len(model_ms):
+        raise ValueError(f"{len(baseline_ms)} rounds of the baseline do not pair with {len(model_ms)} of the model")
+    pairs = [
+        (np.asarray(baseline, dtype=np.float64), np.asarray(model, dtype=np.float64))
+        for baseline, model in zip(baseline_ms, model_ms, strict=True)
+    ]
+
+    def ratio(draw: Sequence[int] | np.ndarray) -> float:
+        baseline, model = (np.concatenate([pairs[i][side] for i in draw]) for side in (0, 1))
+        return float(np.median(baseline) / np.median(model))
+
+    low, high = np.percentile([ratio(draw) for draw in _draws(len(pairs), seed)], _TAILS)
+    return ratio(range(len(pairs))), [float(low), float(high)]
+
+
+def on_plateau(medians_ms: Sequence[float]) -> bool:
+    """Tell whether the last three windows of a warm-up are within 3 % of each other.
+
+    >>> on_plateau([9.0, 5.0, 5.1, 5.05])
+    True
+    """
+    last = medians_ms[-PLATEAU_WINDOWS:]
+    return len(last) == PLATEAU_WINDOWS and max(last) <= min(last) * (1 + PLATEAU_TOLERANCE)
+
+
+def drift(rounds_ms: Rounds) -> float | None:
+    """Return p50 of the last third of the rounds over p50 of the first third; null below three rounds.
+
+    >>> drift([[2.0], [9.0], [3.0]])
+    1.5
+    """
+    third = len(rounds_ms) // 3
+    if third == 0:
+        return None
+    first, last = (np.concatenate([np.asarray(r) for r in part]) for part in (rounds_ms[:third], rounds_ms[-third:]))
+    return float(np.median(last) / np.median(first))
+
+
+def _draws(rounds: int, seed: int) -> np.ndarray:
+    """Return the rounds of each resample, shape (RESAMPLES, rounds)."""
+    return np.random.default_rng(seed).integers(0, rounds, (RESAMPLES, rounds))
+
+
+def _statistics(samples_ms: np.ndarray) -> np.ndarray:
+    return np.append(np.percentile(samples_ms, (50, 90, 99)), samples_ms.mean())

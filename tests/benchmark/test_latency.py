@@ -1,0 +1,341 @@
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import typer
+
+from benchmark import latency, statistics, system
+from compress.errors import BenchmarkError, run_app
+
+# A runner whose model files say how to behave. Every inference is logged, so that the order can be checked.
+RUNNER = """
+import os, signal, sys, time
+import numpy as np
+
+log = os.open(os.environ["FAKE_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+def load(path, threads):
+    print("a library that writes to standard output")
+    with open(path) as stream:
+        behaviour = stream.read()
+    return {"name": os.path.basename(path), "behaviour": behaviour, "threads": threads, "calls": 0}
+
+def infer(session, images):
+    behaviour = session["behaviour"]
+    session["calls"] += 1
+    env = os.environ["OMP_NUM_THREADS"]
+    os.write(log, f"{session['name']} {os.getpid()} {session['threads']} {env} {images.std():.3f}\\n".encode())
+    if behaviour == "crash":
+        print("out of luck", file=sys.stderr, flush=True)
+        os._exit(3)
+    if behaviour == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if behaviour == "hang":
+        time.sleep(60)
+    if behaviour == "raise":
+        raise RuntimeError("no kernel\\nfor this node")
+    time.sleep(0.0002)
+    late = session["calls"] > 20
+    shape = (1, 7, 4) if behaviour == "grow" and late else (1, 6, 4)
+    value = np.nan if behaviour == "nan" or (behaviour == "late nan" and late) else 1.0
+    return [np.full(shape, value, np.float32)]
+
+def describe(session):
+    shape = [1, 3, 64, 64] if session["behaviour"] == "64 px" else None
+    return {"version": "1.2.3", "precision": "fp32", "input_shape": shape}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the fake runner in place of the real ones, and a mode that takes milliseconds."""
+    (tmp_path / "fake_runner.py").write_text(RUNNER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log.txt"))
+    monkeypatch.setattr(latency, "RUNNERS", {"torch": "fake_runner", "onnxruntime": "fake_runner"})
+    tiny = latency.Mode(min_queries=30, min_seconds=0.01, burst_s=0.001, label="for a test")
+    monkeypatch.setitem(latency.MODES, "quick", tiny)
+    monkeypatch.setattr(latency, "WINDOW_S", 0.001)
+    monkeypatch.setattr(latency, "WARM_UP_CAP_S", 0.02)
+    return tmp_path
+
+
+def model(folder: Path, name: str, behaviour: str = "fine") -> Path:
+    path = folder / name
+    path.write_text(behaviour)
+    return path
+
+
+def both(folder: Path) -> dict[str, dict[str, Path]]:
+    return {
+        name: {"torch": model(folder, f"{name}.pt"), "onnxruntime": model(folder, f"{name}.onnx")}
+        for name in ("dense", "pruned")
+    }
+
+
+def calls(folder: Path) -> list[list[str]]:
+    return [line.split() for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def is_running(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def run(*arguments: object) -> int:
+    """Run the command line as `python -m benchmark.latency` does and return its exit code."""
+    command = typer.main.get_command(latency.app)
+    try:
+        run_app(lambda: command.main([str(argument) for argument in arguments], prog_name="latency"))
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_every_cell_has_its_queries_in_the_same_rounds(folder: Path) -> None:
+    record = latency.measure(both(folder), imgsz=32, threads=1, mode="quick")
+    names = [(cell["model"], cell["runtime"]) for cell in record["cells"]]
+    assert names == list(itertools.product(("dense", "pruned"), ("torch", "onnxruntime")))
+    for cell in record["cells"]:
+        samples = [sample for burst in cell["samples_ms"] for sample in burst]
+        assert cell["queries"] == len(samples) >= 30
+        assert sum(samples) >= 10.0  # min_seconds
+        assert len(cell["samples_ms"]) == record["protocol"]["rounds"]
+        assert cell["p50_ms"] == pytest.approx(np.median(samples), abs=1e-4)
+        assert cell["intervals"]["p50_ms"][0] <= cell["p50_ms"] <= cell["intervals"]["p50_ms"][1]
+        assert (cell["runtime_version"], cell["precision"], cell["threads"], cell["imgsz"]) == ("1.2.3", "fp32", 1, 32)
+        assert cell["output_shapes"] == [[1, 6, 4]]
+        assert cell["cold_start_ms"] >= cell["load_ms"]
+    assert json.loads(json.dumps(record)) == record
+
+
+def test_the_model_is_named_by_its_bytes(folder: Path) -> None:
+    record = latency.measure({"a": {"torch": model(folder, "a.pt")}}, imgsz=32, threads=1, mode="quick")
+    assert record["cells"][0]["model_sha256"] == hashlib.sha256(b"fine").hexdigest()
+    assert record["cells"][0]["file"] == "a.pt"
+
+
+def test_cells_take_turns_in_the_order_that_the_record_tells(folder: Path) -> None:
+    record = latency.measure(both(folder), imgsz=32, threads=1, mode="quick")
+    order = record["protocol"]["order"]
+    assert all(sorted(turn) == [0, 1, 2, 3] for turn in order)
+    assert len({tuple(turn) for turn in order}) > 1
+    expected = [
+        record["cells"][index]["file"]
+        for number, turn in enumerate(order)
+        for index in turn
+        for _ in range(latency.LEAD_IN + len(record["cells"][index]["samples_ms"][number]))
+    ]
+    assert [call[0] for call in calls(folder)][-len(expected) :] == expected
+
+
+def test_the_seed_decides_the_order(folder: Path) -> None:
+    first, same, other = (
+        latency.measure(both(folder), imgsz=32, threads=1, mode="quick", seed=seed)["protocol"]["order"][:3]
+        for seed in (1, 1, 2)
+    )
+    assert first == same != other
+
+
+def test_every_cell_has_a_process_of_its_own_with_its_threads_pinned(folder: Path) -> None:
+    latency.measure(both(folder), imgsz=32, threads=3, mode="quick")
+    by_model = {name: {call[1] for call in calls(folder) if call[0] == name} for name in ("dense.pt", "pruned.onnx")}
+    assert all(len(pids) == 1 for pids in by_model.values())
+    assert by_model["dense.pt"] != by_model["pruned.onnx"] != {str(os.getpid())}
+    assert {call[2] for call in calls(folder)} == {"3"}  # what the runner was told
+    assert {call[3] for call in calls(folder)} == {"3"}  # OMP_NUM_THREADS
+
+
+def test_the_input_is_noise(folder: Path) -> None:
+    latency.measure({"a": {"torch": model(folder, "a.pt")}}, imgsz=64, threads=1, mode="quick")
+    (deviation,) = {float(call[4]) for call in calls(folder)}
+    assert deviation == pytest.approx(1 / np.sqrt(12), abs=0.01)  # that of a uniform distribution over [0, 1)
+
+
+def test_models_are_compared_with_the_first_one_on_each_runtime(folder: Path) -> None:
+    models = {"dense": {"onnxruntime": model(folder, "dense.onnx")}, "pruned": both(folder)["pruned"]}
+    record = latency.measure(models, imgsz=32, threads=1, mode="quick")
+    dense, _, pruned = record["cells"]  # pruned also ran in torch, where there is no dense cell to compare with
+    (comparison,) = record["comparisons"]
+    assert (comparison["runtime"], comparison["baseline"], comparison["model"]) == ("onnxruntime", "dense", "pruned")
+    ratio, interval = statistics.speedup(dense["samples_ms"], pruned["samples_ms"], seed=0)
+    assert comparison["speedup"] == pytest.approx(ratio, abs=1e-4)
+    assert comparison["interval"] == pytest.approx(interval, abs=1e-4)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux' own count of peak memory")
+def test_a_worker_does_not_inherit_the_memory_peak_of_its_parent(folder: Path) -> None:
+    assert np.ones(100_000_000 // 8 * 3).nbytes == 300_000_000
+    record = latency.measure({"a": {"torch": model(folder, "a.pt")}}, imgsz=32, threads=1, mode="quick")
+    assert 5_000_000 < record["cells"][0]["peak_memory_bytes"] < 200_000_000
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "message"),
+    [
+        ("nan", r"^bad\.pt on torch: returns values that are not finite"),
+        ("late nan", r"^bad\.pt on torch: returns values that are not finite"),
+        ("grow", r"^bad\.pt on torch: returned \[\[1, 7, 4\]\] after \[\[1, 6, 4\]\]"),
+        ("crash", r"^bad\.pt on torch crashed \(exit code 3\); its last line was: out of luck$"),
+        ("kill", r"^bad\.pt on torch crashed \(SIGKILL, perhaps out of memory\)"),
+        ("raise", r"^bad\.pt on torch: RuntimeError: no kernel for this node$"),
+        ("64 px", r"^bad\.pt on torch: takes images of 64×64 px, not 32: use --imgsz 64$"),
+    ],
+)
+def test_a_model_that_cannot_be_measured_is_named(folder: Path, behaviour: str, message: str) -> None:
+    models = {"good": {"torch": model(folder, "good.pt")}, "bad": {"torch": model(folder, "bad.pt", behaviour)}}
+    with pytest.raises(BenchmarkError, match=message):
+        latency.measure(models, imgsz=32, threads=1, mode="quick")
+    assert not any(is_running(call[1]) for call in calls(folder))
+
+
+def test_a_silent_worker_is_named_and_ended(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "SILENCE_S", 4.0)
+    with pytest.raises(BenchmarkError, match=r"^slow\.pt on torch wrote nothing for 4 s"):
+        latency.measure({"slow": {"torch": model(folder, "slow.pt", "hang")}}, imgsz=32, threads=1, mode="quick")
+    assert [is_running(call[1]) for call in calls(folder)] == [False]
+
+
+def test_ctrl_c_ends_every_worker(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: Any) -> bool:
+        os.kill(os.getpid(), signal.SIGINT)
+        return False
+
+    monkeypatch.setattr(statistics, "on_plateau", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        latency.measure(both(folder), imgsz=32, threads=1, mode="quick")
+    assert len({call[1] for call in calls(folder)}) == 4
+    assert not any(is_running(call[1]) for call in calls(folder))
+
+
+def test_wrong_names_list_the_known_ones_closest_first(folder: Path) -> None:
+    good = {"torch": model(folder, "a.pt")}
+    with pytest.raises(BenchmarkError, match="unknown mode 'standart': choose one of standard, "):
+        latency.measure({"a": good}, imgsz=32, threads=1, mode="standart")
+    with pytest.raises(BenchmarkError, match="unknown runtime 'onnx': choose one of onnxruntime, torch"):
+        latency.measure({"a": {"onnx": good["torch"]}}, imgsz=32, threads=1, mode="quick")
+    with pytest.raises(BenchmarkError, match=r"gone\.pt does not exist"):
+        latency.measure({"a": {"torch": folder / "gone.pt"}}, imgsz=32, threads=1, mode="quick")
+
+
+def state(throttled: int | None = None) -> dict[str, Any]:
+    return {**dict.fromkeys(system.state()), "throttle_count": throttled}
+
+
+def cell(rounds_ms: list[list[float]], plateau: bool = True) -> Any:
+    warm_up = {"plateau": plateau, "seconds": 10.0, "queries": 9}
+    return latency._Cell("dense", "torch", Path("dense.pt"), Any, {}, warm_up, 1, rounds_ms)  # type: ignore[arg-type]
+
+
+def test_reasons_to_doubt_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    steady, rising = cell([[1.0], [1.0], [1.09]]), cell([[1.0], [1.0], [1.2]])
+    assert latency._noise([steady], state(), state(), None) == []
+    assert latency._noise([steady], state(4), state(4), 0.2) == []
+    assert latency._noise([steady], state(4), state(6), 0.21) == [
+        "other processes kept 0.21 of 2 cores busy",
+        "the CPU throttled 2 times",
+    ]
+    assert latency._noise([rising], state(), state(), 0.0) == [
+        "dense on torch changed by +20% from its first to its last third"
+    ]
+    assert latency._noise([cell([[1.0]], plateau=False)], state(), state(), 0.0) == [
+        "dense on torch reached no plateau in 10 s of warm-up"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("before_s", "after_s", "own_s", "expected"),
+    [
+        (100.0, 116.0, 12.0, 0.5),  # 16 s of work in 8 s, 12 of them our own
+        (100.0, 111.0, 12.0, 0.0),  # clocks of different grain, never below nothing
+        (None, 116.0, 12.0, None),
+        (100.0, 100.0, 12.0, None),  # a kernel that counts nothing
+    ],
+)
+def test_work_of_other_processes(
+    before_s: float | None, after_s: float | None, own_s: float, expected: float | None
+) -> None:
+    assert latency._others_cores(before_s, after_s, own_s, elapsed_s=8.0) == expected
+
+
+def test_the_device_is_described_or_null(folder: Path) -> None:
+    record = latency.measure({"a": {"torch": model(folder, "a.pt")}}, imgsz=32, threads=1, mode="quick")
+    device = record["device"]
+    assert device["cores"] == os.cpu_count()
+    assert set(device["start"]) == set(device["end"]) == set(system.state())
+    assert record["noisy"] is bool(record["noise"])
+
+
+def test_command_line_takes_several_models_after_one_option(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [model(folder, name) for name in ("dense.onnx", "pruned.onnx", "pruned.pt")]
+    assert run("--models", *files, "--imgsz", 32, "--output", folder / "out") == 0
+    record = json.loads((folder / "out" / "latency.json").read_text())
+    cells = [(cell["model"], cell["runtime"]) for cell in record["cells"]]
+    assert cells == [("dense", "onnxruntime"), ("pruned", "onnxruntime"), ("pruned", "torch")]
+    assert [c["model"] for c in record["comparisons"]] == ["pruned"]
+    manifest = json.loads((folder / "out" / "manifest.json").read_text())
+    assert manifest["stage"] == "latency"
+    assert manifest["parents"]["dense.onnxruntime"] == hashlib.sha256(b"fine").hexdigest()
+    assert "for a test" in capsys.readouterr().out
+
+    assert run("--models", files[0], "--models", files[1], files[2], "--imgsz", 32, "--output", folder / "out") == 0
+    assert "finished before, unchanged" in capsys.readouterr().out
+
+
+def test_models_of_one_name_keep_their_folders(folder: Path) -> None:
+    for run_name in ("a", "b"):
+        (folder / run_name).mkdir()
+    first, second = model(folder, "a/best.onnx"), model(folder, "b/best.onnx")
+    assert run("--models", first, second, "--imgsz", 32, "--output", folder / "out") == 0
+    record = json.loads((folder / "out" / "latency.json").read_text())
+    assert [cell["model"] for cell in record["cells"]] == ["best", str(second)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a.onnx", "--device", "cpp"], "unknown device 'cpp': choose one of cpu"),
+        (["a.onnx", "--mode", "quik"], "unknown mode 'quik': choose one of quick, "),
+        (["a.onnx", "--runtime", "torch"], "a.onnx must be a .pt file to run in torch"),
+        (["a.txt"], "a.txt must be a .pt or .onnx file"),
+        (["b.onnx"], "b.onnx does not exist"),
+    ],
+)
+def test_command_line_mistakes_are_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    for name in ("a.onnx", "a.txt"):
+        model(folder, name)
+    path, *options = arguments
+    assert run("--models", folder / path, *options, "--output", folder / "out") == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+def test_real_models_on_both_runtimes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from compress.checkpoint import build_model, save_model
+    from export.onnx import export_onnx
+
+    save_model(build_model("yolov8n.yaml", nc=3), tmp_path / "tiny.pt", {})
+    export_onnx(tmp_path / "tiny.pt", tmp_path / "tiny.onnx", imgsz=64)
+    monkeypatch.setitem(latency.MODES, "quick", latency.Mode(10, 0.05, 0.01, "for a test"))
+    files = {"torch": tmp_path / "tiny.pt", "onnxruntime": tmp_path / "tiny.onnx"}
+    record = latency.measure({"tiny": files}, imgsz=64, threads=1, mode="quick")
+    for cell in record["cells"]:
+        assert cell["output_shapes"] == [[1, 7, 84]]  # 4 sides + 3 classes; 8² + 4² + 2² anchors
+        assert cell["runtime_version"]
+        assert cell["precision"] == "fp32"

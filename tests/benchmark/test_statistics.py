@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from benchmark import statistics
+
+
+def test_percentiles_are_those_of_all_queries() -> None:
+    # 1 … 101 in two uneven rounds: linear percentiles of 101 values fall on whole numbers.
+    values, _ = statistics.summarise([list(range(1, 31)), list(range(31, 102))], seed=0)
+    assert values == pytest.approx({"p50_ms": 51.0, "p90_ms": 91.0, "p99_ms": 100.0, "mean_ms": 51.0})
+
+
+def test_an_outlier_is_kept() -> None:
+    values, _ = statistics.summarise([[1.0] * 9 + [1001.0]], seed=0)
+    assert values["p50_ms"] == 1.0
+    assert values["mean_ms"] == 101.0
+    assert values["p99_ms"] == pytest.approx(911.0)  # 0.91 of the way from the ninth to the tenth value
+
+
+def test_rounds_without_spread_have_an_interval_without_width() -> None:
+    _, intervals = statistics.summarise([[2.0, 4.0]] * 5, seed=0)
+    assert intervals["p50_ms"] == [3.0, 3.0]
+    assert intervals["mean_ms"] == [3.0, 3.0]
+
+
+def test_the_bootstrap_draws_rounds_not_queries() -> None:
+    # Two rounds, each constant: of four equally likely draws one is all 1 and one all 3, more than 2.5 % each.
+    # Drawn query by query from 200 queries, the mean would hardly leave 2.0 ± 0.2.
+    _, intervals = statistics.summarise([[1.0] * 100, [3.0] * 100], seed=0)
+    assert intervals["mean_ms"] == [1.0, 3.0]
+
+
+def test_the_interval_has_the_width_that_theory_gives() -> None:
+    generator = np.random.default_rng(5)
+    rounds = [[value] for value in generator.normal(10.0, 1.0, 400)]
+    values, intervals = statistics.summarise(rounds, seed=0)
+    low, high = intervals["mean_ms"]
+    assert low < values["mean_ms"] < high
+    assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.12)  # standard error 1/√400
+
+
+def test_the_seed_decides_the_interval() -> None:
+    rounds = np.random.default_rng(1).random((10, 4)).tolist()
+    assert statistics.summarise(rounds, seed=3) == statistics.summarise(rounds, seed=3)
+    assert statistics.summarise(rounds, seed=3)[1] != statistics.summarise(rounds, seed=4)[1]
+
+
+def test_speedup_is_the_ratio_of_the_medians() -> None:
+    ratio, _ = statistics.speedup([[6.0, 6.0, 90.0]], [[4.0, 4.0, 4.0]], seed=0)
+    assert ratio == 1.5
+
+
+def test_what_slows_both_down_cancels_out() -> None:
+    # The machine is three times slower in some rounds; unpaired draws would give anything from 0.67 to 6.
+    slow = [1.0, 3.0, 1.0, 3.0, 1.0, 3.0, 1.0, 3.0, 1.0]
+    ratio, interval = statistics.speedup([[2 * s] for s in slow], [[s] for s in slow], seed=0)
+    assert ratio == 2.0
+    assert interval == [2.0, 2.0]
+
+
+def test_speedup_needs_pairs() -> None:
+    with pytest.raises(ValueError, match="2 rounds of the baseline do not pair with 1"):
+        statistics.speedup([[1.0], [1.0]], [[1.0]], seed=0)
+
+
+@pytest.mark.parametrize(
+    ("medians", "expected"),
+    [
+        ([5.0, 5.0], False),  # two windows are no plateau
+        ([5.0, 5.0, 5.0], True),
+        ([9.0, 5.0, 5.1, 5.15], True),  # exactly 3 % apart
+        ([5.0, 5.1, 5.16], False),  # each step below 3 %, the sum above it
+        ([5.0, 5.0, 5.0, 6.0], False),  # it left the plateau
+    ],
+)
+def test_plateau(medians: list[float], expected: bool) -> None:
+    assert statistics.on_plateau(medians) is expected
+
+
+def test_drift_compares_the_last_third_with_the_first() -> None:
+    assert statistics.drift([[2.0, 2.0], [2.0], [50.0], [50.0], [3.0], [3.0]]) == 1.5
+    assert statistics.drift([[2.0], [3.0]]) is None
