@@ -1,0 +1,200 @@
+"""Data sets of Ultralytics' form: checked before any work is spent on them, and never executed."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from compress.errors import DataError, SettingsError
+from compress.manifest import sha256_json
+from compress.settings import load_yaml
+
+# What Ultralytics takes for an image: each file that we count is one that it trains on.
+IMAGE_SUFFIXES = frozenset(
+    (".avif", ".bmp", ".dng", ".heic", ".heif", ".jp2", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp")
+)
+GENERATED = "shapes"
+_CHECKED_LABELS = 5000
+
+
+def resolve(data: str) -> Path:
+    """Return the absolute path of a data set YAML that was checked; 'shapes' is generated where it is missing.
+
+    Splits, images and labels are checked (the labels of up to 5000 images of each split). Nothing that the YAML holds
+    is run: Ultralytics would execute a `download:` entry where images are missing, so they must be there.
+
+    Raises:
+        DataError: the YAML, its images or its labels cannot be used; the message names the file and the line.
+    """
+    if data == GENERATED:
+        from compress.shapes import generate
+
+        return generate(Path("datasets") / GENERATED).resolve()
+    path = Path(data).resolve()
+    if path.suffix.lower() not in (".yaml", ".yml"):
+        raise DataError(f"{data} is not a data set: give its .yaml, or '{GENERATED}' for the generated one")
+    classes = len(class_names(path))
+    for split in ("train", "val"):
+        _check_labels(images(path, split), classes, f"{path}: '{split}'")
+    return path
+
+
+def images(data: Path, split: str) -> list[Path]:
+    """Return the image files of a split (a folder, a text file that lists images, or several of these), sorted.
+
+    Raises:
+        DataError: the YAML has no such split, it is not on disk, or there is no image in it.
+    """
+    content = _read(data)
+    entries = content.get(split)
+    if not entries:
+        raise DataError(f"{data} has no '{split}' split: add the folder of its images")
+    root = _root(data, content)
+    found: list[Path] = []
+    for entry in entries if isinstance(entries, list) else [entries]:
+        found += _files(_place(root, str(entry)), f"{data}: '{split}'", "download" in content)
+    if not found:
+        raise DataError(f"{data}: '{split}' holds no images ({entries} in {root}): check the path")
+    return sorted(found)
+
+
+def class_names(data: Path) -> dict[int, str]:
+    """Return the names of the classes by their number.
+
+    Raises:
+        DataError: there are none, they are not numbered 0, 1, 2 …, or their number is not `nc`.
+    """
+    content = _read(data)
+    names = content.get("names")
+    if isinstance(names, list):
+        names = dict(enumerate(names))
+    if not isinstance(names, dict) or not names:
+        raise DataError(f"{data} has no 'names': list the names of its classes")
+    if set(names) != set(range(len(names))):
+        raise DataError(f"{data}: 'names' must be numbered from 0 without gaps, got {list(names)[:5]}")
+    if content.get("nc", len(names)) != len(names):
+        raise DataError(f"{data}: 'nc' is {content['nc']}, but there are {len(names)} names: make them agree")
+    return {number: str(names[number]) for number in range(len(names))}
+
+
+def label_file(image: Path) -> Path:
+    """Return where Ultralytics looks for the labels of an image: the last `images` folder read as `labels`."""
+    parts = list(image.parts)
+    for index in range(len(parts) - 2, -1, -1):
+        if parts[index] == "images":
+            parts[index] = "labels"
+            break
+    return Path(*parts).with_suffix(".txt")
+
+
+def fingerprint(data: Path) -> str:
+    """Return a hash that changes when the YAML, or name or size of any image or label file, changes. Fast."""
+    content = _read(data)
+    root = _root(data, content).resolve()
+    entries = []
+    for split in ("train", "val", "test"):
+        for image in images(data, split) if content.get(split) else []:
+            label = label_file(image)
+            size = label.stat().st_size if label.is_file() else None
+            entries.append([split, _name(image, root), image.stat().st_size, size])
+    return sha256_json([content, entries])
+
+
+def data_hash(data: Path, split: str) -> str:
+    """Return the sha256 over the images of a split and their labels: names within the data set, and all bytes.
+
+    It is the same for a copy of the data set in another place.
+
+    Raises:
+        DataError: as `images`.
+    """
+    root = _root(data, _read(data)).resolve()
+    digest = hashlib.sha256()
+    for image in images(data, split):
+        label = label_file(image)
+        for part in (_name(image, root).encode(), image.read_bytes(), label.read_bytes() if label.is_file() else b""):
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _read(data: Path) -> dict[str, Any]:
+    try:
+        content = load_yaml(data)
+    except SettingsError as error:
+        raise DataError(" ".join(str(error).split())) from None
+    # Ultralytics reads the word None as null; reading it as a folder would look at other images than it trains on.
+    return {key: None if value == "None" else value for key, value in content.items()}
+
+
+def _root(data: Path, content: dict[str, Any]) -> Path:
+    """Return the folder that splits are relative to, as Ultralytics finds it."""
+    if not content.get("path"):
+        return data.parent
+    root = Path(str(content["path"]))
+    if root.is_absolute() or root.exists():
+        return root
+    from ultralytics.utils import DATASETS_DIR
+
+    return DATASETS_DIR / root
+
+
+def _name(image: Path, root: Path) -> str:
+    return image.relative_to(root).as_posix() if image.is_relative_to(root) else image.name
+
+
+def _place(root: Path, entry: str) -> Path:
+    place = (root / entry).resolve()
+    # Exports of labelling tools write ../train for a folder beside the YAML; Ultralytics forgives that.
+    if not place.exists() and entry.startswith("../"):
+        return (root / entry[3:]).resolve()
+    return place
+
+
+def _files(place: Path, where: str, has_download: bool) -> list[Path]:
+    """Return the images of one folder or list, as Ultralytics finds them: no hidden ones, images by their suffix."""
+    if place.is_dir():
+        files = [place / name for name in glob.glob("**/*.*", root_dir=place, recursive=True)]  # noqa: PTH207 hides .*
+    elif place.is_file() and place.suffix == ".txt":
+        lines = [line.strip() for line in place.read_text(encoding="utf-8-sig", errors="replace").splitlines()]
+        files = [place.parent / line[2:] if line.startswith("./") else Path(line).absolute() for line in lines if line]
+        missing = next((file for file in files if not file.is_file()), None)
+        if missing:
+            raise DataError(f"{where}: {place} lists {missing}, which does not exist: check the path")
+    else:
+        remark = " (its 'download:' is never run)" if has_download else ""
+        raise DataError(f"{where} names {place}, which is no folder and no .txt list: check the path{remark}")
+    return [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+
+
+def _check_labels(files: list[Path], classes: int, where: str) -> None:
+    step = -(-len(files) // _CHECKED_LABELS)
+    objects = 0
+    for image in files[::step]:
+        path = label_file(image)
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    _check_line(line.split(), classes, f"{path}:{number}")
+                    objects += 1
+    if not objects:
+        raise DataError(
+            f"{where}: none of its {len(files)} images has a labelled object: labels belong in {label_file(files[0])} …"
+        )
+
+
+def _check_line(fields: list[str], classes: int, where: str) -> None:
+    """Check one label: class and box, or class and polygon (Ultralytics takes the box around it)."""
+    try:
+        class_id, *values = (float(field) for field in fields)
+    except ValueError:
+        raise DataError(f"{where}: '{' '.join(fields)[:40]}' is not a label: write class x y w h") from None
+    if len(values) != 4 and (len(values) < 6 or len(values) % 2):
+        raise DataError(f"{where} has {len(fields)} numbers: write class x y w h, or class and the points of a polygon")
+    if class_id not in range(classes):
+        raise DataError(f"{where} has class {fields[0]}, the data set has the classes 0 to {classes - 1}: mend 'names'")
+    if not all(-0.01 <= value <= 1.01 for value in values):
+        raise DataError(f"{where} has a coordinate outside [0, 1]: divide by the width and height of the image")

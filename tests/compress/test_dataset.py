@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from compress import shapes
+from compress.dataset import IMAGE_SUFFIXES, class_names, data_hash, fingerprint, images, label_file, resolve
+from compress.errors import DataError
+from compress.shapes import Shapes, generate
+
+TEXT = "train: images/train\nval: images/val\nnames: [cat, dog]\n"
+TEMPLATE = Path(__file__).parents[2] / "configs" / "datasets" / "template.yaml"
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """Two training images, one validation image, each with a dog (class 1). Nothing here decodes an image."""
+    folder = tmp_path / "set"
+    for name in ("train/b", "train/a", "val/c"):
+        for kind, suffix, content in (("images", ".jpg", name), ("labels", ".txt", "1 0.5 0.5 0.2 0.1\n")):
+            path = folder / kind / f"{name}{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+    (folder / "data.yaml").write_text(TEXT)
+    return folder / "data.yaml"
+
+
+def names(files: list[Path], data: Path) -> list[str]:
+    return [file.relative_to(data.parent).as_posix() for file in files]
+
+
+def test_a_sound_set_gives_its_absolute_yaml(data, monkeypatch):
+    monkeypatch.chdir(data.parent)
+    assert resolve("data.yaml") == data
+
+
+def test_shapes_are_generated_under_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = Shapes(train=1, val=1, test=1, imgsz=64)
+    monkeypatch.setattr(shapes, "generate", lambda folder: generate(folder, small))
+    assert resolve("shapes") == tmp_path / "datasets" / "shapes" / "shapes.yaml"
+    yaml = resolve("datasets/shapes/shapes.yaml")
+    assert class_names(yaml) == dict(enumerate(["ring", "triangle", "star", "cross", "gear", "key"]))
+    assert [len(images(yaml, split)) for split in ("train", "val", "test")] == [1, 1, 1]
+
+
+def test_the_template_describes_a_set_that_works(data):
+    shutil.copy(TEMPLATE, data)
+    assert resolve(str(data)) == data
+    assert class_names(data) == {0: "first class", 1: "second class"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        pytest.param("train: [", "is not valid YAML", id="not YAML"),
+        pytest.param("just words", "must hold a mapping", id="no mapping"),
+        pytest.param("val: images/val\nnames: [cat, dog]\n", "has no 'train' split", id="no train"),
+        pytest.param("train: images/train\nnames: [cat, dog]\n", "has no 'val' split", id="no val"),
+        pytest.param(TEXT.replace("images/val", "''"), "has no 'val' split", id="empty val"),
+        pytest.param(TEXT.replace("images/val", "None"), "has no 'val' split", id="None is null for Ultralytics"),
+        pytest.param(TEXT.replace("images/val", "images/valid"), r"images/valid, which is no folder", id="no folder"),
+        pytest.param(TEXT.replace("images/val", "data.yaml"), r"data.yaml, which is no folder", id="no image list"),
+        pytest.param(TEXT.replace("images/val", "labels"), "'val' holds no images", id="folder without images"),
+        pytest.param("train: images/train\nval: images/val\n", "has no 'names'", id="no names"),
+        pytest.param(TEXT + "nc: 3\n", "'nc' is 3, but there are 2 names", id="nc"),
+        pytest.param(TEXT.replace("[cat, dog]", "{0: cat, 2: dog}"), r"without gaps, got \[0, 2\]", id="gap"),
+        pytest.param(TEXT.replace("[cat, dog]", "{a: cat}"), r"without gaps, got \['a'\]", id="named by words"),
+        pytest.param(TEXT.replace("[cat, dog]", "[cat]"), r"[ab]\.txt:1 has class 1, the .* 0 to 0", id="class"),
+    ],
+)
+def test_a_bad_yaml_gets_one_line(data, text, message):
+    data.write_text(text)
+    with pytest.raises(DataError, match=message) as caught:
+        resolve(str(data))
+    assert "\n" not in str(caught.value)
+    assert str(data.parent) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("absent.yaml", "absent.yaml does not exist"),
+        ("images", "images is not a data set: give its .yaml"),
+        ("coco8", "coco8 is not a data set: give its .yaml"),
+    ],
+)
+def test_a_name_that_is_no_set_gets_one_line(data, name, message):
+    with pytest.raises(DataError, match=message):
+        resolve(str(data.parent / name))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        pytest.param("2 0.5 0.5 0.1 0.1", "has class 2, the data set has the classes 0 to 1", id="beyond the last"),
+        pytest.param("-1 0.5 0.5 0.1 0.1", "has class -1", id="negative"),
+        pytest.param("0.5 0.5 0.5 0.1 0.1", "has class 0.5", id="between two"),
+        pytest.param("nan 0.5 0.5 0.1 0.1", "has class nan", id="not a number"),
+        pytest.param("dog 0.5 0.5 0.1 0.1", "'dog 0.5 0.5 0.1 0.1' is not a label", id="a word"),
+        pytest.param("1 0.5 0.5 0.1", "has 4 numbers", id="too short"),
+        pytest.param("1 0.5 0.5 0.1 0.1 0.9", "has 6 numbers", id="box and score"),
+        pytest.param("1 0.1 0.1 0.2 0.1 0.2 0.2 0.3", "has 8 numbers", id="half a point"),
+        pytest.param("1 50 50 10 10", r"coordinate outside \[0, 1\]", id="pixels"),
+        pytest.param("1 nan 0.5 0.1 0.1", r"coordinate outside \[0, 1\]", id="coordinate is no number"),
+    ],
+)
+def test_a_bad_label_is_named_by_file_and_line(data, line, message):
+    label = data.parent / "labels" / "val" / "c.txt"
+    label.write_text(f"0 0.5 0.5 0.1 0.1\n\n{line}\n")
+    with pytest.raises(DataError, match=message) as caught:
+        resolve(str(data))
+    assert f"{label}:3" in str(caught.value)
+
+
+def test_polygons_are_labels(data):
+    (data.parent / "labels" / "val" / "c.txt").write_text("1 0.1 0.1 0.2 0.1 0.2 0.2\n")
+    assert resolve(str(data)) == data
+
+
+@pytest.mark.parametrize("labels", [None, "", "\n"], ids=["no file", "empty file", "blank line"])
+def test_a_split_without_any_object_is_refused(data, labels):
+    label = data.parent / "labels" / "val" / "c.txt"
+    label.unlink()
+    if labels is not None:
+        label.write_text(labels)
+    with pytest.raises(DataError, match=r"'val': none of its 1 images has a labelled object: .*labels/val/c\.txt"):
+        resolve(str(data))
+
+
+def test_an_image_without_labels_is_a_background(data):
+    (data.parent / "labels" / "train" / "a.txt").unlink()
+    assert resolve(str(data)) == data
+
+
+def test_a_download_entry_is_never_run(data, monkeypatch):
+    monkeypatch.chdir(data.parent)
+    data.write_text(TEXT.replace("images/val", "images/gone") + "download: |\n  open('ran', 'w').close()\n")
+    with pytest.raises(DataError, match=r"images/gone, .*its 'download:' is never run"):
+        resolve(str(data))
+    assert not (data.parent / "ran").exists()
+
+
+def test_yaml_tags_are_not_run(data, monkeypatch):
+    monkeypatch.chdir(data.parent)
+    data.write_text(TEXT + "extra: !!python/object/apply:os.mkdir [ran]\n")
+    with pytest.raises(DataError, match="is not valid YAML"):
+        resolve(str(data))
+    assert not (data.parent / "ran").exists()
+
+
+def test_images_are_sorted_and_hidden_files_are_none(data):
+    folder = data.parent / "images" / "train"
+    (folder / "deeper").mkdir()
+    for name in ("deeper/d.PNG", "._a.jpg", "notes.txt", "B.jpeg"):
+        (folder / name).write_bytes(b"")
+    expected = ["B.jpeg", "a.jpg", "b.jpg", "deeper/d.PNG"]
+    assert names(images(data, "train"), data) == [f"images/train/{name}" for name in expected]
+
+
+def test_a_split_may_be_several_folders(data):
+    data.write_text(TEXT.replace("images/train", "[images/train, images/val]"))
+    assert names(images(data, "train"), data) == ["images/train/a.jpg", "images/train/b.jpg", "images/val/c.jpg"]
+
+
+def test_a_split_may_be_a_list(data, monkeypatch):
+    monkeypatch.chdir(data.parent.parent)
+    absolute = data.parent / "images" / "train" / "a.jpg"
+    # ./ is relative to the list, anything else to the current folder, as Ultralytics reads it.
+    (data.parent / "train.txt").write_text(f"./images/val/c.jpg\n{absolute}\nset/images/train/b.jpg\n\n./notes.md\n")
+    (data.parent / "notes.md").write_text("")
+    data.write_text(TEXT.replace("images/train", "train.txt"))
+    assert names(images(data, "train"), data) == ["images/train/a.jpg", "images/train/b.jpg", "images/val/c.jpg"]
+
+
+def test_a_list_with_a_missing_image_names_it(data):
+    (data.parent / "train.txt").write_text("./images/train/a.jpg\n./images/train/z.jpg\n")
+    data.write_text(TEXT.replace("images/train", "train.txt"))
+    with pytest.raises(DataError, match=r"train\.txt lists .*z\.jpg, which does not exist"):
+        images(data, "train")
+
+
+def test_an_absent_split_is_an_error(data):
+    with pytest.raises(DataError, match="has no 'test' split"):
+        images(data, "test")
+
+
+def test_path_is_honoured_as_ultralytics_does_it(data, monkeypatch, tmp_path):
+    elsewhere = tmp_path / "yaml" / "data.yaml"
+    elsewhere.parent.mkdir()
+    expected = [data.parent / "images" / "val" / "c.jpg"]
+
+    elsewhere.write_text(f"path: {data.parent}\n{TEXT}")
+    assert images(elsewhere, "val") == expected
+
+    elsewhere.write_text(f"path: set\n{TEXT}")  # relative to the current folder, not to the YAML
+    monkeypatch.chdir(tmp_path)
+    assert images(elsewhere, "val") == expected
+
+    monkeypatch.chdir(elsewhere.parent)
+    monkeypatch.setattr("ultralytics.utils.DATASETS_DIR", tmp_path)
+    assert images(elsewhere, "val") == expected
+
+    monkeypatch.setattr("ultralytics.utils.DATASETS_DIR", tmp_path / "none")
+    with pytest.raises(DataError, match=r"none/set/images/val, which is no folder"):
+        images(elsewhere, "val")
+
+
+def test_a_folder_one_too_far_up_is_found_beside_the_yaml(data):
+    data.write_text(TEXT.replace("images/val", "../images/val"))
+    assert names(images(data, "val"), data) == ["images/val/c.jpg"]
+
+
+def test_class_names_may_be_a_mapping_in_any_order(data):
+    data.write_text(TEXT.replace("[cat, dog]", "{1: dog, 0: 5}") + "nc: 2\n")
+    assert list(class_names(data).items()) == [(0, "5"), (1, "dog")]
+
+
+@pytest.mark.parametrize(
+    ("image", "label"),
+    [
+        ("/data/images/train/a.jpg", "/data/labels/train/a.txt"),
+        ("/images/set/images/a.b.png", "/images/set/labels/a.b.txt"),
+        ("/data/train/a.jpg", "/data/train/a.txt"),
+        ("/data/my_images/a.jpg", "/data/my_images/a.txt"),
+        ("/data/train/images.jpg", "/data/train/images.txt"),
+    ],
+)
+def test_labels_lie_where_ultralytics_looks(image, label):
+    from ultralytics.data.utils import img2label_paths
+
+    assert label_file(Path(image)) == Path(label)
+    assert img2label_paths([image]) == [label]
+
+
+def test_the_images_are_those_that_ultralytics_takes():
+    from ultralytics.data.utils import IMG_FORMATS
+
+    assert {suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES} == IMG_FORMATS
+
+
+@pytest.mark.parametrize("digest", [lambda data: data_hash(data, "train"), fingerprint], ids=["data_hash", "fast"])
+def test_a_moved_set_keeps_its_hash(data, tmp_path, digest):
+    copy = tmp_path / "moved" / "copy"
+    shutil.copytree(data.parent, copy)
+    assert digest(copy / "data.yaml") == digest(data)
+
+
+@pytest.mark.parametrize(
+    ("change", "seen", "seen_fast"),
+    [
+        pytest.param(lambda root: (root / "images/train/a.jpg").write_text("TRAIN/A"), True, False, id="image bytes"),
+        pytest.param(lambda root: (root / "images/train/a.jpg").write_text("longer than"), True, True, id="image size"),
+        pytest.param(lambda root: (root / "labels/train/a.txt").write_text("0 0 0 1 1"), True, True, id="label"),
+        pytest.param(lambda root: (root / "labels/train/a.txt").unlink(), True, True, id="label gone"),
+        pytest.param(
+            lambda root: (root / "images/train/a.jpg").rename(root / "images/train/A.jpg"), True, True, id="image name"
+        ),
+        pytest.param(lambda root: (root / "images/val/c.jpg").write_text("x"), False, True, id="another split"),
+    ],
+)
+def test_hashes_see_changes(data, change, seen, seen_fast):
+    before, before_fast = data_hash(data, "train"), fingerprint(data)
+    change(data.parent)
+    assert (data_hash(data, "train") != before, fingerprint(data) != before_fast) == (seen, seen_fast)
+
+
+def test_the_hash_is_that_of_names_and_bytes(data):
+    import hashlib
+
+    def sized(content: bytes) -> bytes:
+        return len(content).to_bytes(8, "little") + content
+
+    expected = [b"images/val/c.jpg", b"val/c", b"1 0.5 0.5 0.2 0.1\n"]
+    assert data_hash(data, "val") == hashlib.sha256(b"".join(map(sized, expected))).hexdigest()
