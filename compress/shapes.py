@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     # An outline in a disc of radius 1: polygons filled together by the even-odd rule (a hole is a polygon within).
     # A figure is the union of such parts.
     Figure = list[list[np.ndarray]]
+
+    # Draws a thing at 255 into a fine mask that shows `margin` pixels (the second argument) more on every side.
+    Painter = Callable[[np.ndarray, int], None]
 
 # Raise it whenever the same seed gives other pictures, so that a set of an older version is not taken for a new one.
 GENERATOR = 1
@@ -196,9 +199,6 @@ _DISTRACTORS = (_disc, _rectangle, _half_disc, _hexagon, _angle)
 
 
 # ------------------------------------------------------------------------------------------------------------ scene
-
-# Draws a figure at 255 into a fine mask that shows `margin` pixels more than the picture on every side.
-Painter = Any
 
 
 def _scene(rng: np.random.Generator, side: int) -> list[tuple[int | None, Painter]]:

@@ -38,7 +38,7 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path):
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-def test_another_seed_gives_other_pictures(tmp_path):
+def test_another_seed_gives_other_pictures():
     first, second = draw([1, 0, 0], 64)[0], draw([2, 0, 0], 64)[0]
     assert not np.array_equal(first, second)
 
@@ -92,7 +92,7 @@ def test_boxes_enclose_what_is_visible(monkeypatch, things, labels):
     assert draw([0], 100)[1] == [pytest.approx(label) for label in labels]
 
 
-def paint_upright(monkeypatch, name: str) -> np.ndarray:
+def painted(name: str) -> np.ndarray:
     """Return a figure of radius 30 in the middle of 100 × 100 pixels, as drawn (True where it is)."""
     mask = np.zeros((300, 300), np.uint8)
     rng = np.random.default_rng(3)
@@ -104,8 +104,8 @@ def paint_upright(monkeypatch, name: str) -> np.ndarray:
     ("name", "middle_is_filled"),
     [("ring", False), ("triangle", True), ("star", True), ("cross", True), ("gear", False)],
 )
-def test_figures_have_their_size_and_holes(monkeypatch, name, middle_is_filled):
-    mask = paint_upright(monkeypatch, name)
+def test_figures_have_their_size_and_holes(name, middle_is_filled):
+    mask = painted(name)
     rows, columns = np.nonzero(mask)
     assert bool(mask[150, 150]) is middle_is_filled
     # Squeezed to three quarters at most; sheared and square-ended figures reach somewhat beyond the radius.
@@ -113,10 +113,10 @@ def test_figures_have_their_size_and_holes(monkeypatch, name, middle_is_filled):
     assert 0.7 * 30 < reach < 1.2 * 30
 
 
-def test_a_key_is_one_piece_with_one_hole(monkeypatch):
+def test_a_key_is_one_piece_with_one_hole():
     import cv2
 
-    mask = paint_upright(monkeypatch, "key").astype(np.uint8)
+    mask = painted("key").astype(np.uint8)
     _, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     outer = [entry for entry in hierarchy[0] if entry[3] == -1]
     assert (len(outer), len(hierarchy[0]) - len(outer)) == (1, 1)
