@@ -1,0 +1,1 @@
+"""Pipelines, budgets, models and data sets as YAML files, ready to copy."""

@@ -1,0 +1,54 @@
+"""Every command answers --help at once, without the heavy libraries, and a typing mistake in a line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("torch", "torchvision", "ultralytics", "onnx", "onnxruntime", "plotly")
+RUN = f"""
+import runpy, sys
+module = sys.argv[1]
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+finally:
+    print("imported:", *sorted(set({HEAVY}) & set(sys.modules)))
+"""
+COMMANDS = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for package in ("compress", "export", "benchmark")
+    for path in (ROOT / package).glob("**/*.py")
+    if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8") and path.name != "worker.py"
+)
+
+
+def start(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", RUN, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_all_stages_are_commands() -> None:
+    stages = {"compress.run", "compress.train", "compress.sparsify", "compress.prune", "compress.finetune"}
+    assert stages | {"export.onnx", "benchmark.latency", "benchmark.accuracy"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_needs_no_heavy_library(command: str) -> None:
+    done = start(command, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Usage:" in done.stdout
+    assert done.stdout.splitlines()[-1].strip() == "imported:"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_unknown_option_is_named(command: str) -> None:
+    done = start(command, "--no-such-option")
+    assert done.returncode == 2
+    assert "--no-such-option" in done.stderr
+    assert "Traceback" not in done.stderr
