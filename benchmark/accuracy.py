@@ -112,10 +112,21 @@ def _validator(
     from ultralytics.data.utils import check_det_dataset
     from ultralytics.models.yolo.detect import DetectionValidator
 
+    from compress.labels import FreshLabels
+
     args = {"data": str(data), "split": split, "imgsz": imgsz, "rect": False, "plots": False, "device": "cpu"}
     validator = DetectionValidator(save_dir=scratch, args=args)
     content = check_det_dataset(str(data), autodownload=False, split=split)
-    images = _labelled_images(content, split, imgsz, validator.args)
+    # Not `rect`: every image gets the same square, which exported models take.
+    images = FreshLabels(
+        img_path=content[split],
+        imgsz=imgsz,
+        augment=False,
+        hyp=validator.args,
+        rect=False,
+        data=content,
+        task="detect",
+    )
     if not any(len(label["cls"]) for label in images.labels):
         raise DataError(f"{data} has no labels for its {split} images: mAP needs at least one labelled object")
     validator.training = False
@@ -125,25 +136,6 @@ def _validator(
     network: Any = SimpleNamespace(names=names, end2end=end2end)
     validator.init_metrics(network)
     return validator
-
-
-def _labelled_images(content: dict[str, Any], split: str, imgsz: int, args: Any) -> Any:
-    """Return Ultralytics' data set, made to keep its label cache away from the data folder.
-
-    Reading that cache would unpickle a file that came with the data; writing it would change the user's folder.
-    """
-    import tempfile
-
-    from ultralytics.data.dataset import YOLODataset
-
-    class FreshLabels(YOLODataset):
-        def _load_or_scan_cache(self, cache_path: Path, cache_hash: str) -> tuple[dict[str, Any], bool]:  # noqa: ARG002
-            with tempfile.TemporaryDirectory() as folder:
-                return self.cache_labels(Path(folder) / cache_path.name), False
-
-    return FreshLabels(
-        img_path=content[split], imgsz=imgsz, augment=False, hyp=args, rect=False, data=content, task="detect"
-    )
 
 
 def _measure(validator: DetectionValidator, runner: ModuleType, session: Any, model: Path) -> None:

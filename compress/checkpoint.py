@@ -51,7 +51,7 @@ def build_model(cfg: str | dict[str, Any], nc: int | None = None) -> nn.Module:
 
     with quiet():
         try:
-            return DetectionModel(copy.deepcopy(cfg), nc=nc, verbose=False).eval()
+            return DetectionModel(copy.deepcopy(cfg), nc=nc, verbose=False)  # type: ignore[arg-type]  (a dict serves too).eval()
         except (FileNotFoundError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             name = cfg if isinstance(cfg, str) else cfg.get("yaml_file", "the model YAML")
             raise CheckpointError(f"{name} does not describe a model of Ultralytics' form: {error}") from None
@@ -123,7 +123,7 @@ def _open(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     if not isinstance(model, torch.nn.Module):
         raise CheckpointError(f"{path} holds no Ultralytics model: train or convert it first")
     model = model.float().eval()
-    model.pt_path = str(path)
+    model.pt_path = str(path)  # type: ignore[assignment]  (Ultralytics keeps it there)
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return model, checkpoint

@@ -6,6 +6,17 @@ import errno
 import sys
 from collections.abc import Callable
 
+# What the user's disk and paths answer; any other OSError is a fault of ours and keeps its traceback.
+_REMEDIES = {
+    errno.ENOSPC: "free some space or choose another --output",
+    errno.EDQUOT: "free some space or choose another --output",
+    errno.EROFS: "choose another --output",
+    errno.EACCES: "change its permissions or choose another --output",
+    errno.EEXIST: "choose another --output",
+    errno.ENOTDIR: "choose another --output",
+    errno.ENAMETOOLONG: "choose a shorter --output",
+}
+
 
 class EspalierError(Exception):
     """A mistake that the user can mend. Its message is one line: what is wrong, then what to do."""
@@ -60,14 +71,18 @@ def run_app(app: Callable[[], object]) -> None:
         app()
     except EspalierError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Typer turns Ctrl-C into a silent exit with code 130.
+        if isinstance(stop, SystemExit) and stop.code != 130:
+            raise
         print("\ninterrupted: run the same command again to resume", file=sys.stderr)
         raise SystemExit(130) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        remedy = _REMEDIES.get(error.errno or 0)
+        if remedy is None:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        _fail(f"{error.strerror}{where}: free some space or choose another --output, then run the same command again")
+        _fail(f"{error.strerror}{where}: {remedy}, then run the same command again")
 
 
 def _fail(message: str) -> None:

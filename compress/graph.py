@@ -273,7 +273,7 @@ class training_head:  # noqa: N801  (reads as a statement: `with training_head(m
     """Put the detection head, and it alone, in training mode: it then returns the raw maps of all its branches."""
 
     def __init__(self, model: nn.Module) -> None:
-        layers = getattr(model, "model", None)
+        layers: Any = getattr(model, "model", None)
         self.model = model
         self.head = layers[-1] if hasattr(layers, "__getitem__") and hasattr(model, "stride") else None
 
@@ -434,6 +434,7 @@ def masked_outputs(graph: Graph, image: Tensor, keep: list[np.ndarray]) -> list[
         The outputs in order, without the removed channels, as the pruned model returns them.
     """
     import torch
+    from torch.fx.node import map_arg
 
     program = graph.program
     names = {**program.graph_signature.inputs_to_parameters, **program.graph_signature.inputs_to_buffers}
@@ -455,7 +456,7 @@ def masked_outputs(graph: Graph, image: Tensor, keep: list[np.ndarray]) -> list[
             name = names.get(node.name) or constants.get(node.name)
             values[node] = stored[name] if name else image
         elif node.op == "call_function":
-            arguments = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
+            arguments = map_arg((node.args, node.kwargs), lambda n: values[n])
             value = node.target(*arguments[0], **arguments[1])
             if node.name in graph.descriptions and isinstance(value, torch.Tensor) and not (mask := kept(node)).all():
                 # In place where the operation itself is: later readers of its input see the change in both.
@@ -465,7 +466,7 @@ def masked_outputs(graph: Graph, image: Tensor, keep: list[np.ndarray]) -> list[
         else:
             return [_select(values[o], kept(o)) for o in _output_nodes(graph, node)]
         for source in dying[node]:
-            if not _is_output(graph, source):
+            if not _is_output(source):
                 del values[source]
     raise AssertionError("an exported graph ends with its output")
 
@@ -480,7 +481,7 @@ def _output_nodes(graph: Graph, output: Any) -> list[Any]:
     return [node for node in output.args[0] if getattr(node, "name", None) in user]
 
 
-def _is_output(graph: Graph, node: Any) -> bool:
+def _is_output(node: Any) -> bool:
     return any(user.op == "output" for user in node.users)
 
 

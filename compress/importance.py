@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -44,7 +44,7 @@ def batch_norm_scales(graph: Graph, model: nn.Module) -> dict[str, np.ndarray]:
     """Return |γ| of every batch norm whose channels can be followed, by the name of γ, shape (channels,)."""
     from torch.nn.modules.batchnorm import _BatchNorm
 
-    modules = dict(model.named_modules())
+    modules: dict[str, Any] = dict(model.named_modules())
     return {
         axis.tensor: modules[axis.tensor.rpartition(".")[0]].weight.detach().abs().double().cpu().numpy()
         for axis in graph.axes

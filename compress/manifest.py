@@ -46,7 +46,7 @@ def write_bytes_atomic(path: Path, content: bytes) -> None:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -96,9 +96,10 @@ def is_finished(folder: Path, stage: str, config: Mapping[str, Any], parents: Ma
     if not path.exists():
         return False
     manifest = read_json(path)
-    if manifest.get("schema") != SCHEMA:
+    schema = manifest.get("schema") if isinstance(manifest, dict) else None
+    if schema != SCHEMA:
         raise RunError(
-            f"{path} has schema {manifest.get('schema')}, this version reads schema {SCHEMA}: "
+            f"{path} has schema {schema}, this version reads schema {SCHEMA}: "
             "choose another --output, or delete the folder"
         )
     if manifest["stage"] != stage:
@@ -116,12 +117,14 @@ def begin(folder: Path, stage: str, config: Mapping[str, Any], parents: Mapping[
     Work of another configuration is moved aside to `NAME.1`, `NAME.2` …, never overwritten.
 
     Raises:
-        RunError: the folder holds files that no stage wrote.
+        RunError: the folder holds files that no stage wrote, or is a file.
     """
     identity = {"schema": SCHEMA, "stage": stage, "config": _plain(config), "parents": dict(parents)}
     started = folder / STARTED
     if started.exists() and not (folder / MANIFEST).exists() and read_json(started) == identity:
         return True
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is a file: choose another --output")
     if folder.exists() and any(folder.iterdir()):
         if not started.exists() and not (folder / MANIFEST).exists():
             raise RunError(f"{folder} is not empty and holds no stage of Espalier: choose another --output")

@@ -106,7 +106,7 @@ def prune(model: Path, data: Path, settings: Prune, imgsz: int, seed: int, outpu
         manifest.begin(output, "prune", config, parents)
         save_plan(planned.plan, output / PLAN)
         checkpoint.save_model(pruned, result, {**checkpoint.load_training_args(model), "imgsz": imgsz})
-        metrics = planned.metrics() | {"oracle_error": error}
+        metrics = {**planned.metrics(), "oracle_error": error}
         manifest.finish(output, "prune", config, parents, [MODEL, PLAN], metrics, seed)
     before, after = metrics["macs"]
     print(f"prune: {result} (MACs {after / before:.1%}, oracle error {error:.1e})")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -57,8 +57,9 @@ def letterboxed(images: list[Path], imgsz: int) -> torch.Tensor:
     box = LetterBox((imgsz, imgsz), auto=False)
     arrays = []
     for path in images:
-        pixels = imread(str(path))
+        pixels: Any = imread(str(path))
         if pixels is None:
             raise DataError(f"{path} is not an image that can be read: mend or remove it")
-        arrays.append(box(image=pixels)[..., ::-1].transpose(2, 0, 1))
+        square: Any = box(image=pixels)
+        arrays.append(square[..., ::-1].transpose(2, 0, 1))
     return torch.from_numpy(np.ascontiguousarray(np.stack(arrays))).float() / 255.0

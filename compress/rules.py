@@ -181,7 +181,7 @@ def concatenation(walk: Walk, node: Node) -> Result:
     if any(not only_in(part, dim) for part in parts):
         return _stack_over_space(walk, node, parts, dim)
     sizes = [walk.shape(source)[dim] for source in sources]
-    return in_dim(np.concatenate([along(p, dim, n) for p, n in zip(parts, sizes, strict=True)]), rank, dim)
+    return in_dim(np.concatenate([along(p, n) for p, n in zip(parts, sizes, strict=True)]), rank, dim)
 
 
 def _stack_over_space(walk: Walk, node: Node, parts: list[np.ndarray], dim: int) -> Result:
@@ -216,8 +216,8 @@ def split(walk: Walk, node: Node) -> Result:
 @rule("getitem")
 def getitem(walk: Walk, node: Node) -> Result:
     """One of several results."""
-    several = walk.slots(node.args[0])
-    return several[node.args[1]] if isinstance(several, list) else walk.fixed_like(node)
+    several, index = walk.slots(node.args[0]), node.args[1]
+    return several[index] if isinstance(several, list) and isinstance(index, int) else walk.fixed_like(node)
 
 
 @rule("slice")
@@ -296,7 +296,7 @@ def _channels(walk: Walk, node: Node, source: Any, dim: int, size: int) -> np.nd
     """Return the slots that a layer reads in `dim`, shape (size,); anything that reaches it otherwise is frozen."""
     slots = walk.slots(source)
     if only_in(slots, dim):
-        return along(slots, dim, size)
+        return along(slots, size)
     walk.freeze(source, f"channels outside dimension {dim} reach {walk.place(node)}")
     return np.full(size, FIXED)
 

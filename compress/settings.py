@@ -25,35 +25,37 @@ class LayerRule(Strict):
     """What the layers whose names match a glob may keep; a value that is not given is inherited."""
 
     layers: str = Field(description="glob over layer names, such as 'model.0.*' or 'model.22.cv2.*'")
-    multiple_of: int | None = Field(None, ge=1)
+    multiple_of: int | None = Field(default=None, ge=1)
     power_of_two: bool | None = None
-    min_width: int | None = Field(None, ge=1)
-    max_removed: float | None = Field(None, ge=0.0, le=1.0)
+    min_width: int | None = Field(default=None, ge=1)
+    max_removed: float | None = Field(default=None, ge=0.0, le=1.0)
     freeze: bool = False
 
 
 class Budget(Strict):
     """The widths that a device likes. See configs/budgets/ for measured ones."""
 
-    multiple_of: int = Field(8, ge=1, description="channel counts are multiples of this")
-    power_of_two: bool = Field(False, description="channel counts are powers of two")
-    min_width: int = Field(8, ge=1, description="no layer becomes narrower than this")
-    max_removed: float = Field(0.75, ge=0.0, le=1.0, description="largest share of channels that one group may lose")
-    rules: tuple[LayerRule, ...] = Field((), description="per-layer overrides, the last match wins")
-    source: str = Field("", description="where the rule comes from")
+    multiple_of: int = Field(default=8, ge=1, description="channel counts are multiples of this")
+    power_of_two: bool = Field(default=False, description="channel counts are powers of two")
+    min_width: int = Field(default=8, ge=1, description="no layer becomes narrower than this")
+    max_removed: float = Field(
+        default=0.75, ge=0.0, le=1.0, description="largest share of channels that one group may lose"
+    )
+    rules: tuple[LayerRule, ...] = Field(default=(), description="per-layer overrides, the last match wins")
+    source: str = Field(default="", description="where the rule comes from")
 
 
 class Training(Strict):
     """One training: Ultralytics' names, Ultralytics' meanings."""
 
     epochs: int = Field(ge=0)
-    batch: int = Field(16, ge=1)
+    batch: int = Field(default=16, ge=1)
     optimizer: str = "auto"
-    lr0: float = Field(0.01, gt=0.0)
-    lrf: float = Field(0.01, gt=0.0)
+    lr0: float = Field(default=0.01, gt=0.0)
+    lrf: float = Field(default=0.01, gt=0.0)
     cos_lr: bool = False
-    warmup_epochs: float = Field(3.0, ge=0.0)
-    close_mosaic: int = Field(10, ge=0)
+    warmup_epochs: float = Field(default=3.0, ge=0.0)
+    close_mosaic: int = Field(default=10, ge=0)
     amp: bool = True
     args: dict[str, Any] = Field(default_factory=dict, description="any other Ultralytics training argument")
 
@@ -64,27 +66,37 @@ class Sparsity(Training):
     # Adam would divide the constant pull of the penalty by its own magnitude, and λ would mean nothing.
     optimizer: str = "SGD"
 
-    sr: float = Field(1e-4, ge=0.0, description="penalty λ, added to the gradient of γ as λ·γ/‖γ‖ per coupled unit")
-    sr_decay: float = Field(0.1, gt=0.0, le=1.0, description="share of λ that is left at the last epoch (linear)")
-    start: Literal["train", "model"] = Field("train", description="start from the trained model or from `model` itself")
+    sr: float = Field(
+        default=1e-4, ge=0.0, description="penalty λ, added to the gradient of γ as λ·γ/‖γ‖ per coupled unit"
+    )
+    sr_decay: float = Field(
+        default=0.1, gt=0.0, le=1.0, description="share of λ that is left at the last epoch (linear)"
+    )
+    start: Literal["train", "model"] = Field(
+        default="train", description="start from the trained model or from `model` itself"
+    )
 
 
 class Finetune(Training):
     """Fine-tuning of the pruned model, with the dense model as the teacher unless told otherwise."""
 
-    distill: bool = Field(True, description="distil from the dense model (Ultralytics' feature distillation)")
-    dis: float = Field(6.0, gt=0.0, description="weight of the distillation loss")
+    distill: bool = Field(default=True, description="distil from the dense model (Ultralytics' feature distillation)")
+    dis: float = Field(default=6.0, gt=0.0, description="weight of the distillation loss")
 
 
 class Prune(Strict):
     """How much to remove (one of percent, macs, params), by which importance, under which budget."""
 
-    percent: float | None = Field(None, ge=0.0, lt=1.0, description="share of the prunable channels to remove")
-    macs: Share | None = Field(None, description="MACs of the pruned model as a share of the dense model's")
-    params: Share | None = Field(None, description="parameters of the pruned model as a share of the dense model's")
+    percent: float | None = Field(default=None, ge=0.0, lt=1.0, description="share of the prunable channels to remove")
+    macs: Share | None = Field(default=None, description="MACs of the pruned model as a share of the dense model's")
+    params: Share | None = Field(
+        default=None, description="parameters of the pruned model as a share of the dense model's"
+    )
     importance: Importance = "bn"
     budget: Budget = Budget()
-    recalibrate_images: int = Field(256, ge=0, description="training images that re-estimate batch-norm statistics")
+    recalibrate_images: int = Field(
+        default=256, ge=0, description="training images that re-estimate batch-norm statistics"
+    )
 
     @model_validator(mode="after")
     def _one_target(self) -> Prune:
@@ -97,16 +109,16 @@ class Prune(Strict):
 class Export(Strict):
     """ONNX export."""
 
-    opset: int = Field(17, ge=13, le=22)
+    opset: int = Field(default=17, ge=13, le=22)
     simplify: bool = True
-    parity_images: int = Field(16, ge=1, description="real images on which ONNX must equal PyTorch")
+    parity_images: int = Field(default=16, ge=1, description="real images on which ONNX must equal PyTorch")
 
 
 class Benchmark(Strict):
     """Latency and accuracy of the dense and the pruned model."""
 
     runtimes: tuple[Runtime, ...] = ("torch", "onnxruntime")
-    threads: int = Field(1, ge=1)
+    threads: int = Field(default=1, ge=1)
     mode: Literal["quick", "standard", "mlperf"] = "quick"
     split: Literal["train", "val", "test"] = "val"
 
@@ -117,9 +129,9 @@ class Run(Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run folder is runs/NAME")
     model: str = Field(description="a checkpoint (.pt) or an architecture (.yaml)")
     data: str = Field(description="a data set YAML of Ultralytics' form, or 'shapes' for the generated one")
-    imgsz: int = Field(640, ge=32)
+    imgsz: int = Field(default=640, ge=32)
     device: str = "cpu"
-    workers: int = Field(8, ge=0)
+    workers: int = Field(default=8, ge=0)
     seed: int = 0
     train: Training
     sparsify: Sparsity
@@ -178,7 +190,11 @@ def parse(kind: type[Section], content: dict[str, Any], source: str) -> Section:
 
     try:
         # Through JSON, so that strict typing still takes a YAML list where a tuple is meant.
-        return kind.model_validate_json(json.dumps(content, default=str))
+        text = json.dumps(content, default=str)
+    except (TypeError, ValueError) as error:  # a date as a key, or a mapping that holds itself
+        raise SettingsError(f"{source} holds what a configuration cannot: {error}") from None
+    try:
+        return kind.model_validate_json(text)
     except ValidationError as error:
         mistakes = [_describe(item) for item in error.errors()]
         raise SettingsError(f"{source}: {'; '.join(mistakes)}") from None

@@ -99,8 +99,8 @@ def only_in(slots: np.ndarray, dim: int) -> bool:
     return all(d == dim for d in carried(slots))
 
 
-def along(slots: np.ndarray, dim: int, size: int) -> np.ndarray:
-    """Return the slots of dimension `dim`, shape (size,); the tensor must carry channels there alone or nowhere."""
+def along(slots: np.ndarray, size: int) -> np.ndarray:
+    """Return the slots of a dimension of `size`, shape (size,); the tensor carries channels there alone or nowhere."""
     flat = slots.reshape(-1)
     return np.broadcast_to(flat, (size,)) if flat.size == 1 else flat
 

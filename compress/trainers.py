@@ -9,11 +9,12 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
+from ultralytics.data.utils import check_det_dataset
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import DEFAULT_CFG_DICT, RANK
 from ultralytics.utils.torch_utils import unwrap_model
@@ -22,6 +23,7 @@ from compress.checkpoint import load_model, plans_of
 from compress.errors import CheckpointError, EspalierError, PlanError, SettingsError
 from compress.graph import build_graph
 from compress.importance import batch_norm_scales
+from compress.labels import fresh_labels
 from compress.manifest import read_json, write_bytes_atomic, write_json
 from compress.settings import Sparsity, Training
 from compress.slots import FIXED
@@ -39,6 +41,16 @@ NEAR_ZERO = 0.05  # |γ| below this share of the mean |γ| at the start counts a
 
 class PlanTrainer(DetectionTrainer):
     """A detection trainer that keeps the shape of a pruned checkpoint, where Ultralytics would rebuild its YAML."""
+
+    def get_dataset(self) -> dict[str, Any]:
+        """Return the data set that its YAML describes; nothing that the YAML says is run or downloaded."""
+        data = check_det_dataset(str(self.args.data), autodownload=False, split=self.args.split)
+        return data | {"names": {0: "item"}, "nc": 1} if self.args.single_cls else data
+
+    def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None) -> Any:
+        """Return the images and labels of a split, without a label cache of anybody."""
+        with fresh_labels():
+            return super().build_dataset(img_path, mode, batch)
 
     def get_model(
         self, cfg: str | dict | None = None, weights: nn.Module | None = None, verbose: bool = True
@@ -64,7 +76,7 @@ class PlanTrainer(DetectionTrainer):
         model.names = self.data["names"]
         return model
 
-    def save_model(self) -> bool:
+    def save_model(self) -> Literal[True]:
         """Save as Ultralytics does, then keep a whole copy to resume from."""
         saved = super().save_model()
         write_bytes_atomic(self.wdir / RESUME, self.last.read_bytes())
@@ -82,10 +94,11 @@ class SparsityTrainer(PlanTrainer):
         super()._setup_train()
         settings = read_json(Path(self.save_dir).parent / SPARSITY)
         self.sr, self.sr_decay = float(settings["sr"]), float(settings["sr_decay"])
-        model = unwrap_model(self.model)
+        model: Any = unwrap_model(self.model)  # type: ignore[arg-type]  (a module from here on)
         graph = build_graph(model, _TRACE_IMGSZ, self.data["channels"])
         self.penalty = GroupPenalty(graph, model)
-        self.optimizer.register_step_pre_hook(lambda *_: self.penalty.add_gradient(self.current_sr()))
+        optimizer: Any = self.optimizer
+        optimizer.register_step_pre_hook(lambda *_: self.penalty.add_gradient(self.current_sr()))
         if RANK in (-1, 0):
             self.gamma_log = GammaLog(graph, Path(self.save_dir).parent, model)
             self.add_callback("on_fit_epoch_end", SparsityTrainer.log_gammas)
@@ -98,8 +111,8 @@ class SparsityTrainer(PlanTrainer):
     def log_gammas(self) -> None:
         """Write γ histograms, the near-zero share and the metrics of this epoch to TensorBoard."""
         if self.epoch < self.epochs:  # Ultralytics calls once more after its final evaluation
-            ema = self.ema.ema
-            self.gamma_log.write(ema, self.epoch, self.current_sr(), dict(self.metrics or {}))
+            ema: Any = self.ema
+            self.gamma_log.write(ema.ema, self.epoch, self.current_sr(), dict(self.metrics or {}))
 
 
 class GroupPenalty:
