@@ -64,7 +64,7 @@ class Mode:
 
 
 MODES = {
-    "quick": Mode(100, 2.0, 0.1, "quick: for development, not for publication"),
+    "quick": Mode(100, 2.0, 0.1, "quick, for development, not for publication"),
     "standard": Mode(512, 20.0, 0.5, "standard"),
     "mlperf": Mode(1024, 60.0, 1.0, "at least 1024 queries and 60 s"),
 }
@@ -210,7 +210,7 @@ def measure(
             "seed": seed,
             "input": "uniform noise in [0, 1), float32 NCHW, the same for every query",
             "timed": "inference only, host clock",
-            "interval": f"{statistics.LEVEL:.0%}, bootstrap over rounds, {statistics.RESAMPLES} resamples",
+            "interval": f"{100 * statistics.LEVEL:g} %, bootstrap over rounds, {statistics.RESAMPLES} resamples",
             "seconds": round(elapsed_s, 1),
         },
         "noisy": bool(noise),
@@ -455,7 +455,7 @@ def _print_table(record: dict[str, Any]) -> None:
 
     protocol = record["protocol"]
     ratios = {(c["model"], c["runtime"]): f"{c['speedup']:.2f}× {_span(c['interval'])}" for c in record["comparisons"]}
-    title = f"latency at {protocol['imgsz']} px, {protocol['threads']} thread(s) ({protocol['label']})"
+    title = f"latency at {protocol['imgsz']} px, threads: {protocol['threads']} ({protocol['label']})"
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in ("model", "runtime"):
         table.add_column(name)

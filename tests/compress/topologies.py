@@ -197,7 +197,12 @@ class SpatialGate(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.gate, self.b, self.head = Block(3, 8), nn.Conv2d(1, 1, 3, padding=1), Block(8, 8), nn.Conv2d(8, 4, 1)
+        self.a, self.gate, self.b, self.head = (
+            Block(3, 8),
+            nn.Conv2d(1, 1, 3, padding=1),
+            Block(8, 8),
+            nn.Conv2d(8, 4, 1),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.a(x)

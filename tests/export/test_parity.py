@@ -103,7 +103,7 @@ def test_an_end2end_head_that_detects_nothing_is_still_compared(
 ) -> None:
     for name, bias in (("a", -3.0), ("b", -2.9)):
         model: Any = load_model(end2end)
-        for layers in model.model[-1].cv3:
+        for layers in model.model[-1].one2one_cv3:
             layers[-1].weight.data.zero_()
             layers[-1].bias.data.fill_(bias)
         save_model(model, tmp_path / f"{name}.pt", {})

@@ -1,0 +1,367 @@
+from __future__ import annotations
+
+import copy
+import json
+import re
+import struct
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from benchmark import report
+from benchmark.pages import Code, Table, Text, to_html, to_markdown
+from compress.errors import run_app
+
+HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)">| `[red]*_$\\frac\n# x\x1b[31m %{x} &amp;'
+
+
+def summary(name: str = "demo") -> dict[str, Any]:
+    """A run that halved the latency in onnxruntime and brought a quarter less than that in torch."""
+    return {
+        "name": name,
+        "imgsz": 160,
+        "data": "shapes.yaml",
+        "split": "test",
+        "dense": {
+            "map50_95": 0.603,
+            "map50": 0.9,
+            "params": 3_000_000,
+            "macs": 1_000_000_000,
+            "file_bytes": 12_000_000,
+            "epochs": 20,
+            "latency_ms": {"torch": {"p50": 30.0, "p90": 33.0}, "onnxruntime": {"p50": 20.0, "p90": 22.0}},
+        },
+        "pruned": {
+            "map50_95": 0.592,
+            "map50": 0.91,
+            "params": 1_200_000,
+            "macs": 400_000_000,
+            "file_bytes": 4_800_000,
+            "epochs": 20,
+            "latency_ms": {"torch": {"p50": 20.0, "p90": 24.0}, "onnxruntime": {"p50": 10.0, "p90": 11.0}},
+        },
+        "macs_speedup": 2.5,
+        "speedup": {"torch": 1.5, "onnxruntime": 2.0},
+        "speedup_interval": {"torch": [1.4, 1.6], "onnxruntime": [1.9, 2.1]},
+        "realised": {"torch": 0.6, "onnxruntime": 0.8},
+        "parity": {
+            "dense": {
+                "images": 16,
+                "outputs": [{"max_box_error_px": 0.0012, "max_score_error": 3e-6}],
+                "detections": {"torch": 41, "onnxruntime": 41, "unmatched": 0},
+                "passed": True,
+            }
+        },
+        "commands": ["python -m compress.run --config configs/pipelines/demo.yaml"],
+    }
+
+
+def record() -> dict[str, Any]:
+    state = {"governor": None, "frequency_mhz": 2600.0, "temperature_c": None, "load_average": [0.1, 0.2, 0.3]}
+    cells = [
+        {
+            "model": model,
+            "runtime": runtime,
+            "runtime_version": "9.9",
+            "p50_ms": p50,
+            "p90_ms": 1.1 * p50,
+            "p99_ms": 1.2 * p50,
+            "intervals": {"p50_ms": [0.98 * p50, 1.03 * p50]},
+            "queries": 123,
+            "cold_start_ms": 88.4,
+            "peak_memory_bytes": 105_000_000,
+        }
+        for model, runtime, p50 in (
+            ("dense", "torch", 30.0),
+            ("dense", "onnxruntime", 20.0),
+            ("pruned", "torch", 20.0),
+            ("pruned", "onnxruntime", 10.0),
+        )
+    ]
+    return {
+        "cells": cells,
+        "comparisons": [],
+        "device": {
+            "cpu": "Acme 9000",
+            "architecture": "x86_64",
+            "cores": 2,
+            "usable_cores": 2,
+            "memory_bytes": 8_000_000_000,
+            "os": "Debian",
+            "kernel": "Linux 6",
+            "container": None,
+            "virtual_machine": True,
+            "start": state,
+            "end": state,
+            "others_cores": 0.013,
+        },
+        "protocol": {
+            "mode": "standard",
+            "label": "standard",
+            "min_queries": 512,
+            "min_seconds": 20.0,
+            "burst_s": 0.5,
+            "lead_in_queries": 2,
+            "rounds": 41,
+            "imgsz": 160,
+            "batch": 1,
+            "threads": 1,
+            "seed": 0,
+            "input": "noise",
+            "timed": "inference only",
+            "interval": "95 %, bootstrap over rounds",
+            "seconds": 90.0,
+        },
+        "noisy": False,
+        "noise": [],
+    }
+
+
+class Page(HTMLParser):
+    """The tags of a page with the names of their attributes, its links, and its text outside scripts."""
+
+    def __init__(self, content: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, tuple[str, ...]]] = []
+        self.links: list[str] = []
+        self.text = ""
+        self.feed(content)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, tuple(name for name, _ in attrs)))
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action", "data")]
+
+    def handle_data(self, data: str) -> None:
+        if self.tags and self.tags[-1][0] not in ("script", "style"):
+            self.text += f"{data}\n"
+
+
+def write(folder: Path, content: dict[str, Any], measured: dict[str, Any]) -> tuple[Page, str]:
+    folder.mkdir(exist_ok=True)
+    report.write_report(content, measured, folder)
+    return Page((folder / "report.html").read_text()), (folder / "report.md").read_text()
+
+
+def run(*arguments: object) -> int:
+    command = typer.main.get_command(report.app)
+    try:
+        run_app(lambda: command.main([str(argument) for argument in arguments], prog_name="report"))
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def run_folder(root: Path, name: str) -> Path:
+    folder = root / name
+    (folder / "06_benchmark").mkdir(parents=True)
+    (folder / "summary.json").write_text(json.dumps(summary(name)))
+    (folder / "06_benchmark" / "latency.json").write_text(json.dumps(record()))
+    return folder
+
+
+def test_markdown_holds_the_numbers(tmp_path: Path) -> None:
+    _, markdown = write(tmp_path, summary(), record())
+    for row in (
+        "| mAP50-95 | 0.6030 | 0.5920 | −0.0110 |",
+        "| mAP50 | 0.9000 | 0.9100 | +0.0100 |",
+        "| parameters | 3 M | 1.2 M | 2.50× |",
+        "| MACs | 1 G | 400 M | 2.50× |",
+        "| file size | 12 MB | 4.8 MB | 2.50× |",
+        "| training epochs | 20 | 20 |  |",
+        "| onnxruntime p50, ms | 20.00 | 10.00 | 2.00× |",
+        "| torch p90, ms | 33.00 | 24.00 | 1.38× |",
+        "| onnxruntime | 2.00× | 1.90–2.10 | 2.50× | 80 % |",
+        "| pruned, onnxruntime 9.9 | 10.00 | 9.80–10.30 | 11.00 | 12.00 | 123 | 88 | 105 MB |",
+        "| dense | passed | 16 | 0.0012 | 3e-06 | 41 / 41 | 0 |",
+    ):
+        assert row in markdown.splitlines()
+    assert "```sh\npython -m compress.run --config configs/pipelines/demo.yaml\n```" in markdown
+    assert "](pareto.png)" in markdown
+    assert "- container: –" in markdown  # unknown stays unknown
+
+
+def test_the_page_says_the_same_as_the_markdown(tmp_path: Path) -> None:
+    page, _ = write(tmp_path, summary(), record())
+    for text in (report.verdict(summary()), "2.50×", "−0.0110", "9.80–10.30", "Acme 9000", "Reproduce"):
+        assert text in page.text
+
+
+def test_the_page_needs_no_network(tmp_path: Path) -> None:
+    page, _ = write(tmp_path, summary(), record())
+    content = (tmp_path / "report.html").read_text()
+    assert set(page.links) == {"data:,"}
+    assert "default-src 'none'" in content
+    assert "@import" not in content.split("</style>")[0]
+    assert content.count("plotly.js v") == 1  # the library itself
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["pareto.png", "report.html", "report.md"]
+
+
+def test_the_plot_has_a_mark_for_each_model_and_runtime(tmp_path: Path) -> None:
+    write(tmp_path, summary(), record())
+    content = (tmp_path / "report.html").read_text()
+    call = content[content.rindex("Plotly.newPlot(") :]
+    marks = [trace for trace in json.loads(call[call.index("[") : call.index("}],") + 2]) if "error_x" in trace]
+    assert [(trace["x"][0], trace["y"][0]) for trace in marks] == [
+        (30.0, 0.603),
+        (20.0, 0.603),
+        (20.0, 0.592),
+        (10.0, 0.592),
+    ]
+    bar = marks[3]["error_x"]
+    assert (bar["arrayminus"][0], bar["array"][0]) == (pytest.approx(0.2), pytest.approx(0.3))  # 9.8 to 10.3
+    assert "p50 10.00 ms (9.80–10.30)" in marks[3]["hovertext"]
+
+
+def test_the_image_is_a_png_of_the_promised_size(tmp_path: Path) -> None:
+    write(tmp_path, summary(), record())
+    head = (tmp_path / "pareto.png").read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">II", head[16:24]) == (1080, 660)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "interval", "pruned_map", "expected"),
+    [
+        (2.0, [1.9, 2.1], 0.592, "is 2.00 times as fast as the dense one (p50 10.00 ms instead of 20.00 ms), "),
+        (1.01, [0.99, 1.03], 0.592, "is not measurably faster than the dense one"),
+        (0.8, [0.7, 0.9], 0.592, "is slower than the dense one, 0.80 times its speed"),
+        (2.0, None, 0.592, "is 2.00 times as fast"),  # an interval that nobody measured
+        (2.0, [1.9, 2.1], 0.592, "its mAP50-95 is 0.011 lower (0.592 instead of 0.603)."),
+        (2.0, [1.9, 2.1], 0.610, "its mAP50-95 is 0.007 higher (0.610 instead of 0.603)."),
+        (2.0, [1.9, 2.1], 0.6032, "its mAP50-95 is the same (0.603)."),
+        (2.0, [1.9, 2.1], None, "its mAP50-95 is unknown."),
+    ],
+)
+def test_the_verdict_follows_the_numbers(
+    ratio: float, interval: list[float] | None, pruned_map: float | None, expected: str
+) -> None:
+    content = summary()
+    content["speedup"]["onnxruntime"] = ratio
+    content["speedup_interval"]["onnxruntime"] = interval
+    content["pruned"]["map50_95"] = pruned_map
+    assert expected in report.verdict(content)
+
+
+def test_the_verdict_speaks_of_another_runtime_or_of_none() -> None:
+    content = summary()
+    del content["speedup"]["onnxruntime"]
+    assert report.verdict(content).startswith("In torch the pruned model is 1.50 times as fast")
+    content["speedup"] = {}
+    assert report.verdict(content).startswith("The latency was not measured; the mAP50-95 of the pruned model is 0.011")
+
+
+def test_quick_and_noisy_measurements_say_so(tmp_path: Path) -> None:
+    measured = record()
+    _, trusted = write(tmp_path, summary(), measured)
+    assert "> " not in trusted
+    measured["protocol"]["mode"] = "quick"
+    measured["noisy"], measured["noise"] = True, ["other processes kept 1.50 of 2 cores busy"]
+    page, doubted = write(tmp_path, summary(), measured)
+    assert "> Quick measurement: for development, not for publication." in doubted
+    assert "> Noisy measurement: other processes kept 1.50 of 2 cores busy." in doubted
+    assert "Noisy measurement: other processes kept 1.50 of 2 cores busy." in page.text
+
+
+def test_unknown_values_are_a_dash_not_a_guess(tmp_path: Path) -> None:
+    content, measured = summary(), record()
+    content["pruned"]["latency_ms"]["torch"] = {"p50": None, "p90": None}
+    content["parity"] = {}
+    measured["device"]["cpu"] = None
+    measured["cells"][0]["peak_memory_bytes"] = None
+    _, markdown = write(tmp_path, content, measured)
+    assert "| torch p50, ms | 30.00 | – | – |" in markdown
+    assert "on an unknown CPU with one thread" in markdown
+    assert "Not recorded." in markdown
+
+
+def hostile() -> tuple[dict[str, Any], dict[str, Any]]:
+    content, measured = summary(HOSTILE), record()
+    content["data"] = content["split"] = HOSTILE
+    content["commands"] = [HOSTILE]
+    content["parity"] = {HOSTILE: content["parity"]["dense"]}
+    for side in ("dense", "pruned"):
+        content[side]["latency_ms"][HOSTILE] = content[side]["latency_ms"].pop("torch")
+    for table in ("speedup", "speedup_interval", "realised"):
+        content[table][HOSTILE] = content[table].pop("torch")
+    for cell in measured["cells"]:
+        if cell["runtime"] == "torch":
+            cell["runtime"] = HOSTILE
+        cell["runtime_version"] = HOSTILE
+    measured["device"] |= {"cpu": HOSTILE, "os": HOSTILE, "container": HOSTILE}
+    measured["noisy"], measured["noise"] = True, [HOSTILE]
+    return content, measured
+
+
+def test_strange_names_change_no_tag_of_the_page(tmp_path: Path) -> None:
+    content, measured = hostile()
+    harmless = json.loads(json.dumps([content, measured]).replace(json.dumps(HOSTILE)[1:-1], "harmless"))
+    expected, _ = write(tmp_path / "harmless", *harmless)
+    page, markdown = write(tmp_path / "hostile", content, measured)
+    assert page.tags == expected.tags
+    assert "alert(1)" in page.text  # it is there, as text
+    assert "\x1b" not in (tmp_path / "hostile" / "report.html").read_text()
+    assert "<script" not in re.sub(r"```+sh.*?```+", "", markdown, flags=re.DOTALL)
+
+
+def test_strange_names_keep_markdown_tables_and_code_whole(tmp_path: Path) -> None:
+    _, markdown = write(tmp_path, *hostile())
+    tables: list[set[int]] = [set()]
+    for line in markdown.splitlines():
+        if line.startswith("|"):
+            tables[-1].add(len(re.findall(r"(?<!\\)\|", line)))
+        elif tables[-1]:
+            tables.append(set())
+    assert [sorted(widths) for widths in tables if widths] == [[5], [6], [9], [8]]
+    assert not any(line.startswith("# x") for line in markdown.splitlines())
+
+
+def test_blocks_are_escaped_by_hand_computed_examples() -> None:
+    assert to_markdown([Table(["a|b"], [["*c*"]])]) == "| a\\|b |\n| :-- |\n| \\*c\\* |\n"
+    assert to_markdown([Code(["echo ```"])]) == "````sh\necho ```\n````\n"
+    assert '<p class="note">1 &lt; 2 &amp; &quot;3&quot;</p>' in to_html("t", [Text('1 < 2 & "3"', "note")])
+
+
+def test_the_terminal_shows_the_table_and_no_escape_sequences(capsys: pytest.CaptureFixture[str]) -> None:
+    report.print_table(summary())
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "mAP50-95 0.6030 0.5920 −0.0110" in lines
+    assert "onnxruntime 2.00× 1.90–2.10 2.50× 80 %" in lines
+    report.print_table(hostile()[0])
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "[red]" in "".join(out.split())  # not read as markup
+
+
+def test_command_line_rewrites_the_report_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run_folder(tmp_path, "demo")
+    assert run(folder) == 0
+    assert (folder / "report.html").is_file()
+    assert "80 %" in capsys.readouterr().out
+
+
+def test_several_runs_share_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [run_folder(tmp_path, name) for name in ("aligned", "unaligned")]
+    assert run(*folders) == 2
+    assert "add --output DIR" in capsys.readouterr().err
+    assert run(*folders, "--output", tmp_path / "both") == 0
+    markdown = (tmp_path / "both" / "report.md").read_text()
+    assert markdown.startswith("# 2 runs side by side\n")
+    assert "| unaligned, onnxruntime | 0.603 | 0.592 | 2.50× | 2.00× | 80 % |" in markdown
+    assert (tmp_path / "both" / "report.html").read_text().count('"error_x"') == 8
+    assert not (folders[0] / "report.md").exists()
+
+
+def test_a_folder_without_a_finished_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path) == 2
+    assert f"error: {tmp_path / 'summary.json'} does not exist: give the folder" in capsys.readouterr().err
+    folder = run_folder(tmp_path, "old")
+    content = copy.deepcopy(summary())
+    del content["macs_speedup"]
+    (folder / "summary.json").write_text(json.dumps(content))
+    assert run(folder) == 2
+    error = capsys.readouterr().err
+    assert "is incomplete (KeyError('macs_speedup')): run the pipeline again" in error
+    assert error.count("\n") == 1
