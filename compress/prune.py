@@ -46,10 +46,14 @@ class Planned:
         }
 
 
-def plan_pruning(model: nn.Module, settings: Prune, imgsz: int, seed: int = 0) -> Planned:
+def plan_pruning(model: nn.Module, settings: Prune, imgsz: int, seed: int = 0, data: Path | None = None) -> Planned:
     """Trace a model, score its channels and choose widths; nothing is cut.
 
+    Args:
+        data: data set YAML, for importance that asks the loss.
+
     Raises:
+        SettingsError: the importance needs `data`.
         GraphError: the model cannot be captured.
         BudgetError: no widths under the budget meet the target.
     """
@@ -57,10 +61,17 @@ def plan_pruning(model: nn.Module, settings: Prune, imgsz: int, seed: int = 0) -
     from compress.graph import build_graph
     from compress.importance import importance
     from compress.plan import make_plan
+    from compress.taylor import taylor_scores
 
     graph = build_graph(model, imgsz)
     target = target_of(settings)
-    choice = choose(graph, importance(graph, model, settings.importance, seed), target, settings.budget)
+    if settings.importance != "taylor":
+        scores = importance(graph, model, settings.importance, seed)
+    elif data is None:
+        raise SettingsError("importance 'taylor' asks the loss on training images: give --data")
+    else:
+        scores = taylor_scores(graph, model, data, imgsz, seed=seed)
+    choice = choose(graph, scores, target, settings.budget)
     words = f"{target.kind} {target.value:g}"
     plan = make_plan(graph, choice, checkpoint.structure_hash(model), words, settings.importance)
     return Planned(model, graph, choice, plan)
@@ -96,7 +107,7 @@ def prune(model: Path, data: Path, settings: Prune, imgsz: int, seed: int, outpu
         from compress.repair import recalibrate_batch_norm
         from compress.surgery import apply_plan, check_oracle
 
-        planned = plan_pruning(checkpoint.load_model(model), settings, imgsz, seed)
+        planned = plan_pruning(checkpoint.load_model(model), settings, imgsz, seed, data)
         pruned = apply_plan(planned.model, planned.plan)
         error = check_oracle(planned.graph, pruned, planned.choice.keep, seed)
         if settings.recalibrate_images:
@@ -153,7 +164,7 @@ def main(
     multiple_of: Annotated[int | None, typer.Option(min=1, help="channel counts are multiples of this")] = None,
     power_of_two: Annotated[bool, typer.Option("--power-of-two", help="channel counts are powers of two")] = False,
     max_removed: Annotated[float | None, typer.Option(help="largest share that one group may lose")] = None,
-    importance: Annotated[Importance, typer.Option(help="bn, l1, l2 or random")] = "bn",
+    importance: Annotated[Importance, typer.Option(help="bn, l1, l2, taylor or random")] = "bn",
     imgsz: Annotated[int, typer.Option(min=32)] = 640,
     seed: Annotated[int, typer.Option()] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
@@ -167,14 +178,15 @@ def main(
     amount = {"percent": percent, "macs": macs, "params": params}
     content = {key: value for key, value in amount.items() if value is not None}
     settings = parse(Prune, {**content, "importance": importance, "budget": rules}, "prune")
-    if dry_run:
-        print_plan(plan_pruning(checkpoint.load_model(model), settings, imgsz, seed), settings.budget)
-        return
-    if output is None or data is None:
+    if not dry_run and (output is None or data is None):
         raise SettingsError("--output and --data are needed, unless --dry-run only prints the plan")
     from compress.dataset import resolve
 
-    prune(model, resolve(data), settings, imgsz, seed, output)
+    yaml = resolve(data) if data is not None else None
+    if output is None or yaml is None or dry_run:
+        print_plan(plan_pruning(checkpoint.load_model(model), settings, imgsz, seed, yaml), settings.budget)
+    else:
+        prune(model, yaml, settings, imgsz, seed, output)
 
 
 if __name__ == "__main__":

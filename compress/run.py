@@ -141,8 +141,11 @@ def summarise(
 
 def dry_run(settings: Run) -> None:
     """Print the plan that the pipeline would make for its model as it is now, and stop."""
+    from compress.dataset import resolve
+
     model = checkpoint.load_model(settings.model)
-    print_plan(plan_pruning(model, settings.prune, settings.imgsz, settings.seed), settings.prune.budget)
+    data = resolve(settings.data) if settings.prune.importance == "taylor" else None
+    print_plan(plan_pruning(model, settings.prune, settings.imgsz, settings.seed, data), settings.prune.budget)
 
 
 def _write_run(folder: Path, settings: Run, command: str, status: str) -> None:

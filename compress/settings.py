@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from compress.errors import SettingsError
 
-Importance = Literal["bn", "l1", "l2", "random"]
+Importance = Literal["bn", "l1", "l2", "taylor", "random"]
 Runtime = Literal["torch", "onnxruntime"]
 Section = TypeVar("Section", bound="Strict")
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]

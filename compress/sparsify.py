@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,13 +12,27 @@ from compress.errors import run_app
 from compress.settings import Sparsity
 from compress.train import Common, training_stage
 
+_REPAIR_IMAGES = 256
+
 
 def sparsify(model: str, data: Path, settings: Sparsity, common: Common, output: Path) -> Path:
     """Train with a penalty on the γ of prunable channels and return the checkpoint, `output/model.pt`.
 
-    The last epoch's weights are kept: their γ are the sparsest. Watch `output/tensorboard`.
+    The last epoch's weights are kept: their γ are the sparsest. Their batch-norm statistics, which lagged behind the
+    shrinking γ, are estimated anew. Watch `output/tensorboard`.
     """
-    return training_stage("sparsify", "SparsityTrainer", model, data, settings, common, output, keep_last=True)
+
+    def repair(trained: Any) -> None:
+        from compress.dataset import images
+        from compress.repair import recalibrate_batch_norm
+
+        train = images(data, "train")
+        sample = random.Random(common.seed).sample(train, min(_REPAIR_IMAGES, len(train)))
+        recalibrate_batch_norm(trained, sample, common.imgsz)
+
+    return training_stage(
+        "sparsify", "SparsityTrainer", model, data, settings, common, output, keep_last=True, repair=repair
+    )
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,6 +44,7 @@ def training_stage(
     overrides: dict[str, Any] | None = None,
     extra_inputs: dict[str, Path] | None = None,
     keep_last: bool = False,
+    repair: Callable[[Any], None] | None = None,
 ) -> Path:
     """Run one training as a stage: skipped when finished and unchanged, resumed when interrupted.
 
@@ -51,6 +53,7 @@ def training_stage(
         overrides: further Ultralytics arguments.
         extra_inputs: further files whose content shapes the result.
         keep_last: keep the last epoch's weights, not those of the best validation.
+        repair: what to mend of the trained model, in place, before it is saved.
     """
     config = {**settings.model_dump(mode="json"), **common.model_dump(), "data": str(data)}
     inputs = {"data": data, **(extra_inputs or {})}
@@ -83,6 +86,8 @@ def training_stage(
             chosen = last if keep_last else best
             trained, arguments = trainers.trained_model(chosen), checkpoint.load_training_args(chosen)
             metrics |= _last_metrics(chosen)
+        if repair:
+            repair(trained)
         checkpoint.save_model(trained, result, {**arguments, "imgsz": common.imgsz})
         manifest.finish(output, stage, config, parents, [MODEL], metrics, common.seed)
     print(f"{stage}: {result} ({settings.epochs} epochs{_score(metrics)})")

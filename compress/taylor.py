@@ -1,0 +1,120 @@
+"""What the loss would miss: first-order importance of channels, on labelled training images."""
+
+from __future__ import annotations
+
+import copy
+import random
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from compress.slots import FIXED
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from compress.graph import Graph
+
+_BATCH = 16
+
+
+def taylor_scores(
+    graph: Graph, model: nn.Module, data: Path, imgsz: int, images: int = 256, seed: int = 0
+) -> list[np.ndarray]:
+    """Estimate by how much the loss changes when a unit is removed, arrays of shape (width,) per group.
+
+    The score is the mean over batches of |Σ (γ·∂L/∂γ + β·∂L/∂β)|, summed over the batch norms that share the unit
+    before the absolute value is taken: coupled channels go together (Molchanov et al., "Importance Estimation for
+    Neural Network Pruning", CVPR 2019, gates after batch norm). Where no batch norm makes a unit, the filters and
+    biases that make it take its place. Scores of different groups compare, because all are changes of one loss.
+
+    Args:
+        data: data set YAML; its training images are used without augmentation.
+        imgsz: side of the square input, px.
+        images: how many training images at most.
+        seed: chooses them.
+
+    Raises:
+        DataError: the data set has no training images.
+    """
+    import torch
+
+    from compress.progress import track
+
+    model = copy.deepcopy(model).eval()  # the loss leaves its traces in a model
+    parameters = dict(model.named_parameters())
+    sources = _sources(graph, model, parameters)
+    total = [np.zeros(group.width) for group in graph.groups]
+    batches = _batches(model, data, imgsz, images, seed)
+    for batch in track(batches, "importance"):
+        model.zero_grad(set_to_none=True)
+        with torch.enable_grad():
+            loss: Any = model.loss(batch)  # type: ignore[operator]  (a detection model has one)
+            loss[0].sum().backward()
+        change = [np.zeros(group.width) for group in graph.groups]
+        for name, index, mine, unit in sources:
+            parameter = parameters[name]
+            if parameter.grad is not None:
+                gain = (parameter.detach() * parameter.grad).double().reshape(len(parameter), -1).sum(1)
+                np.add.at(change[index], unit, gain.cpu().numpy()[mine])
+        for sums, values in zip(total, change, strict=True):
+            sums += np.abs(values)
+    return [sums / max(len(batches), 1) for sums in total]
+
+
+def _sources(
+    graph: Graph, model: nn.Module, parameters: dict[str, Any]
+) -> list[tuple[str, int, np.ndarray, np.ndarray]]:
+    """Return (parameter, group, its positions, their units) of all that makes the units: batch norms where they do."""
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    modules = dict(model.named_modules())
+    found: dict[bool, list[tuple[str, int, np.ndarray, np.ndarray]]] = {True: [], False: []}
+    for axis in graph.axes:
+        if axis.dim == 0 and axis.tensor in parameters:
+            is_norm = isinstance(modules[axis.tensor.rpartition(".")[0]], _BatchNorm)
+            for index in np.unique(axis.group[axis.group != FIXED]).tolist():
+                mine = np.flatnonzero(axis.group == index)
+                found[is_norm].append((axis.tensor, index, mine, axis.unit[mine]))
+    normed = {index for _, index, _, _ in found[True]}
+    return found[True] + [source for source in found[False] if source[1] not in normed]
+
+
+def _batches(model: nn.Module, data: Path, imgsz: int, count: int, seed: int) -> list[dict[str, Any]]:
+    """Return batches of training images with their labels, as Ultralytics' loss takes them."""
+    from ultralytics.cfg import get_cfg
+    from ultralytics.data.utils import check_det_dataset
+
+    from compress.checkpoint import quiet
+    from compress.dataset import images
+    from compress.labels import FreshLabels
+
+    settings = get_cfg()
+    chosen = images(data, "train")
+    chosen = random.Random(seed).sample(chosen, min(count, len(chosen)))
+    with quiet(), tempfile.TemporaryDirectory() as folder:
+        listed = Path(folder) / "chosen.txt"
+        listed.write_text("\n".join(map(str, chosen)), encoding="utf-8")
+        files = FreshLabels(
+            img_path=str(listed),
+            imgsz=imgsz,
+            augment=False,
+            hyp=settings,
+            rect=False,
+            data=check_det_dataset(str(data), autodownload=False),
+            task="detect",
+        )
+    model.args = settings  # type: ignore[assignment]  (the weights of the loss terms)
+    model.criterion = None  # type: ignore[assignment]  (made anew, on the model's device)
+    device = next(model.parameters()).device
+    batches = []
+    for start in range(0, len(files), _BATCH):
+        items = [files[index] for index in range(start, min(start + _BATCH, len(files)))]
+        batch = FreshLabels.collate_fn(items)
+        batches.append(
+            {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}
+            | {"img": batch["img"].to(device).float() / 255.0}
+        )
+    return batches
