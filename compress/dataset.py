@@ -19,11 +19,14 @@ GENERATED = "shapes"
 _CHECKED_LABELS = 5000
 
 
-def resolve(data: str) -> Path:
+def resolve(data: str, *, labels: bool = True) -> Path:
     """Return the absolute path of a data set YAML that was checked; 'shapes' is generated where it is missing.
 
     Splits, images and labels are checked (the labels of up to 5000 images of each split). Nothing that the YAML holds
     is run: Ultralytics would execute a `download:` entry where images are missing, so they must be there.
+
+    Args:
+        labels: whether the labels are needed; parity, for one, only looks at images.
 
     Raises:
         DataError: the YAML, its images or its labels cannot be used; the message names the file and the line.
@@ -37,7 +40,9 @@ def resolve(data: str) -> Path:
         raise DataError(f"{data} is not a data set: give its .yaml, or '{GENERATED}' for the generated one")
     classes = len(class_names(path))
     for split in ("train", "val"):
-        _check_labels(images(path, split), classes, f"{path}: '{split}'")
+        found = images(path, split)
+        if labels:
+            _check_labels(found, classes, f"{path}: '{split}'")
     return path
 
 

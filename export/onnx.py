@@ -228,7 +228,7 @@ def main(
     content = {"opset": opset, "simplify": simplify, "parity_images": parity_images}
     settings = parse(Export, content, "export")
     _require(model)
-    export_stage({model.stem: model}, resolve(data), imgsz, settings, output)
+    export_stage({model.stem: model}, resolve(data, labels=False), imgsz, settings, output)
 
 
 if __name__ == "__main__":
