@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from compress.errors import run_app
-from compress.settings import Finetune
-from compress.train import Common, training_stage
+from compress.settings import Finetune, training_args
+from compress.train import MORE_HELP, Common, training_stage
 
 
 def finetune(model: Path, teacher: Path | None, data: Path, settings: Finetune, common: Common, output: Path) -> Path:
@@ -43,6 +43,7 @@ def main(
     data: Annotated[str, typer.Option(help="data set YAML, or 'shapes' for the generated one")],
     output: Annotated[Path, typer.Option(help="folder of this stage")],
     teacher: Annotated[Path | None, typer.Option(help="dense checkpoint to distil from")] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help=MORE_HELP)] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 100,
     batch: Annotated[int, typer.Option(min=1)] = 16,
     imgsz: Annotated[int, typer.Option(min=32)] = 640,
@@ -56,7 +57,9 @@ def main(
     """Fine-tune a pruned detector; its shape comes from the plan that it carries."""
     from compress.dataset import resolve
 
-    settings = Finetune(epochs=epochs, batch=batch, optimizer=optimizer, lr0=lr0, dis=dis)
+    settings = Finetune(
+        epochs=epochs, batch=batch, optimizer=optimizer, lr0=lr0, dis=dis, args=training_args(more or [])
+    )
     common = Common(imgsz=imgsz, device=device, workers=workers, seed=seed)
     finetune(model, teacher, resolve(data), settings, common, output)
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from compress.errors import SettingsError
 
 Importance = Literal["bn", "l1", "l2", "taylor", "random"]
-Runtime = Literal["torch", "onnxruntime"]
+Runtime = Literal["torch", "onnxruntime", "ncnn"]
 Section = TypeVar("Section", bound="Strict")
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 
@@ -114,6 +114,13 @@ class Export(Strict):
     parity_images: int = Field(default=16, ge=1, description="real images on which ONNX must equal PyTorch")
 
 
+class ExportNcnn(Strict):
+    """ncnn export; a pipeline does it where `benchmark.runtimes` asks for ncnn."""
+
+    half: bool = Field(default=False, description="store weights in fp16, and let the device compute in fp16")
+    parity_images: int = Field(default=16, ge=1, description="real images on which ncnn must equal PyTorch")
+
+
 class Benchmark(Strict):
     """Latency and accuracy of the dense and the pruned model."""
 
@@ -138,6 +145,7 @@ class Run(Strict):
     prune: Prune
     finetune: Finetune
     export: Export = Export()
+    ncnn: ExportNcnn = ExportNcnn()
     benchmark: Benchmark = Benchmark()
 
 
@@ -182,6 +190,18 @@ def load_run(path: Path, overrides: list[str]) -> Run:
 def load_budget(path: Path) -> Budget:
     """Read a file of configs/budgets/."""
     return parse(Budget, load_yaml(path), str(path))
+
+
+def training_args(pairs: list[str]) -> dict[str, Any]:
+    """Read `key=value` pairs as Ultralytics training arguments, such as `nbs=16`.
+
+    Raises:
+        SettingsError: a pair without a key or without a value.
+    """
+    content: dict[str, Any] = {}
+    for pair in pairs:
+        _apply_override(content, pair)
+    return content
 
 
 def parse(kind: type[Section], content: dict[str, Any], source: str) -> Section:

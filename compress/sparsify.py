@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from compress.errors import run_app
-from compress.settings import Sparsity
-from compress.train import Common, training_stage
+from compress.settings import Sparsity, training_args
+from compress.train import MORE_HELP, Common, training_stage
 
 _REPAIR_IMAGES = 256
 
@@ -44,6 +44,7 @@ def main(
     data: Annotated[str, typer.Option(help="data set YAML, or 'shapes' for the generated one")],
     output: Annotated[Path, typer.Option(help="folder of this stage")],
     sr: Annotated[float, typer.Option(min=0.0, help="strength λ of the penalty on γ")] = 1e-4,
+    more: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help=MORE_HELP)] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 100,
     batch: Annotated[int, typer.Option(min=1)] = 16,
     imgsz: Annotated[int, typer.Option(min=32)] = 640,
@@ -56,7 +57,7 @@ def main(
     """Train with sparsity; look at the γ with `tensorboard --logdir OUTPUT/tensorboard`."""
     from compress.dataset import resolve
 
-    settings = Sparsity(epochs=epochs, batch=batch, optimizer=optimizer, lr0=lr0, sr=sr)
+    settings = Sparsity(epochs=epochs, batch=batch, optimizer=optimizer, lr0=lr0, sr=sr, args=training_args(more or []))
     sparsify(model, resolve(data), settings, Common(imgsz=imgsz, device=device, workers=workers, seed=seed), output)
 
 

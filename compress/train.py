@@ -10,9 +10,10 @@ import typer
 
 from compress import checkpoint, manifest
 from compress.errors import DataError, run_app
-from compress.settings import Strict, Training
+from compress.settings import Strict, Training, training_args
 
 MODEL = "model.pt"
+MORE_HELP = "any other Ultralytics training argument, such as nbs=16 or mosaic=0"
 
 
 class Common(Strict):
@@ -129,6 +130,7 @@ def main(
     model: Annotated[str, typer.Option(help="checkpoint (.pt) or architecture (.yaml) to start from")],
     data: Annotated[str, typer.Option(help="data set YAML, or 'shapes' for the generated one")],
     output: Annotated[Path, typer.Option(help="folder of this stage")],
+    more: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help=MORE_HELP)] = None,
     epochs: Annotated[int, typer.Option(min=0)] = 100,
     batch: Annotated[int, typer.Option(min=1)] = 16,
     imgsz: Annotated[int, typer.Option(min=32)] = 640,
@@ -141,7 +143,7 @@ def main(
     """Train a dense detector, the reference of everything that follows."""
     from compress.dataset import resolve
 
-    settings = Training(epochs=epochs, batch=batch, optimizer=optimizer, lr0=lr0)
+    settings = Training(epochs=epochs, batch=batch, optimizer=optimizer, lr0=lr0, args=training_args(more or []))
     train(model, resolve(data), settings, Common(imgsz=imgsz, device=device, workers=workers, seed=seed), output)
 
 
