@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -33,6 +34,21 @@ def load_model(path: str | Path) -> nn.Module:
     if path.suffix in (".yaml", ".yml"):
         return build_model(str(path))
     return _open(path)[0]
+
+
+def load_detector(path: str | Path) -> nn.Module:
+    """Open what can be trained and pruned: `load_model`, and its head is a plain detection head.
+
+    Raises:
+        CheckpointError: as `load_model`, or the model segments, classifies or estimates poses.
+    """
+    from ultralytics.nn.modules.head import Detect, v10Detect
+
+    model: Any = load_model(path)
+    head = model.model[-1]
+    if type(head) not in (Detect, v10Detect):
+        raise CheckpointError(f"{path} has a {type(head).__name__} head: only detection models are supported")
+    return model
 
 
 def load_training_args(path: str | Path) -> dict[str, Any]:
@@ -104,8 +120,7 @@ def quiet() -> Iterator[None]:
 
 
 def _open(path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    import torch
-    from ultralytics.nn.tasks import torch_safe_load
+    from ultralytics.nn.tasks import DetectionModel, torch_safe_load
     from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
 
     if path.suffix != ".pt":
@@ -114,16 +129,20 @@ def _open(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         raise CheckpointError(f"{path} does not exist: check the path")
     if path.is_file():
         _refuse_foreign_globals(path)
-    with quiet():
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns about a foreign pickle, then refuses it
         try:
             checkpoint, _ = torch_safe_load(str(path), safe_only=True)
         except Exception as error:  # damaged files surface as a dozen unrelated exception types
-            raise CheckpointError(f"{path} is not a checkpoint that can be opened: {_first_line(error)}") from None
-    model = checkpoint.get("ema") or checkpoint.get("model")
-    if not isinstance(model, torch.nn.Module):
-        raise CheckpointError(f"{path} holds no Ultralytics model: train or convert it first")
+            raise CheckpointError(
+                f"{path} cannot be opened: it is damaged, or holds other things than a model ({_reason(error)}); "
+                "download or train it again"
+            ) from None
+    model: Any = checkpoint.get("model") if checkpoint.get("ema") is None else checkpoint["ema"]
+    if not isinstance(getattr(model, "student_model", model), DetectionModel):  # a distilling one has its teacher along
+        raise CheckpointError(f"{path} holds no detection model of Ultralytics: train or convert it first")
     model = model.float().eval()
-    model.pt_path = str(path)  # type: ignore[assignment]  (Ultralytics keeps it there)
+    model.pt_path = str(path)  # Ultralytics keeps it there
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return model, checkpoint
@@ -145,6 +164,7 @@ def _refuse_foreign_globals(path: Path) -> None:
         )
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).replace("ERROR ❌️ ", "").strip()
-    return text.splitlines()[0] if text else type(error).__name__
+def _reason(error: Exception) -> str:
+    """Return the kind and the first sentence of what torch said; Ultralytics wraps it in advice of its own."""
+    inner = error.__cause__ or error
+    return f"{type(inner).__name__}: {str(inner).strip().partition(chr(10))[0].partition('. ')[0]}"

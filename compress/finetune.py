@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from compress.errors import run_app
-from compress.settings import Finetune, training_args
+from compress.settings import Finetune, parse, training_args
 from compress.train import MORE_HELP, Common, training_stage
 
 
@@ -57,9 +57,8 @@ def main(
     """Fine-tune a pruned detector; its shape comes from the plan that it carries."""
     from compress.dataset import resolve
 
-    settings = Finetune(
-        epochs=epochs, batch=batch, optimizer=optimizer, lr0=lr0, dis=dis, args=training_args(more or [])
-    )
+    given = {"epochs": epochs, "batch": batch, "optimizer": optimizer, "lr0": lr0, "args": training_args(more or [])}
+    settings = parse(Finetune, {**given, "dis": dis}, "finetune")
     common = Common(imgsz=imgsz, device=device, workers=workers, seed=seed)
     finetune(model, teacher, resolve(data), settings, common, output)
 

@@ -21,6 +21,8 @@ from compress.errors import RunError
 SCHEMA = 1
 MANIFEST = "manifest.json"
 STARTED = "started.json"
+_TEMPORARY = ".tmp"
+_FORM = {"stage": str, "config": dict, "parents": dict, "files": dict}
 _TOOLS = ("torch", "torchvision", "ultralytics", "onnx", "onnxruntime", "onnxsim", "ncnn", "pnnx", "numpy")
 
 
@@ -40,7 +42,7 @@ def sha256_json(value: Any) -> str:
 
 def write_bytes_atomic(path: Path, content: bytes) -> None:
     """Write a file so that a reader, or a kill -9, sees the old content or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
     try:
         with temporary.open("wb") as stream:
             stream.write(content)
@@ -82,26 +84,44 @@ def tool_versions() -> dict[str, str]:
 
 
 def input_hashes(inputs: Mapping[str, Path]) -> dict[str, str]:
-    """Return the sha256 of each input file, by its role (model, plan, data …)."""
+    """Return the sha256 of each input file, by its role (model, plan, data …).
+
+    Raises:
+        RunError: one of them is missing.
+    """
+    for path in inputs.values():
+        if not path.is_file():
+            raise RunError(f"{path} does not exist: check the path")
     return {role: sha256_file(path) for role, path in inputs.items()}
+
+
+def check_schema(content: Any, path: Path) -> None:
+    """Check that a file of a run folder was written by this version of Espalier.
+
+    Raises:
+        RunError: it was not.
+    """
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if schema != SCHEMA:
+        raise RunError(
+            f"{path} has schema {schema}, this version reads schema {SCHEMA}: choose another folder, or delete this one"
+        )
 
 
 def is_finished(folder: Path, stage: str, config: Mapping[str, Any], parents: Mapping[str, str]) -> bool:
     """Tell whether `folder` holds this very stage, finished, unchanged and undamaged.
 
     Raises:
-        RunError: the folder was written by another version of Espalier or by another stage.
+        RunError: the folder was written by another version of Espalier or by another stage, or its manifest is damaged.
     """
     path = folder / MANIFEST
     if not path.exists():
         return False
     manifest = read_json(path)
-    schema = manifest.get("schema") if isinstance(manifest, dict) else None
-    if schema != SCHEMA:
-        raise RunError(
-            f"{path} has schema {schema}, this version reads schema {SCHEMA}: "
-            "choose another --output, or delete the folder"
-        )
+    check_schema(manifest, path)
+    for key, kind in _FORM.items():
+        if not isinstance(manifest.get(key), kind):
+            raise RunError(f"{path} is damaged, its '{key}' is missing or wrong: delete the folder and run again")
     if manifest["stage"] != stage:
         raise RunError(f"{folder} holds the stage '{manifest['stage']}', not '{stage}': choose another --output")
     if manifest["config"] != _plain(config) or manifest["parents"] != dict(parents):
@@ -125,7 +145,8 @@ def begin(folder: Path, stage: str, config: Mapping[str, Any], parents: Mapping[
         return True
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is a file: choose another --output")
-    if folder.exists() and any(folder.iterdir()):
+    # A kill -9 may leave the temporary file of the very first write, which is nobody's work.
+    if folder.exists() and any(path.suffix != _TEMPORARY for path in folder.iterdir()):
         if not started.exists() and not (folder / MANIFEST).exists():
             raise RunError(f"{folder} is not empty and holds no stage of Espalier: choose another --output")
         folder.rename(_free_name(folder))

@@ -6,18 +6,21 @@ is finished and unchanged and resumes what was interrupted.
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from compress import checkpoint, manifest
-from compress.errors import run_app
+from compress.errors import SettingsError, run_app
 from compress.finetune import finetune
 from compress.prune import plan_pruning, print_plan, prune
 from compress.settings import Run, load_run
 from compress.sparsify import sparsify
 from compress.train import Common, train
+
+RECORD = "run.json"
 
 
 def run(settings: Run, command: str, runs: Path = Path("runs")) -> dict[str, Any]:
@@ -26,7 +29,11 @@ def run(settings: Run, command: str, runs: Path = Path("runs")) -> dict[str, Any
 
     folder = runs / settings.name
     with manifest.lock(folder):
+        if (folder / RECORD).exists():
+            manifest.check_schema(manifest.read_json(folder / RECORD), folder / RECORD)
         data = resolve(settings.data)
+        if not (folder / "03_prune" / manifest.MANIFEST).exists():
+            check(settings, data)
         common = Common(imgsz=settings.imgsz, device=settings.device, workers=settings.workers, seed=settings.seed)
         _write_run(folder, settings, command, "running")
 
@@ -41,6 +48,31 @@ def run(settings: Run, command: str, runs: Path = Path("runs")) -> dict[str, Any
         summary = benchmark(models, parity, data, settings, command, folder)
         _write_run(folder, settings, command, "finished")
     return summary
+
+
+def check(settings: Run, data: Path) -> None:
+    """Meet the mistakes now that would otherwise stop the run after hours of training. Nothing is written.
+
+    Raises:
+        EspalierError: a model that cannot be opened, a training argument, image size or budget that cannot work.
+    """
+    from compress.dataset import class_names
+    from compress.trainers import check_arguments
+
+    for section in (settings.train, settings.sparsify, settings.finetune):
+        check_arguments(section.args)
+    model: Any = checkpoint.load_detector(settings.model)
+    stride = int(max(model.stride))
+    if settings.imgsz % stride:
+        nearest = max(stride, round(settings.imgsz / stride) * stride)
+        raise SettingsError(f"imgsz {settings.imgsz} must be a multiple of the model's stride {stride}: use {nearest}")
+    classes = len(class_names(data))
+    if len(model.names) != classes and not checkpoint.plans_of(model):
+        trained = checkpoint.build_model(model.yaml, nc=classes)
+        trained.load(model, verbose=False)  # type: ignore[operator]  (Ultralytics' load: the widths that training gives)
+        model = trained
+    # Which widths can be reached does not depend on which channels matter.
+    plan_pruning(model, settings.prune.model_copy(update={"importance": "random"}), settings.imgsz)
 
 
 def export(models: dict[str, Path], data: Path, settings: Run, folder: Path) -> dict[str, Any]:
@@ -157,7 +189,7 @@ def _write_run(folder: Path, settings: Run, command: str, status: str) -> None:
         "config": settings.model_dump(mode="json"),
         "tools": manifest.tool_versions(),
     }
-    manifest.write_json(folder / "run.json", content)
+    manifest.write_json(folder / RECORD, content)
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -172,13 +204,14 @@ def main(
     dry: Annotated[bool, typer.Option("--dry-run", help="print the plan for the model as it is, and stop")] = False,
 ) -> None:
     """Turn a detector into a smaller, faster, proven one."""
-    changes = list(overrides or [])
-    changes += [f"{key}={value}" for key, value in (("model", model), ("data", data)) if value is not None]
-    settings = load_run(config, changes)
+    changes = overrides or []
+    given = {key: value for key, value in (("model", model), ("data", data)) if value is not None}
+    settings = load_run(config, changes, given)
     if dry:
         dry_run(settings)
         return
-    run(settings, " ".join(["python -m compress.run --config", str(config), *changes]))
+    options = [word for key, value in given.items() for word in (f"--{key}", value)]
+    run(settings, shlex.join(["python", "-m", "compress.run", "--config", str(config), *options, *changes]))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -158,22 +159,39 @@ def load_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = _parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SettingsError(f"{path} does not exist: check the path") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-01
         raise SettingsError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(content, dict):
         raise SettingsError(f"{path} must hold a mapping of keys to values, it holds {type(content).__name__}")
     return content
 
 
-def load_run(path: Path, overrides: list[str]) -> Run:
+def _parse_yaml(text: str) -> Any:
+    """Read YAML with the safe loader; 1e-4 is a number, as in YAML 1.2 (for PyYAML it is a word without a dot)."""
+    import re
+
+    from yaml import SafeLoader
+
+    class Loader(SafeLoader):
+        pass
+
+    exponent = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+.0123456789"))
+    return Loader(text).get_single_data()
+
+
+def load_run(path: Path, overrides: list[str], texts: Mapping[str, str] | None = None) -> Run:
     """Read a pipeline YAML and apply `key=value` overrides such as `finetune.epochs=20`.
 
     `prune.budget` may name a file of configs/budgets/ instead of holding the rules itself.
+
+    Args:
+        texts: values by key that are taken as they are, such as paths; values in `overrides` are YAML.
 
     Raises:
         SettingsError: all the mistakes at once, one after another.
@@ -181,6 +199,7 @@ def load_run(path: Path, overrides: list[str]) -> Run:
     content = load_yaml(path)
     for override in overrides:
         _apply_override(content, override)
+    content.update(texts or {})
     prune = content.get("prune")
     if isinstance(prune, dict) and isinstance(prune.get("budget"), str):
         prune["budget"] = load_yaml(Path(prune["budget"]))
@@ -239,10 +258,12 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     section = content
     for name in parents:
-        section = section.setdefault(name, {})
-        if not isinstance(section, dict):
+        inner = section.get(name, {})
+        if not isinstance(inner, dict):
             raise SettingsError(f"'{key}': '{name}' is a value, not a section")
+        section[name] = dict(inner)  # a copy: a YAML alias may show the same section in another place
+        section = section[name]
     try:
-        section[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        section[last] = _parse_yaml(text)
+    except (yaml.YAMLError, ValueError) as error:
         raise SettingsError(f"'{override}' has a value that is not valid YAML: {error}") from None

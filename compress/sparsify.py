@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from compress.errors import run_app
-from compress.settings import Sparsity, training_args
+from compress.settings import Sparsity, parse, training_args
 from compress.train import MORE_HELP, Common, training_stage
 
 _REPAIR_IMAGES = 256
@@ -57,7 +57,8 @@ def main(
     """Train with sparsity; look at the γ with `tensorboard --logdir OUTPUT/tensorboard`."""
     from compress.dataset import resolve
 
-    settings = Sparsity(epochs=epochs, batch=batch, optimizer=optimizer, lr0=lr0, sr=sr, args=training_args(more or []))
+    given = {"epochs": epochs, "batch": batch, "optimizer": optimizer, "lr0": lr0, "args": training_args(more or [])}
+    settings = parse(Sparsity, {**given, "sr": sr}, "sparsify")
     sparsify(model, resolve(data), settings, Common(imgsz=imgsz, device=device, workers=workers, seed=seed), output)
 
 

@@ -10,7 +10,7 @@ import typer
 
 from compress import checkpoint, manifest
 from compress.errors import DataError, run_app
-from compress.settings import Strict, Training, training_args
+from compress.settings import Strict, Training, parse, training_args
 
 MODEL = "model.pt"
 MORE_HELP = "any other Ultralytics training argument, such as nbs=16 or mosaic=0"
@@ -52,10 +52,18 @@ def training_stage(
     Args:
         trainer: name of a class in `trainers`.
         overrides: further Ultralytics arguments.
-        extra_inputs: further files whose content shapes the result.
+        extra_inputs: further checkpoints that shape the result.
         keep_last: keep the last epoch's weights, not those of the best validation.
         repair: what to mend of the trained model, in place, before it is saved.
+
+    Raises:
+        CheckpointError: a model that cannot be trained.
+        SettingsError: an argument that Ultralytics does not know.
+        RunError: the folder cannot be used.
+        EspalierError: the training failed.
     """
+    if Path(model).suffix == ".pt" and not Path(model).is_file():
+        checkpoint.load_model(model)  # downloads an official one, so that the next start sees the same input
     config = {**settings.model_dump(mode="json"), **common.model_dump(), "data": str(data)}
     inputs = {"data": data, **(extra_inputs or {})}
     if Path(model).is_file():
@@ -68,10 +76,13 @@ def training_stage(
         if manifest.is_finished(output, stage, config, parents):
             print(f"{stage}: finished before, unchanged: {result}")
             return result
+        # Mistakes are met before anything is written or moved aside.
+        loaded, *_ = [checkpoint.load_detector(path) for path in (model, *(extra_inputs or {}).values())]
+        _check(loaded, model, data, settings)
         resumable = manifest.begin(output, stage, config, parents)
         metrics: dict[str, Any] = {"epochs": settings.epochs}
         if settings.epochs == 0:
-            trained, arguments = _as_it_is(model, data), checkpoint.load_training_args(model)
+            trained, arguments = loaded, checkpoint.load_training_args(model)
         else:
             from compress import trainers
 
@@ -95,17 +106,20 @@ def training_stage(
     return result
 
 
-def _as_it_is(model: str, data: Path) -> Any:
+def _check(loaded: Any, model: str, data: Path, settings: Training) -> None:
     from compress.dataset import class_names
 
-    loaded = checkpoint.load_model(model)
+    if settings.epochs:
+        from compress.trainers import check_arguments
+
+        check_arguments(settings.args)
+        return
     classes = class_names(data)
-    if len(loaded.names) != len(classes):  # type: ignore[arg-type]
+    if len(loaded.names) != len(classes):
         raise DataError(
-            f"{model} knows {len(loaded.names)} classes, {data} has {len(classes)}: "  # type: ignore[arg-type]
+            f"{model} knows {len(loaded.names)} classes, {data} has {len(classes)}: "
             "train it on this data first (train.epochs above 0)"
         )
-    return loaded
 
 
 def _last_metrics(path: Path) -> dict[str, float]:
@@ -143,7 +157,8 @@ def main(
     """Train a dense detector, the reference of everything that follows."""
     from compress.dataset import resolve
 
-    settings = Training(epochs=epochs, batch=batch, optimizer=optimizer, lr0=lr0, args=training_args(more or []))
+    given = {"epochs": epochs, "batch": batch, "optimizer": optimizer, "lr0": lr0, "args": training_args(more or [])}
+    settings = parse(Training, given, "train")
     train(model, resolve(data), settings, Common(imgsz=imgsz, device=device, workers=workers, seed=seed), output)
 
 

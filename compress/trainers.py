@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from ultralytics.cfg import get_cfg
 from ultralytics.data.utils import check_det_dataset
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import DEFAULT_CFG_DICT, RANK
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
     from compress.graph import Graph
 
 TRAINING = "training"  # Ultralytics' own folder inside a stage's
-RESUME = "resume.pt"  # the newest checkpoint, whole even if the process is killed while it writes last.pt
+# The newest and the best checkpoint, whole even if the process is killed while it writes last.pt and best.pt.
+RESUME, RESUME_BEST = "resume.pt", "resume_best.pt"
 SPARSITY = "sparsity.json"
 _OURS = {"model", "data", "mode", "task", "project", "name", "save_dir", "resume", "exist_ok", "pretrained", "cfg"}
 _TRACE_IMGSZ = 64  # groups do not depend on the image size; the smallest that every stride divides is fastest
@@ -81,9 +83,12 @@ class PlanTrainer(DetectionTrainer):
         return model
 
     def save_model(self) -> Literal[True]:
-        """Save as Ultralytics does, then keep a whole copy to resume from."""
+        """Save as Ultralytics does, then keep whole copies to resume from."""
         saved = super().save_model()
-        write_bytes_atomic(self.wdir / RESUME, self.last.read_bytes())
+        content = self.last.read_bytes()
+        if self.best_fitness == self.fitness:
+            write_bytes_atomic(self.wdir / RESUME_BEST, content)
+        write_bytes_atomic(self.wdir / RESUME, content)
         return saved
 
 
@@ -208,9 +213,10 @@ def run_training(
         SettingsError: an argument that Ultralytics does not know, or that Espalier sets itself.
         EspalierError: the training failed.
     """
-    _check_arguments(settings.args)
+    check_arguments(settings.args)
     weights = folder / TRAINING / "weights"
-    best, last, resume = weights / "best.pt", weights / "last.pt", weights / RESUME
+    best, last = weights / "best.pt", weights / "last.pt"
+    resume, resume_best = weights / RESUME, weights / RESUME_BEST
     arguments: dict[str, Any] = {
         "model": str(model),
         "data": str(data),
@@ -224,7 +230,9 @@ def run_training(
     }
     if resumable and resume.exists():
         if _is_complete(resume, settings.epochs):
-            return (best if best.exists() else last), last
+            return (resume_best if resume_best.exists() else resume), resume
+        if resume_best.exists():
+            write_bytes_atomic(best, resume_best.read_bytes())
         arguments |= {"resume": str(resume), "model": str(resume)}
     elif isinstance(settings, Sparsity):
         write_json(folder / SPARSITY, {"sr": settings.sr, "sr_decay": settings.sr_decay})
@@ -238,12 +246,21 @@ def run_training(
     return (best if best.exists() else last), last
 
 
-def _check_arguments(arguments: dict[str, Any]) -> None:
+def check_arguments(arguments: dict[str, Any]) -> None:
+    """Check further Ultralytics arguments of a training: their names and the types of their values.
+
+    Raises:
+        SettingsError: an argument that Ultralytics does not know or refuses, or that Espalier sets itself.
+    """
     for name in arguments:
         if name in _OURS:
             raise SettingsError(f"args: '{name}' is set by Espalier itself: remove it")
         if name not in DEFAULT_CFG_DICT:
             raise SettingsError(f"args: '{name}' is not an argument of Ultralytics' training")
+    try:
+        get_cfg(overrides=arguments)
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"args: {str(error).splitlines()[0]}") from None
 
 
 def _is_complete(checkpoint: Path, epochs: int) -> bool:

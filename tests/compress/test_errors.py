@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer
+
+from compress import errors
+from compress.errors import EspalierError, run_app
+
+
+def kinds(kind: type[EspalierError] = EspalierError) -> list[type[EspalierError]]:
+    return [kind, *(inner for sub in kind.__subclasses__() for inner in kinds(sub))]
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    def app() -> None:
+        raise error
+
+    return app
+
+
+def as_command(body: Callable[[], None]) -> typer.Typer:
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(body)
+    return app
+
+
+@pytest.fixture
+def ends(capsys) -> Callable[[Callable[[], object]], tuple[object, str]]:
+    """Run an app and return its exit code and what it wrote to standard error."""
+
+    def run(app: Callable[[], object]) -> tuple[object, str]:
+        with pytest.raises(SystemExit) as stop:
+            run_app(app)
+        written = capsys.readouterr()
+        assert written.out == ""
+        return stop.value.code, written.err
+
+    return run
+
+
+def test_all_named_errors_are_mistakes_of_the_user() -> None:
+    named = {kind.__name__ for kind in kinds()}
+    assert {name for name in vars(errors) if name.endswith("Error")} <= named
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_a_mistake_is_one_line_and_exit_code_2(ends, kind: type[EspalierError]) -> None:
+    assert ends(raising(kind("model.pt is no model:\n  give\tanother\n"))) == (
+        2,
+        "error: model.pt is no model: give another\n",
+    )
+
+
+def test_a_mistake_in_a_command_is_one_line(ends, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["compress.run"])
+    assert ends(as_command(raising(EspalierError("this and that")))) == (2, "error: this and that\n")
+
+
+@pytest.mark.parametrize("wrap", [lambda body: body, as_command], ids=["function", "command"])
+def test_ctrl_c_says_how_to_resume(ends, monkeypatch, wrap) -> None:
+    monkeypatch.setattr(sys, "argv", ["compress.run"])
+    code, text = ends(wrap(raising(KeyboardInterrupt())))
+    assert code == 130
+    assert text.strip() == "interrupted: run the same command again to resume"
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, None])
+def test_other_exit_codes_pass(ends, code: int | None) -> None:
+    assert ends(raising(SystemExit(code))) == (code, "")
+
+
+@pytest.mark.parametrize("wrap", [lambda body: body, as_command], ids=["function", "command"])
+@pytest.mark.parametrize("error", [ZeroDivisionError("ours"), OSError("no number"), FileNotFoundError(2, "gone", "x")])
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, wrap, error: Exception) -> None:
+    monkeypatch.setattr(sys, "argv", ["compress.run"])
+    with pytest.raises(type(error)) as caught:
+        run_app(wrap(raising(error)))
+    assert caught.value is error
+    assert traceback.extract_tb(caught.value.__traceback__)[-1].name == "app"
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "free some space or choose another --output"),
+        (errno.EDQUOT, "free some space or choose another --output"),
+        (errno.EROFS, "choose another --output"),
+        (errno.EACCES, "change its permissions or choose another --output"),
+        (errno.ENAMETOOLONG, "choose a shorter --output"),
+    ],
+)
+def test_what_the_disk_refuses_is_one_line_with_a_remedy(ends, number: int, remedy: str) -> None:
+    expected = f"error: {os.strerror(number)} (runs/a): {remedy}, then run the same command again\n"
+    assert ends(raising(OSError(number, os.strerror(number), "runs/a"))) == (2, expected)
+    assert ends(raising(OSError(number, os.strerror(number)))) == (2, expected.replace(" (runs/a)", ""))
+
+
+def test_a_folder_below_a_file_is_one_line(ends, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code, text = ends(lambda: (tmp_path / "file" / "stage").mkdir())
+    assert (code, text) == (
+        2,
+        f"error: Not a directory ({tmp_path}/file/stage): choose another --output, then run the same command again\n",
+    )

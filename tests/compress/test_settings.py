@@ -1,0 +1,263 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from compress.errors import SettingsError
+from compress.settings import Budget, LayerRule, Prune, Run, Sparsity, load_budget, load_run, parse, training_args
+
+ROOT = Path(__file__).parents[2]
+
+
+def content(**changes: Any) -> dict[str, Any]:
+    trainings = {name: {"epochs": 3} for name in ("train", "sparsify", "finetune")}
+    return {"name": "a", "model": "m.pt", "data": "d.yaml", "prune": {"percent": 0.5}, **trainings, **changes}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(content()))
+    return path
+
+
+def refusal(kind: type, given: dict[str, Any]) -> str:
+    with pytest.raises(SettingsError) as caught:
+        parse(kind, given, "run.yaml")
+    return str(caught.value)
+
+
+def test_a_small_config_is_completed() -> None:
+    run = parse(Run, content(), "run.yaml")
+    assert (run.train.epochs, run.train.batch, run.imgsz, run.seed) == (3, 16, 640, 0)
+    assert (run.prune.percent, run.prune.macs, run.prune.importance, run.prune.budget) == (0.5, None, "bn", Budget())
+    assert run.sparsify.optimizer == "SGD"  # and "auto" for the other trainings
+    assert run.finetune.optimizer == "auto"
+    assert run.benchmark.runtimes == ("torch", "onnxruntime")
+
+
+def test_settings_cannot_be_changed_afterwards() -> None:
+    run = parse(Run, content(), "run.yaml")
+    with pytest.raises(ValueError, match="frozen"):
+        run.train.epochs = 4
+
+
+def test_all_mistakes_come_at_once() -> None:
+    wrong = content(
+        name="../up",
+        imgsz=16,
+        bach=8,
+        train={"epochs": -1, "amp": "yes"},
+        prune={"percent": 1.5, "budget": {"multiple_of": 0, "rules": [{"freeze": True, "layer": "x"}]}},
+    )
+    del wrong["finetune"]
+    text = refusal(Run, wrong)
+    assert text.startswith("run.yaml: ")
+    for mistake in (
+        "name: String should match pattern",
+        "imgsz: Input should be greater than or equal to 32 (got 16)",
+        "train.epochs: Input should be greater than or equal to 0 (got -1)",
+        "train.amp: Input should be a valid boolean (got 'yes')",
+        "prune.percent: Input should be less than 1 (got 1.5)",
+        "prune.budget.multiple_of: Input should be greater than or equal to 1 (got 0)",
+        "'prune.budget.rules.0.layers' is missing",
+        "unknown key 'prune.budget.rules.0.layer'",
+        "'finetune' is missing",
+        "unknown key 'bach'",
+    ):
+        assert mistake in text
+    assert text.count(";") == 9
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (-0.1, "greater than or equal to 0 (got -0.1)"),
+        (1.0, "less than 1 (got 1.0)"),
+        (1.5, "less than 1 (got 1.5)"),
+        (float("nan"), "a finite number"),
+        (float("inf"), "a finite number"),
+        ("0.5", "a valid number (got '0.5')"),
+        (True, "a valid number (got True)"),
+    ],
+)
+def test_a_ratio_lies_between_0_and_1(value: Any, message: str) -> None:
+    text = refusal(Prune, {"percent": value})
+    assert text.startswith("run.yaml: percent: Input should be ")
+    assert message in text
+
+
+@pytest.mark.parametrize("key", ["macs", "params"])
+@pytest.mark.parametrize("value", [0.0, 1.0, -1.0])
+def test_a_share_that_remains_is_neither_none_nor_all(key: str, value: float) -> None:
+    assert refusal(Prune, {key: value}).startswith(f"run.yaml: {key}: Input should be ")
+
+
+def test_nothing_may_be_removed() -> None:
+    assert parse(Prune, {"percent": 0.0}, "run.yaml").percent == 0.0
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({}, "got none"),
+        ({"percent": 0.5, "macs": 0.5}, "got percent, macs"),
+        ({"percent": 0.5, "macs": 0.5, "params": 0.5}, "got percent, macs, params"),
+    ],
+)
+def test_exactly_one_target(given: dict[str, float], named: str) -> None:
+    text = refusal(Run, content(prune=given))
+    assert text == f"run.yaml: prune: exactly one of percent, macs, params is needed, {named}"
+
+
+@pytest.mark.parametrize("key", ["percent", "macs", "params"])
+def test_any_one_target(key: str) -> None:
+    assert getattr(parse(Prune, {key: 0.25}, "run.yaml"), key) == 0.25
+
+
+@pytest.mark.parametrize(("key", "value"), [("sr", -1e-4), ("sr_decay", 0.0), ("sr_decay", 1.1), ("start", "middle")])
+def test_sparsity_out_of_range(key: str, value: Any) -> None:
+    assert f"{key}: " in refusal(Sparsity, {"epochs": 3, key: value})
+
+
+def test_overrides_reach_every_depth(config: Path) -> None:
+    overrides = [
+        "imgsz=320",
+        "train.epochs=20",
+        "train.args.nbs=16",
+        "sparsify.sr=1e-4",
+        "prune.percent=null",
+        "prune.macs=0.5",
+        "prune.budget.multiple_of=4",
+        "prune.budget.rules=[{layers: 'model.0.*', freeze: true}]",
+        "benchmark.runtimes=[onnxruntime]",
+        "train.epochs=21",
+    ]
+    run = load_run(config, overrides)
+    assert run.imgsz == 320
+    assert run.train.epochs == 21  # the last one wins
+    assert run.train.args == {"nbs": 16}
+    assert run.sparsify.sr == 1e-4
+    assert (run.prune.percent, run.prune.macs) == (None, 0.5)
+    assert run.prune.budget.multiple_of == 4
+    assert run.prune.budget.rules == (LayerRule(layers="model.0.*", freeze=True),)
+    assert run.benchmark.runtimes == ("onnxruntime",)
+    assert run.finetune.epochs == 3
+
+
+def test_an_override_changes_one_place_of_an_anchored_section(config: Path) -> None:
+    sections = "train: &t {epochs: 3, args: {nbs: 8}}\nsparsify: *t\nfinetune: *t\nprune: {percent: 0.5}"
+    config.write_text(f"name: a\nmodel: m.pt\ndata: d.yaml\n{sections}\n")
+    run = load_run(config, ["finetune.epochs=5", "finetune.args.nbs=16"])
+    assert (run.finetune.epochs, run.finetune.args) == (5, {"nbs": 16})
+    assert (run.train.epochs, run.train.args, run.sparsify.epochs) == (3, {"nbs": 8}, 3)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.epochs", "'train.epochs' must have the form key=value"),
+        ("=5", "'=5' must have the form key=value"),
+        ("train.epoch=5", "unknown key 'train.epoch'"),
+        ("trian.epochs=5", "unknown key 'trian'"),
+        ("name.first=5", "'name.first': 'name' is a value, not a section"),
+        ("train.epochs=[", "'train.epochs=[' has a value that is not valid YAML"),
+        ("name=2024-13-01", "'name=2024-13-01' has a value that is not valid YAML"),
+        ("train.epochs=ten", "train.epochs: Input should be a valid integer (got 'ten')"),
+        ("train.lr0=.inf", "train.lr0: Input should be a finite number"),
+        ("train.args=!!python/object/apply:os.getcwd []", "has a value that is not valid YAML"),
+    ],
+)
+def test_a_wrong_override_is_named(config: Path, override: str, message: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_run(config, [override])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("1e-4", 1e-4), ("-2E3", -2000.0), (".5e1", 5.0), ("1.5e+2", 150.0), ("1.0e-4", 1e-4)]
+)
+def test_numbers_with_an_exponent_are_numbers(config: Path, text: str, number: float) -> None:
+    assert training_args([f"lr0={text}"]) == {"lr0": number}
+    config.write_text(yaml.safe_dump(content(sparsify="?")).replace("'?'", f"{{epochs: 1, args: {{x: {text}}}}}"))
+    assert load_run(config, []).sparsify.args == {"x": number}
+
+
+@pytest.mark.parametrize("word", ["e4", "1e", "0x1g", "1e-4x", "yolov8n.pt", "1.2.3"])
+def test_words_stay_words(word: str) -> None:
+    assert training_args([f"key={word}"]) == {"key": word}
+
+
+def test_texts_are_taken_as_they_are(config: Path) -> None:
+    """Paths may look like YAML."""
+    run = load_run(config, [], {"model": "a #1.pt", "data": "[x]: {y}.yaml"})
+    assert (run.model, run.data) == ("a #1.pt", "[x]: {y}.yaml")
+
+
+def test_a_budget_may_be_a_file(config: Path, tmp_path: Path) -> None:
+    budget = tmp_path / "budget.yaml"
+    budget.write_text("multiple_of: 4\nrules:\n  - {layers: 'model.22.*', max_removed: 0.5}\n")
+    expected = Budget(multiple_of=4, rules=(LayerRule(layers="model.22.*", max_removed=0.5),))
+    assert load_run(config, [f"prune.budget={budget}"]).prune.budget == expected
+    assert load_budget(budget) == expected
+
+
+def test_a_wrong_budget_file_is_named(config: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"none\.yaml does not exist"):
+        load_run(config, [f"prune.budget={tmp_path}/none.yaml"])
+    budget = tmp_path / "budget.yaml"
+    budget.write_text("multipleof: 4\nmin_width: 0\n")
+    with pytest.raises(SettingsError, match=r"budget\.yaml: min_width: .*; unknown key 'multipleof'"):
+        load_budget(budget)
+    with pytest.raises(SettingsError, match=r"run\.yaml: .*unknown key 'prune\.budget\.multipleof'"):
+        load_run(config, [f"prune.budget={budget}"])
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        (b"name: [", "is not valid YAML"),
+        (b"just words", "must hold a mapping of keys to values, it holds str"),
+        (b"", "it holds NoneType"),
+        (b"- a\n", "it holds list"),
+        (b"name: \xff\xfe", "cannot be read"),
+        (b"name: !!python/object/apply:os.getcwd []", "is not valid YAML"),
+        (b"name: 2024-13-01", "is not valid YAML"),
+        (b"? &a [1]\n: 2\n", "is not valid YAML"),
+        (b"train: &t {epochs: 1, args: {x: *t}}", "holds what a configuration cannot"),
+    ],
+)
+def test_a_file_that_is_no_configuration(config: Path, written: bytes, message: str) -> None:
+    config.write_bytes(written)
+    with pytest.raises(SettingsError) as caught:
+        load_run(config, [])
+    assert str(caught.value).startswith(str(config))
+    assert message in str(caught.value)
+
+
+def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"none\.yaml does not exist: check the path"):
+        load_run(tmp_path / "none.yaml", [])
+    with pytest.raises(SettingsError, match="cannot be read"):
+        load_run(tmp_path, [])
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/pipelines/*.yaml")), ids=lambda path: path.name)
+def test_every_pipeline_loads(path: Path, monkeypatch) -> None:
+    from compress.trainers import check_arguments
+
+    monkeypatch.chdir(ROOT)
+    run = load_run(path, [])
+    assert run.name
+    for section in (run.train, run.sparsify, run.finetune):
+        check_arguments(section.args)
+    assert path.read_text(encoding="utf-8").startswith("# ")  # the command that runs it
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/budgets/*.yaml")), ids=lambda path: path.name)
+def test_every_budget_loads(path: Path) -> None:
+    assert load_budget(path).source  # where its rule comes from
