@@ -67,7 +67,7 @@ def build_model(cfg: str | dict[str, Any], nc: int | None = None) -> nn.Module:
 
     with quiet():
         try:
-            return DetectionModel(copy.deepcopy(cfg), nc=nc, verbose=False)  # type: ignore[arg-type]  (a dict serves too).eval()
+            return DetectionModel(copy.deepcopy(cfg), nc=nc, verbose=False).eval()  # type: ignore[arg-type]  (or a dict)
         except (FileNotFoundError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             name = cfg if isinstance(cfg, str) else cfg.get("yaml_file", "the model YAML")
             raise CheckpointError(f"{name} does not describe a model of Ultralytics' form: {error}") from None
