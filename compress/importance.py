@@ -11,7 +11,7 @@ from compress.slots import FIXED
 if TYPE_CHECKING:
     from torch import nn
 
-    from compress.graph import Graph
+    from compress.graph import Axis, Graph
     from compress.settings import Importance
 
 
@@ -30,7 +30,7 @@ def importance(graph: Graph, model: nn.Module, method: Importance, seed: int = 0
         return [generator.random(group.width) for group in graph.groups]
     if method in ("l1", "l2"):
         return [_relative(score) for score in _filter_norms(graph, model, order=int(method[1]))]
-    gammas = _average(graph, batch_norm_scales(graph, model))
+    gammas = _average(graph, {(name, 0): values for name, values in batch_norm_scales(graph, model).items()})
     known = [score for score in gammas if np.isfinite(score).all()]
     scale = float(np.concatenate(known).mean()) if known else 1.0
     norms = _filter_norms(graph, model, order=1)
@@ -57,24 +57,31 @@ def _filter_norms(graph: Graph, model: nn.Module, order: int) -> list[np.ndarray
     state = model.state_dict()
     norms = {}
     for axis in graph.axes:
-        shape = graph.shapes[axis.tensor]
-        if len(shape) < 2 or axis.dim != 0 or axis.tensor not in graph.positions:
-            continue
-        weight = state[axis.tensor].double().cpu().numpy().reshape(shape[0], -1)
-        norms[axis.tensor] = np.linalg.norm(weight, ord=order, axis=1)
+        if axis.tensor in graph.positions and makes_channels(model, axis):
+            weight = state[axis.tensor].double().movedim(axis.dim, 0).flatten(1).cpu().numpy()
+            norms[axis.tensor, axis.dim] = np.linalg.norm(weight, ord=order, axis=1)
     return [np.where(np.isfinite(score), score, 1.0) for score in _average(graph, norms)]
 
 
-def _average(graph: Graph, values: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """Average per-channel values over the tensors that share a unit; NaN where no tensor has one."""
+def makes_channels(model: nn.Module, axis: Axis) -> bool:
+    """Tell whether a dimension of a tensor counts the channels that its layer makes, not those that it reads."""
+    from torch.nn.modules.conv import _ConvTransposeNd
+
+    owner, _, name = axis.tensor.rpartition(".")
+    transposed = name == "weight" and isinstance(model.get_submodule(owner), _ConvTransposeNd)
+    return axis.dim == (1 if transposed else 0)
+
+
+def _average(graph: Graph, values: dict[tuple[str, int], np.ndarray]) -> list[np.ndarray]:
+    """Average values per (tensor, dimension) over the tensors that share a unit; NaN where no tensor has one."""
     total = [np.zeros(group.width) for group in graph.groups]
     count = [np.zeros(group.width) for group in graph.groups]
     for axis in graph.axes:
-        if axis.dim != 0 or axis.tensor not in values:
+        if (axis.tensor, axis.dim) not in values:
             continue
         for index in np.unique(axis.group[axis.group != FIXED]).tolist():
             mine = axis.group == index
-            np.add.at(total[index], axis.unit[mine], values[axis.tensor][mine])
+            np.add.at(total[index], axis.unit[mine], values[axis.tensor, axis.dim][mine])
             np.add.at(count[index], axis.unit[mine], 1)
     with np.errstate(invalid="ignore"):
         return [t / c for t, c in zip(total, count, strict=True)]

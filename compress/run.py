@@ -39,7 +39,7 @@ def run(settings: Run, command: str, runs: Path = Path("runs")) -> dict[str, Any
 
         dense = train(settings.model, data, settings.train, common, folder / "01_train")
         start = str(dense) if settings.sparsify.start == "train" else settings.model
-        sparse = sparsify(start, data, settings.sparsify, common, folder / "02_sparsify")
+        sparse = sparsify(start, data, settings.sparsify, common, folder / "02_sparsify", settings.prune)
         cut = prune(sparse, data, settings.prune, settings.imgsz, settings.seed, folder / "03_prune")
         pruned = finetune(cut, dense, data, settings.finetune, common, folder / "04_finetune")
 
@@ -76,28 +76,35 @@ def check(settings: Run, data: Path) -> None:
 
 
 def export(models: dict[str, Path], data: Path, settings: Run, folder: Path) -> dict[str, Any]:
-    """Export every model to ONNX and prove each file against PyTorch on real images."""
-    from export.onnx import export_stage
+    """Export every model to ONNX, and to ncnn if that is measured too; prove each against PyTorch on real images."""
+    from export import ncnn, onnx
 
-    return export_stage(models, data, settings.imgsz, settings.export, folder)
+    records = onnx.export_stage(models, data, settings.imgsz, settings.export, folder)
+    if "ncnn" in settings.benchmark.runtimes:
+        others = ncnn.export_stage(models, data, settings.imgsz, settings.ncnn, folder / "ncnn")
+        records |= {f"{name}, ncnn": record for name, record in others.items()}
+    return records
 
 
 def benchmark(
     models: dict[str, Path], parity: dict[str, Any], data: Path, settings: Run, command: str, folder: Path
 ) -> dict[str, Any]:
     """Score and time the dense and the pruned model, and write summary, report and record."""
+    from benchmark import runtimes
     from benchmark.accuracy import evaluate
     from benchmark.latency import measure
     from benchmark.report import print_table, write_report
 
     wanted = settings.benchmark
-    artefacts = {
-        name: {"torch": path, "onnxruntime": folder / "05_export" / f"{name}.onnx"} for name, path in models.items()
-    }
+    exported = folder / "05_export"
+    artefacts = {name: {"torch": path, "onnxruntime": exported / f"{name}.onnx"} for name, path in models.items()}
+    if "ncnn" in wanted.runtimes:
+        for name in models:
+            artefacts[name]["ncnn"] = exported / "ncnn" / f"{name}_ncnn_model"
     output = folder / "06_benchmark"
     inputs = {f"{name}.{runtime}": path for name, files in artefacts.items() for runtime, path in files.items()}
     config = {**wanted.model_dump(mode="json"), "imgsz": settings.imgsz, "seed": settings.seed, "data": str(data)}
-    parents = manifest.input_hashes(inputs)
+    parents = {role: runtimes.sha256(path) for role, path in inputs.items()}
     with manifest.lock(output):
         if manifest.is_finished(output, "benchmark", config, parents):
             print(f"benchmark: finished before, unchanged: {output}")

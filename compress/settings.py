@@ -73,6 +73,7 @@ class Sparsity(Training):
     sr_decay: float = Field(
         default=0.1, gt=0.0, le=1.0, description="share of λ that is left at the last epoch (linear)"
     )
+    fade: bool = Field(default=False, description="choose the channels that `prune` removes early, and fade them out")
     start: Literal["train", "model"] = Field(
         default="train", description="start from the trained model or from `model` itself"
     )
@@ -113,6 +114,7 @@ class Export(Strict):
     opset: int = Field(default=17, ge=13, le=22)
     simplify: bool = True
     parity_images: int = Field(default=16, ge=1, description="real images on which ONNX must equal PyTorch")
+    parity_map: bool = Field(default=False, description="compare the mAP on the val split too")
 
 
 class ExportNcnn(Strict):
@@ -120,6 +122,7 @@ class ExportNcnn(Strict):
 
     half: bool = Field(default=False, description="store weights in fp16, and let the device compute in fp16")
     parity_images: int = Field(default=16, ge=1, description="real images on which ncnn must equal PyTorch")
+    parity_map: bool = Field(default=False, description="compare the mAP on the val split too")
 
 
 class Benchmark(Strict):

@@ -9,17 +9,22 @@ from typing import Annotated, Any
 import typer
 
 from compress.errors import run_app
-from compress.settings import Sparsity, parse, training_args
+from compress.settings import Budget, Prune, Sparsity, load_budget, parse, training_args
 from compress.train import MORE_HELP, Common, training_stage
 
 _REPAIR_IMAGES = 256
 
 
-def sparsify(model: str, data: Path, settings: Sparsity, common: Common, output: Path) -> Path:
+def sparsify(
+    model: str, data: Path, settings: Sparsity, common: Common, output: Path, cut: Prune | None = None
+) -> Path:
     """Train with a penalty on the γ of prunable channels and return the checkpoint, `output/model.pt`.
 
     The last epoch's weights are kept: their γ are the sparsest. Their batch-norm statistics, which lagged behind the
     shrinking γ, are estimated anew. Watch `output/tensorboard`.
+
+    Args:
+        cut: what will be pruned afterwards; with `settings.fade` its channels are chosen early and faded out.
     """
 
     def repair(trained: Any) -> None:
@@ -30,8 +35,18 @@ def sparsify(model: str, data: Path, settings: Sparsity, common: Common, output:
         sample = random.Random(common.seed).sample(train, min(_REPAIR_IMAGES, len(train)))
         recalibrate_batch_norm(trained, sample, common.imgsz)
 
+    fade = cut.model_dump(mode="json", exclude_none=True) if cut and settings.fade else None
     return training_stage(
-        "sparsify", "SparsityTrainer", model, data, settings, common, output, keep_last=True, repair=repair
+        "sparsify",
+        "SparsityTrainer",
+        model,
+        data,
+        settings,
+        common,
+        output,
+        notes={"sr": settings.sr, "sr_decay": settings.sr_decay, "fade": fade},
+        keep_last=True,
+        repair=repair,
     )
 
 
@@ -44,6 +59,10 @@ def main(
     data: Annotated[str, typer.Option(help="data set YAML, or 'shapes' for the generated one")],
     output: Annotated[Path, typer.Option(help="folder of this stage")],
     sr: Annotated[float, typer.Option(min=0.0, help="strength λ of the penalty on γ")] = 1e-4,
+    fade: Annotated[
+        float | None, typer.Option(help="MACs that will remain: what that cut removes is chosen early and faded out")
+    ] = None,
+    budget: Annotated[Path | None, typer.Option(help="with --fade: a file of configs/budgets/")] = None,
     more: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help=MORE_HELP)] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 100,
     batch: Annotated[int, typer.Option(min=1)] = 16,
@@ -58,8 +77,11 @@ def main(
     from compress.dataset import resolve
 
     given = {"epochs": epochs, "batch": batch, "optimizer": optimizer, "lr0": lr0, "args": training_args(more or [])}
-    settings = parse(Sparsity, {**given, "sr": sr}, "sparsify")
-    sparsify(model, resolve(data), settings, Common(imgsz=imgsz, device=device, workers=workers, seed=seed), output)
+    settings = parse(Sparsity, {**given, "sr": sr, "fade": fade is not None}, "sparsify")
+    rules = load_budget(budget) if budget else Budget()
+    cut = {"macs": fade, "importance": "taylor", "budget": rules.model_dump(mode="json")}
+    common = Common(imgsz=imgsz, device=device, workers=workers, seed=seed)
+    sparsify(model, resolve(data), settings, common, output, None if fade is None else parse(Prune, cut, "--fade"))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from compress.errors import DataError
+from compress.importance import makes_channels
 from compress.slots import FIXED
 
 if TYPE_CHECKING:
@@ -37,13 +39,14 @@ def taylor_scores(
         seed: chooses them.
 
     Raises:
-        DataError: the data set has no training images.
+        DataError: the data set has no training images, or other classes than the model.
     """
     import torch
 
     from compress.progress import track
 
     model = copy.deepcopy(model).eval()  # the loss leaves its traces in a model
+    model.requires_grad_(True)  # an averaged model asks for no gradients
     parameters = dict(model.named_parameters())
     sources = _sources(graph, model, parameters)
     total = [np.zeros(group.width) for group in graph.groups]
@@ -54,11 +57,11 @@ def taylor_scores(
             loss: Any = model.loss(batch)  # type: ignore[operator]  (a detection model has one)
             loss[0].sum().backward()
         change = [np.zeros(group.width) for group in graph.groups]
-        for name, index, mine, unit in sources:
+        for name, dim, index, mine, unit in sources:
             parameter = parameters[name]
             if parameter.grad is not None:
-                gain = (parameter.detach() * parameter.grad).double().reshape(len(parameter), -1).sum(1)
-                np.add.at(change[index], unit, gain.cpu().numpy()[mine])
+                gain = (parameter.detach() * parameter.grad).double().movedim(dim, 0).reshape(parameter.shape[dim], -1)
+                np.add.at(change[index], unit, gain.sum(1).cpu().numpy()[mine])
         for sums, values in zip(total, change, strict=True):
             sums += np.abs(values)
     return [sums / max(len(batches), 1) for sums in total]
@@ -66,20 +69,20 @@ def taylor_scores(
 
 def _sources(
     graph: Graph, model: nn.Module, parameters: dict[str, Any]
-) -> list[tuple[str, int, np.ndarray, np.ndarray]]:
-    """Return (parameter, group, its positions, their units) of all that makes the units: batch norms where they do."""
+) -> list[tuple[str, int, int, np.ndarray, np.ndarray]]:
+    """Return (parameter, dimension, group, positions, units) of all that makes the units: batch norms where they do."""
     from torch.nn.modules.batchnorm import _BatchNorm
 
     modules = dict(model.named_modules())
-    found: dict[bool, list[tuple[str, int, np.ndarray, np.ndarray]]] = {True: [], False: []}
+    found: dict[bool, list[tuple[str, int, int, np.ndarray, np.ndarray]]] = {True: [], False: []}
     for axis in graph.axes:
-        if axis.dim == 0 and axis.tensor in parameters:
+        if axis.tensor in parameters and makes_channels(model, axis):
             is_norm = isinstance(modules[axis.tensor.rpartition(".")[0]], _BatchNorm)
             for index in np.unique(axis.group[axis.group != FIXED]).tolist():
                 mine = np.flatnonzero(axis.group == index)
-                found[is_norm].append((axis.tensor, index, mine, axis.unit[mine]))
-    normed = {index for _, index, _, _ in found[True]}
-    return found[True] + [source for source in found[False] if source[1] not in normed]
+                found[is_norm].append((axis.tensor, axis.dim, index, mine, axis.unit[mine]))
+    normed = {index for _, _, index, _, _ in found[True]}
+    return found[True] + [source for source in found[False] if source[2] not in normed]
 
 
 def _batches(model: nn.Module, data: Path, imgsz: int, count: int, seed: int) -> list[dict[str, Any]]:
@@ -88,9 +91,12 @@ def _batches(model: nn.Module, data: Path, imgsz: int, count: int, seed: int) ->
     from ultralytics.data.utils import check_det_dataset
 
     from compress.checkpoint import quiet
-    from compress.dataset import images
+    from compress.dataset import class_names, images
     from compress.labels import FreshLabels
 
+    classes, known = len(class_names(data)), len(model.names)  # type: ignore[arg-type]  (Ultralytics' models have them)
+    if classes != known:
+        raise DataError(f"the model knows {known} classes, {data} has {classes}: train it on this data first")
     settings = get_cfg()
     chosen = images(data, "train")
     chosen = random.Random(seed).sample(chosen, min(count, len(chosen)))

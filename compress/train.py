@@ -44,6 +44,7 @@ def training_stage(
     *,
     overrides: dict[str, Any] | None = None,
     extra_inputs: dict[str, Path] | None = None,
+    notes: dict[str, Any] | None = None,
     keep_last: bool = False,
     repair: Callable[[Any], None] | None = None,
 ) -> Path:
@@ -53,6 +54,7 @@ def training_stage(
         trainer: name of a class in `trainers`.
         overrides: further Ultralytics arguments.
         extra_inputs: further checkpoints that shape the result.
+        notes: further settings of the trainer, which it finds in a file of the folder.
         keep_last: keep the last epoch's weights, not those of the best validation.
         repair: what to mend of the trained model, in place, before it is saved.
 
@@ -64,7 +66,7 @@ def training_stage(
     """
     if Path(model).suffix == ".pt" and not Path(model).is_file():
         checkpoint.load_model(model)  # downloads an official one, so that the next start sees the same input
-    config = {**settings.model_dump(mode="json"), **common.model_dump(), "data": str(data)}
+    config = {**settings.model_dump(mode="json"), **common.model_dump(), "data": str(data), **(notes or {})}
     inputs = {"data": data, **(extra_inputs or {})}
     if Path(model).is_file():
         inputs["model"] = Path(model)
@@ -94,6 +96,7 @@ def training_stage(
                 output,
                 resumable=resumable,
                 overrides={**common.model_dump(), **(overrides or {})},
+                notes=notes,
             )
             chosen = last if keep_last else best
             trained, arguments = trainers.trained_model(chosen), checkpoint.load_training_args(chosen)

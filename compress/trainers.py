@@ -23,11 +23,14 @@ from ultralytics.utils.torch_utils import unwrap_model
 
 from compress.checkpoint import load_model, plans_of
 from compress.errors import CheckpointError, EspalierError, PlanError, SettingsError
+from compress.fade import START, Fade, remaining
 from compress.graph import build_graph
 from compress.importance import batch_norm_scales
 from compress.labels import fresh_labels
 from compress.manifest import read_json, write_bytes_atomic, write_json
-from compress.settings import Sparsity, Training
+from compress.plan import load_plan, save_plan
+from compress.prune import plan_pruning
+from compress.settings import Prune, Training, parse
 from compress.slots import FIXED
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ TRAINING = "training"  # Ultralytics' own folder inside a stage's
 # The newest and the best checkpoint, whole even if the process is killed while it writes last.pt and best.pt.
 RESUME, RESUME_BEST = "resume.pt", "resume_best.pt"
 SPARSITY = "sparsity.json"
+FADE_PLAN = "fade_plan.json"
 _OURS = {"model", "data", "mode", "task", "project", "name", "save_dir", "resume", "exist_ok", "pretrained", "cfg"}
 _TRACE_IMGSZ = 64  # groups do not depend on the image size; the smallest that every stride divides is fastest
 # All γ shrink a little at every step, so running statistics lag behind, and over a deep network the lags multiply:
@@ -111,6 +115,10 @@ class SparsityTrainer(PlanTrainer):
         self.penalty = GroupPenalty(graph, model)
         optimizer: Any = self.optimizer
         optimizer.register_step_pre_hook(lambda *_: self.penalty.add_gradient(self.current_sr()))
+        if settings.get("fade"):
+            self.fade: Fade | None = None
+            self.add_callback("on_train_epoch_start", SparsityTrainer.choose_what_fades)
+            self.add_callback("on_train_batch_end", SparsityTrainer.fade_out)
         if RANK in (-1, 0):
             self.gamma_log = GammaLog(graph, Path(self.save_dir).parent, model)
             self.add_callback("on_fit_epoch_end", SparsityTrainer.log_gammas)
@@ -119,6 +127,26 @@ class SparsityTrainer(PlanTrainer):
         """Return λ of this epoch: from `sr` it falls linearly to `sr · sr_decay`."""
         progress = self.epoch / max(self.epochs - 1, 1)
         return self.sr * (1.0 - (1.0 - self.sr_decay) * min(progress, 1.0))
+
+    def choose_what_fades(self) -> None:
+        """Plan the cut when it is time, by the weights as they are then; a resumed training keeps its plan."""
+        self.batches = 0
+        if self.fade is not None or self.epoch < START * self.epochs:
+            return
+        folder, model = Path(self.save_dir).parent, unwrap_model(self.model)  # type: ignore[arg-type]
+        if not (folder / FADE_PLAN).exists():
+            ema: Any = self.ema
+            settings = parse(Prune, read_json(folder / SPARSITY)["fade"], SPARSITY)
+            planned = plan_pruning(ema.ema, settings, self.args.imgsz, self.args.seed, Path(self.args.data))
+            save_plan(planned.plan, folder / FADE_PLAN)
+        self.fade = Fade(load_plan(folder / FADE_PLAN), model)
+        self.fade.remaining = remaining(self.epoch / self.epochs)  # a resumed training has faded that far
+
+    def fade_out(self) -> None:
+        """Let the condemned channels fade by one batch."""
+        self.batches += 1
+        if self.fade is not None:
+            self.fade.apply((self.epoch + self.batches / len(self.train_loader)) / self.epochs)
 
     def log_gammas(self) -> None:
         """Write γ histograms, the near-zero share and the metrics of this epoch to TensorBoard."""
@@ -201,6 +229,7 @@ def run_training(
     *,
     resumable: bool,
     overrides: dict[str, Any],
+    notes: dict[str, Any] | None = None,
 ) -> tuple[Path, Path]:
     """Train to the end, resuming where an interrupted run stopped, and return its (best, last) checkpoints.
 
@@ -208,6 +237,7 @@ def run_training(
         folder: the stage's folder; Ultralytics writes below `folder/training`.
         resumable: an interrupted start of this very training may lie in `folder`.
         overrides: further Ultralytics arguments (imgsz, device, seed …); `settings.args` has the last word.
+        notes: what a SparsityTrainer reads beside Ultralytics' arguments: sr, sr_decay, fade.
 
     Raises:
         SettingsError: an argument that Ultralytics does not know, or that Espalier sets itself.
@@ -234,8 +264,8 @@ def run_training(
         if resume_best.exists():
             write_bytes_atomic(best, resume_best.read_bytes())
         arguments |= {"resume": str(resume), "model": str(resume)}
-    elif isinstance(settings, Sparsity):
-        write_json(folder / SPARSITY, {"sr": settings.sr, "sr_decay": settings.sr_decay})
+    elif notes:
+        write_json(folder / SPARSITY, notes)
     try:
         trainer(overrides=arguments).train()
     except EspalierError:
