@@ -1,0 +1,68 @@
+"""What the documentation tells users to type is understood, and its tree is the tree."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "results.md", *sorted((ROOT / "configs").glob("**/*.yaml"))]
+COMMANDS = sorted(
+    {
+        command
+        for document in DOCUMENTS
+        for command in re.findall(r"(python -m (?:compress|export|benchmark)\.[^`\n]*)", document.read_text("utf-8"))
+    }
+)
+
+
+def parse(command: str) -> None:
+    """Let the command's own parser read its options, without running it."""
+    _, _, module, *arguments = shlex.split(command, comments=True)
+    app = importlib.import_module(module).app
+    typer.main.get_command(app).make_context(module, arguments)
+
+
+def test_commands_are_found() -> None:
+    assert len(COMMANDS) >= 10
+    modules = {command.split()[2] for command in COMMANDS}
+    assert {"compress.run", "compress.sparsify", "compress.finetune", "export.onnx", "benchmark.latency"} <= modules
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_documented_commands_are_understood(command: str) -> None:
+    parse(command)
+
+
+def test_a_wrong_command_is_seen() -> None:
+    with pytest.raises(Exception, match="--no-such") as caught:
+        parse("python -m compress.run --config x.yaml --no-such")
+    assert type(caught.value).__name__ == "NoSuchOption"
+
+
+def test_the_files_that_documents_name_exist() -> None:
+    for document in DOCUMENTS[:2]:
+        text = document.read_text("utf-8")
+        links = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
+        named = re.findall(r"(?:configs|scripts|docs)/[\w./-]+\.(?:yaml|sh|md|json|py)", text)
+        missing = [
+            name
+            for name in {*links, *named}
+            if not (document.parent / name).exists() and not (ROOT / name).exists() and "NAME" not in name
+        ]
+        assert missing == [], document
+
+
+def test_the_tree_of_the_readme_names_every_module() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    tree = text[text.index("## The tree") : text.index("## When something is off")]
+    for package in ("compress", "export", "benchmark"):
+        start = tree.index(f"    {package}/\n")
+        listed = re.findall(r"^      (\w+\.py) ", re.split(r"\n    \w+/", tree[start + 4 :])[0], re.MULTILINE)
+        present = {path.name for path in (ROOT / package).glob("*.py")} - {"__init__.py"}
+        assert sorted(listed) == sorted(present), package
