@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from compress import taylor
+from compress.checkpoint import build_model
+from compress.graph import Graph, build_graph
+from compress.importance import batch_norm_scales, importance
+from compress.settings import Importance
+from compress.taylor import taylor_scores
+from topologies import ALL, Chain, Grouped, InPlace, Residual, Transposed, randomised
+
+
+def scores_of(model: nn.Module, method: str, seed: int = 0) -> dict[str, np.ndarray]:
+    graph = build_graph(model.eval(), 16)
+    scores = importance(graph, model, cast("Importance", method), seed)
+    return {group.name: score for group, score in zip(graph.groups, scores, strict=True)}
+
+
+def set_rows(weight: torch.Tensor, rows: list[list[float]]) -> None:
+    """Give filter i the values rows[i] and zeros after them."""
+    weight.data.zero_()
+    for filter_, values in zip(weight.data, rows, strict=True):
+        filter_.view(-1)[: len(values)] = torch.tensor(values)
+
+
+def test_bn_is_the_magnitude_of_gamma() -> None:
+    model = Chain()
+    model.a.bn.weight.data = torch.tensor([0.5, -2.0, 0.0, 1.0, -0.25, 3.0, 0.125, 1.5])
+    assert scores_of(model, "bn")["a.conv"].tolist() == [0.5, 2.0, 0.0, 1.0, 0.25, 3.0, 0.125, 1.5]
+
+
+def test_layers_that_share_channels_share_the_mean() -> None:
+    """a + b(a) + c(a + b(a)): channel 0 has γ 1, 2 and -6, channel 1 has 0, 0 and 3."""
+    model = Residual()
+    for block, first, second in ((model.a, 1.0, 0.0), (model.b, 2.0, 0.0), (model.c, -6.0, 3.0)):
+        block.bn.weight.data[:2] = torch.tensor([first, second])
+    assert scores_of(model, "bn")["a.conv"].tolist() == [3.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+
+
+def test_columns_of_a_grouped_convolution_share_the_mean() -> None:
+    """Unit j is column j of each of four groups: channels j, j + 4, j + 8 and j + 12 of the layer before."""
+    model = Grouped()
+    model.a.bn.weight.data = torch.arange(16.0)
+    assert scores_of(model, "bn")["a.conv"].tolist() == [6.0, 7.0, 8.0, 9.0]
+
+
+def test_a_group_without_batch_norm_compares_with_the_others() -> None:
+    """bn falls back on l1 there: filters of norm 1, 2, 3, 6 around their mean 3, times the mean γ of the model."""
+    model = Chain()
+    model.a.bn.weight.data.fill_(0.4)
+    model.b.bn.weight.data.fill_(0.1)
+    set_rows(model.head.weight, [[1.0], [-2.0], [1.0, -1.0, 1.0], [6.0]])
+    mean_gamma = (8 * 0.4 + 12 * 0.1) / 20
+    assert scores_of(model, "bn")["head"] == pytest.approx(np.array([1, 2, 3, 6]) / 3 * mean_gamma)
+
+
+def test_a_model_without_batch_norm_is_scored_by_l1() -> None:
+    model = InPlace()
+    for name, score in scores_of(model, "bn").items():
+        assert score == pytest.approx(scores_of(model, "l1")[name]), name
+
+
+@pytest.mark.parametrize(("method", "norms"), [("l1", [7.0, 1.0, 0.0, 4.0]), ("l2", [5.0, 1.0, 0.0, 2.0])])
+def test_filter_norms_over_their_mean(method: str, norms: list[float]) -> None:
+    model = Chain()
+    set_rows(model.head.weight, [[3.0, -4.0], [-1.0], [0.0], [1.0, 1.0, -1.0, 1.0]])
+    assert scores_of(model, method)["head"] == pytest.approx(np.array(norms) / np.mean(norms))
+
+
+def test_filters_that_share_channels_share_the_mean() -> None:
+    """Channel 0: norms 1, 2 and 6; all others: 0, 0 and 6; the mean over the group is 17 / 8."""
+    model = Residual()
+    set_rows(model.a.conv.weight, [[1.0]] + [[0.0]] * 7)
+    set_rows(model.b.conv.weight, [[2.0]] + [[0.0]] * 7)
+    set_rows(model.c.conv.weight, [[6.0]] * 8)
+    assert scores_of(model, "l1")["a.conv"] == pytest.approx(np.array([3.0] + [2.0] * 7) / (17 / 8))
+
+
+def test_dead_filters_are_worth_nothing() -> None:
+    model = Chain()
+    model.a.conv.weight.data.zero_()
+    assert scores_of(model, "l1")["a.conv"].tolist() == [0.0] * 8
+
+
+def test_a_transposed_convolution_makes_its_second_dimension() -> None:
+    """Its weight is (in, out): what it reads counts for nothing, what it makes does."""
+    model = Transposed()
+    set_rows(model.a.conv.weight, [[1.0]] * 8)
+    model.up.weight.data = torch.arange(6.0).reshape(1, 6, 1, 1).repeat(8, 1, 2, 2)
+    model.up.weight.data[0] = 100.0
+    found = scores_of(model, "l1")
+    assert found["a.conv"].tolist() == [1.0] * 8
+    norms = 400 + 28 * np.arange(6.0)
+    assert found["up"] == pytest.approx(norms / norms.mean())
+
+
+def test_random_is_repeatable_noise() -> None:
+    model = Residual()
+    first, again, other = (scores_of(model, "random", seed)["a.conv"] for seed in (3, 3, 4))
+    assert first.tolist() == again.tolist() != other.tolist()
+    assert len(set(first.tolist())) == 8
+    assert ((first >= 0) & (first < 1)).all()
+
+
+@pytest.mark.parametrize("method", ["bn", "l1", "l2", "random"])
+@pytest.mark.parametrize("name", ALL)
+def test_every_unit_has_a_finite_score(name: str, method: str) -> None:
+    model = randomised(ALL[name]())
+    graph = build_graph(model, 16)
+    before = copy.deepcopy(model.state_dict())
+    scores = importance(graph, model, cast("Importance", method))
+    assert [score.shape for score in scores] == [(group.width,) for group in graph.groups]
+    assert all(np.isfinite(score).all() and (score >= 0).all() for score in scores)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_scales_of_all_batch_norms() -> None:
+    model = Chain()
+    model.b.bn.weight.data.fill_(-0.5)
+    found = batch_norm_scales(build_graph(model.eval(), 16), model)
+    assert {name: (values.size, values.mean()) for name, values in found.items()} == {
+        "a.bn.weight": (8, 1.0),
+        "b.bn.weight": (12, 0.5),
+    }
+
+
+# Taylor asks the loss.
+
+
+@pytest.fixture
+def detector(narrow: Path) -> Any:
+    from ultralytics.cfg import get_cfg
+
+    torch.manual_seed(0)
+    model: Any = randomised(build_model(str(narrow)))
+    model.args = get_cfg()
+    return model
+
+
+def gates(graph: Graph, model: nn.Module, group: int, unit: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return (parameter, its positions) of every γ and β that makes a unit."""
+    parameters = dict(model.named_parameters())
+    return [
+        (parameters[axis.tensor], torch.from_numpy((axis.group == group) & (axis.unit == unit)))
+        for axis in graph.axes
+        if ".bn." in axis.tensor and axis.tensor in parameters and ((axis.group == group) & (axis.unit == unit)).any()
+    ]
+
+
+def smooth_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, None]:
+    """A loss whose slope can be measured; the real one assigns boxes to anchors in jumps."""
+    return model(batch["img"])[0].square().mean(), None
+
+
+def test_taylor_is_what_the_loss_would_miss(detector: Any, monkeypatch) -> None:
+    """A unit that weighs 1 + ε changes the loss by ε times the score; coupled γ and β weigh it together."""
+    batches = [{"img": torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(seed))} for seed in (1, 2)]
+    monkeypatch.setattr(taylor, "_batches", lambda *_: batches)
+    monkeypatch.setattr(type(detector), "loss", smooth_loss)
+    graph = build_graph(detector, 64)
+    scores = taylor_scores(graph, detector, Path("none.yaml"), 64)
+    model = copy.deepcopy(detector).double()
+    shared = [i for i, group in enumerate(graph.groups) if sum(layer.endswith(".bn") for layer in group.layers) > 1]
+    assert shared
+    for group, unit in [(0, 0), (0, 3), *((index, 2) for index in shared[:2])]:
+        slopes = []
+        for batch in batches:
+            losses = []
+            for factor in (1 + 1e-5, (1 - 1e-5) / (1 + 1e-5)):
+                for parameter, mine in gates(graph, model, group, unit):
+                    parameter.data[mine] *= factor
+                with torch.no_grad():
+                    losses.append(smooth_loss(model, {"img": batch["img"].double()})[0].item())
+            for parameter, mine in gates(graph, model, group, unit):
+                parameter.data[mine] /= 1 - 1e-5
+            slopes.append(abs(losses[0] - losses[1]) / 2e-5)
+        assert scores[group][unit] == pytest.approx(np.mean(slopes), rel=1e-3), graph.groups[group].name
+
+
+def test_taylor_on_real_images(detector: Any, tiny_data: Path) -> None:
+    graph = build_graph(detector, 64)
+    files = sorted(tiny_data.parent.rglob("*"))
+    before = copy.deepcopy(detector.state_dict())
+    first, again, other = (taylor_scores(graph, detector, tiny_data, 64, images=4, seed=seed) for seed in (0, 0, 1))
+    assert [score.shape for score in first] == [(group.width,) for group in graph.groups]
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))  # other images
+    assert all(np.isfinite(score).all() and (score >= 0).all() for score in first)
+    assert np.concatenate([s for s, g in zip(first, graph.groups, strict=True) if not g.frozen]).max() > 0
+    assert all(torch.equal(value, before[key]) for key, value in detector.state_dict().items())
+    assert all(parameter.grad is None for parameter in detector.parameters())
+    assert sorted(tiny_data.parent.rglob("*")) == files  # no label cache
+
+
+def test_taylor_without_batch_norm_asks_the_filters(monkeypatch) -> None:
+    """For y = head(up(a(x))) with loss Σy: Σ w·∂L/∂w of a filter is what its channel gives to the loss."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.up = nn.Conv2d(3, 4, 1, bias=False), nn.ConvTranspose2d(4, 5, 1, bias=False)
+            self.head = nn.Conv2d(5, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.up(self.a(x)))
+
+        def loss(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, None]:
+            return self(batch["img"]).sum(), None
+
+    torch.manual_seed(0)
+    model, image = Model().eval(), torch.rand(1, 3, 16, 16)
+    monkeypatch.setattr(taylor, "_batches", lambda *_: [{"img": image}])
+    graph = build_graph(model, 16)
+    found = dict(zip((g.name for g in graph.groups), taylor_scores(graph, model, Path("none"), 16), strict=True))
+    with torch.no_grad():
+        a = model.a(image)
+        up = model.up(a)
+        by_up = (model.head.weight[:, :, 0, 0].sum(0) * up.sum((0, 2, 3))).abs()
+        to_head = torch.einsum("io,o->i", model.up.weight[:, :, 0, 0], model.head.weight[:, :, 0, 0].sum(0))
+        by_a = (to_head * a.sum((0, 2, 3))).abs()
+    assert found["a"] == pytest.approx(by_a.numpy(), rel=1e-4)
+    assert found["up"] == pytest.approx(by_up.numpy(), rel=1e-4)
