@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from benchmark import runtimes
 from compress import manifest
 from compress.errors import BenchmarkError, DataError, run_app
 
@@ -31,7 +32,8 @@ def evaluate(
     written into the data folder, and no label cache is read from it.
 
     Args:
-        model: a checkpoint (.pt, runs in PyTorch) or an ONNX file (.onnx, runs in onnxruntime).
+        model: a checkpoint (.pt, runs in PyTorch), an ONNX file (.onnx, runs in onnxruntime) or a folder
+            NAME_ncnn_model (runs in ncnn).
         data: data set YAML.
         split: train, val or test.
         imgsz: side of the square input, px.
@@ -52,7 +54,7 @@ def evaluate(
 
     names = class_names(data)
     images(data, split)  # says what is missing, before anything is loaded
-    runner = _runner(model)
+    runner = runtimes.runner_of(model)
     session = _load(runner, model, threads or os.cpu_count() or 1)
     facts = runner.describe(session)
     _check_fit(model, facts, data, len(names), imgsz)
@@ -68,21 +70,6 @@ def evaluate(
         "images": int(validator.seen or 0),
         "runtime": facts["runtime"],
     }
-
-
-def _runner(model: Path) -> ModuleType:
-    """Return the runner of a model file, by its suffix."""
-    if not model.is_file():
-        raise BenchmarkError(f"{model} does not exist: check the path")
-    if model.suffix == ".pt":
-        from benchmark.runners import torch_runner
-
-        return torch_runner
-    if model.suffix == ".onnx":
-        from benchmark.runners import onnxruntime_runner
-
-        return onnxruntime_runner
-    raise BenchmarkError(f"{model} must be a .pt or an .onnx file")
 
 
 def _load(runner: ModuleType, model: Path, threads: int) -> Any:
@@ -159,10 +146,13 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    model: Annotated[list[Path], typer.Option("--model", "--models", help="model file, .pt or .onnx; may repeat")],
+    model: Annotated[
+        list[Path],
+        typer.Option("--model", "--models", help="model: .pt, .onnx or a folder NAME_ncnn_model; may repeat"),
+    ],
     data: Annotated[str, typer.Option(help="data set YAML or 'shapes'")],
     output: Annotated[Path, typer.Option(help="folder for accuracy.json and the manifest")],
-    more: Annotated[list[Path] | None, typer.Argument(metavar="[MODEL]...", help="more model files")] = None,
+    more: Annotated[list[Path] | None, typer.Argument(metavar="[MODEL]...", help="more models")] = None,
     split: Annotated[str, typer.Option(help="train, val or test")] = "val",
     imgsz: Annotated[int, typer.Option(min=32, help="side of the square input, px")] = 640,
     threads: Annotated[int | None, typer.Option(min=1, help="threads; all of the machine's when not given")] = None,
@@ -172,10 +162,11 @@ def main(
 
     models = [*model, *(more or [])]
     for path in models:
-        _runner(path)
+        runtimes.runner_of(path)
     yaml = resolve(data)
     config = {"models": [path.name for path in models], "split": split, "imgsz": imgsz}
-    parents = manifest.input_hashes({**{f"model{i}": path for i, path in enumerate(models)}, "data": yaml})
+    parents = {f"model{i}": runtimes.sha256(path) for i, path in enumerate(models)}
+    parents |= manifest.input_hashes({"data": yaml})
     with manifest.lock(output):
         if manifest.is_finished(output, STAGE, config, parents):
             print(f"accuracy: finished before, unchanged: {output}")

@@ -26,15 +26,14 @@ from typing import IO, Annotated, Any
 
 import typer
 
-from benchmark import statistics, system
+from benchmark import runtimes, statistics, system
+from benchmark.runtimes import RUNNERS
 from compress import manifest
 from compress.errors import BenchmarkError, run_app
 
 SCHEMA = 1
 STAGE = "latency"
 RESULT = "latency.json"
-RUNNERS = {"torch": "benchmark.runners.torch_runner", "onnxruntime": "benchmark.runners.onnxruntime_runner"}
-RUNTIMES = {".pt": "torch", ".onnx": "onnxruntime"}
 DEVICES = ("cpu",)
 SILENCE_S = 120.0
 WINDOW_S = 0.1
@@ -142,7 +141,7 @@ def measure(
     Only the runtime's inference is timed: no reading, letterbox or suppression. Each query has the same noise image.
 
     Args:
-        models: model name → runtime (torch, onnxruntime) → model file.
+        models: model name → runtime (torch, onnxruntime, ncnn) → model file or folder.
         imgsz: side of the square input, px.
         threads: threads of each worker's runtime.
         mode: quick, standard or mlperf.
@@ -158,16 +157,16 @@ def measure(
             values that are not finite, a worker that crashes or falls silent.
     """
     plan = MODES[_known("mode", mode, MODES)]
-    for runtimes in models.values():
-        for runtime, path in runtimes.items():
+    for files in models.values():
+        for runtime, path in files.items():
             _known("runtime", runtime, RUNNERS)
-            _require(path)
+            runtimes.require(path)
     started, before, busy, own = time.monotonic(), system.state(), system.busy_s(), time.process_time()
     with ExitStack() as stack:
         show = stack.enter_context(_progress())
         cells = []
-        for name, runtimes in models.items():
-            for runtime, path in runtimes.items():
+        for name, files in models.items():
+            for runtime, path in files.items():
                 show(f"start {name} on {runtime}", 0.0)
                 command = [sys.executable, "-m", "benchmark.worker", RUNNERS[runtime], str(path.resolve())]
                 command += [str(threads), str(imgsz), str(seed)]
@@ -286,10 +285,11 @@ def _cell_record(cell: _Cell, cost: dict[str, Any], threads: int, imgsz: int, se
         "runtime": cell.runtime,
         "runtime_version": facts.get("version"),
         "precision": facts.get("precision"),
+        "precision_executed": facts.get("precision_executed"),
         "providers": facts.get("providers"),
         "memory_format": facts.get("memory_format"),
         "file": cell.path.name,
-        "model_sha256": manifest.sha256_file(cell.path),
+        "model_sha256": runtimes.sha256(cell.path),
         "threads": threads,
         "imgsz": imgsz,
         "batch": 1,
@@ -388,25 +388,17 @@ def _known(kind: str, value: str, choices: Collection[str]) -> str:
     return value
 
 
-def _require(path: Path) -> None:
-    if not path.is_file():
-        raise BenchmarkError(f"{path} does not exist: check the path")
-
-
 def _by_name(paths: list[Path], runtime: str | None) -> dict[str, dict[str, Path]]:
     """Group files by model name and runtime; files of one name and runtime keep their whole paths as names."""
     if runtime is not None:
         _known("runtime", runtime, RUNNERS)
     found: dict[str, dict[str, Path]] = {}
     for path in paths:
-        _require(path)
-        own = RUNTIMES.get(path.suffix)
+        own = runtimes.runtime_of(path)
         if own is None or runtime not in (None, own):
-            wanted = [suffix for suffix, name in RUNTIMES.items() if runtime in (None, name)]
-            raise BenchmarkError(
-                f"{path} must be a {' or '.join(wanted)} file to run in {runtime or 'a known runtime'}"
-            )
-        name = str(path) if own in found.get(path.stem, {}) else path.stem
+            raise BenchmarkError(f"{path} must be {runtimes.kinds(runtime)} to run in {runtime or 'a known runtime'}")
+        runtimes.require(path)
+        name = str(path) if own in found.get(runtimes.stem(path), {}) else runtimes.stem(path)
         found.setdefault(name, {})[own] = path
     return found
 
@@ -416,9 +408,11 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    models: Annotated[list[Path], typer.Option("--models", "--model", help="model files, .pt or .onnx")],
+    models: Annotated[
+        list[Path], typer.Option("--models", "--model", help="models: .pt, .onnx or folders NAME_ncnn_model")
+    ],
     output: Annotated[Path, typer.Option(help=f"folder for {RESULT} and the manifest")],
-    more: Annotated[list[Path] | None, typer.Argument(metavar="MODEL", help="more model files")] = None,
+    more: Annotated[list[Path] | None, typer.Argument(metavar="MODEL", help="more models")] = None,
     runtime: Annotated[str | None, typer.Option(help="accept only files of this runtime")] = None,
     imgsz: Annotated[int, typer.Option(min=32, help="side of the square input, px")] = 640,
     threads: Annotated[int, typer.Option(min=1, help="threads of each runtime")] = 1,
@@ -430,9 +424,7 @@ def main(
     _known("device", device, DEVICES)
     _known("mode", mode, MODES)
     named = _by_name([*models, *(more or [])], runtime)
-    parents = manifest.input_hashes(
-        {f"{name}.{own}": path for name, files in named.items() for own, path in files.items()}
-    )
+    parents = {f"{name}.{own}": runtimes.sha256(path) for name, files in named.items() for own, path in files.items()}
     config = {"device": device, "imgsz": imgsz, "threads": threads, "mode": mode, "seed": seed}
     with manifest.lock(output):
         if manifest.is_finished(output, STAGE, config, parents):

@@ -247,11 +247,11 @@ def _parity(parity: dict[str, Any]) -> list[Block]:
                 str(item["images"]),
                 f"{output['max_box_error_px']:.2g}",
                 f"{output['max_score_error']:.2g}",
-                f"{found['torch']} / {found['onnxruntime']}",
+                f"{found['torch']} / {found[item.get('runtime', 'onnxruntime')]}",
                 str(found["unmatched"]),
             ]
         )
-    columns = ["", "ONNX", "images", "box error px", "score error", "detections torch / ONNX", "unmatched"]
+    columns = ["", "parity", "images", "box error px", "score error", "detections torch / export", "unmatched"]
     return [Table(columns, rows)]
 
 

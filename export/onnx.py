@@ -8,11 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from compress import manifest
-from compress.errors import CheckpointError, ExportError, run_app
+from compress.errors import ExportError, run_app
 from compress.settings import Export, parse
+from export import stage
 
 STAGE = "export"
-PARITY = "parity.json"
 
 
 def export_onnx(model: Path, output: Path, *, imgsz: int, opset: int = 17, simplify: bool = True) -> Path:
@@ -36,9 +36,9 @@ def export_onnx(model: Path, output: Path, *, imgsz: int, opset: int = 17, simpl
 
     from benchmark.runners.torch_runner import inference_network
 
-    _require(model)
+    stage.require(model)
     network = inference_network(str(model))
-    _check_imgsz(imgsz, int(max(network.stride)))  # type: ignore[arg-type]
+    stage.check_imgsz(imgsz, int(max(network.stride)))  # type: ignore[arg-type]
     graph = _trace(network, model, imgsz, opset)
     try:
         onnx.checker.check_model(graph, full_check=True)
@@ -46,13 +46,17 @@ def export_onnx(model: Path, output: Path, *, imgsz: int, opset: int = 17, simpl
         raise ExportError(f"the ONNX graph of {model.name} is not valid: {error}") from None
     if simplify:
         graph = _simplify(graph, model)
-    for key, value in _metadata(network, model, imgsz, opset, simplify).items():
+    args = {"batch": 1, "dynamic": False, "opset": opset, "simplify": simplify, "nms": None}
+    entries = {**stage.metadata(network, model, imgsz, args), "espalier_precision": "fp32"}
+    for key, value in entries.items():
         graph.metadata_props.add(key=key, value=str(value))
     manifest.write_bytes_atomic(output, graph.SerializeToString(deterministic=True))
     return output
 
 
-def export_checked(model: Path, output: Path, images: list[Path], imgsz: int, settings: Export) -> dict[str, Any]:
+def export_checked(
+    model: Path, output: Path, images: list[Path], imgsz: int, settings: Export, data: Path | None = None
+) -> dict[str, Any]:
     """Export a model, compare it with PyTorch on `images`, and return the parity record (see `parity.compare`).
 
     Raises:
@@ -60,41 +64,27 @@ def export_checked(model: Path, output: Path, images: list[Path], imgsz: int, se
     """
     from export import parity
 
-    unproven = output.with_suffix(".unproven.onnx")
-    rejected = output.with_suffix(".rejected.onnx")
-    try:
-        export_onnx(model, unproven, imgsz=imgsz, opset=settings.opset, simplify=settings.simplify)
-        record = parity.compare(model, unproven, images, imgsz)
-        if not record["passed"]:
-            unproven.replace(rejected)
-            raise ExportError(
-                f"{output.name} does not equal PyTorch on {parity.summary(record)}; kept as {rejected.name}: "
-                "try --no-simplify or another --opset"
-            )
-        unproven.replace(output)
-        rejected.unlink(missing_ok=True)
-    finally:
-        unproven.unlink(missing_ok=True)
-    return record
+    return stage.prove(
+        output,
+        lambda path: export_onnx(model, path, imgsz=imgsz, opset=settings.opset, simplify=settings.simplify),
+        lambda path: parity.compare(model, path, images, imgsz, data=data),
+        "try --no-simplify or another --opset",
+    )
 
 
 def export_models(models: dict[str, Path], data: Path, imgsz: int, settings: Export, output: Path) -> dict[str, Any]:
     """Export each model to `output/NAME.onnx`, write `parity.json` ({name: parity record}) and return its content.
 
-    Parity is proven on the first images of the val split, or on all of them where there are fewer than asked for.
-
     Raises:
         DataError: `data` has no val images.
         ExportError: as `export_checked`.
     """
-    from compress.dataset import images
 
-    chosen = images(data, "val")[: settings.parity_images]
-    records = {
-        name: export_checked(path, output / f"{name}.onnx", chosen, imgsz, settings) for name, path in models.items()
-    }
-    manifest.write_json(output / PARITY, records)
-    return records
+    def export(name: str, model: Path, images: list[Path]) -> dict[str, Any]:
+        scored = data if settings.parity_map else None
+        return export_checked(model, output / f"{name}.onnx", images, imgsz, settings, scored)
+
+    return stage.export_models(models, data, settings.parity_images, output, export)
 
 
 def export_stage(models: dict[str, Path], data: Path, imgsz: int, settings: Export, output: Path) -> dict[str, Any]:
@@ -103,34 +93,15 @@ def export_stage(models: dict[str, Path], data: Path, imgsz: int, settings: Expo
     Returns:
         The content of `parity.json`.
     """
-    from export import parity
-
-    for path in models.values():
-        _require(path)
-    config = {"models": sorted(models), "imgsz": imgsz, **settings.model_dump(mode="json")}
-    parents = manifest.input_hashes({**models, "data": data})
-    with manifest.lock(output):
-        if manifest.is_finished(output, STAGE, config, parents):
-            print(f"export: finished before, unchanged: {output}")
-            return manifest.read_json(output / PARITY)
-        manifest.begin(output, STAGE, config, parents)
-        records = export_models(models, data, imgsz, settings, output)
-        files = [PARITY, *(f"{name}.onnx" for name in models)]
-        manifest.finish(output, STAGE, config, parents, files, {"parity": records})
-    for name, record in records.items():
-        print(f"export: {output / f'{name}.onnx'} ({parity.summary(record)})")
-    return records
-
-
-def _require(model: Path) -> None:
-    if not model.is_file():
-        raise CheckpointError(f"{model} does not exist: check the path")
-
-
-def _check_imgsz(imgsz: int, stride: int) -> None:
-    if imgsz < stride or imgsz % stride:
-        nearest = max(stride, round(imgsz / stride) * stride)
-        raise ExportError(f"imgsz {imgsz} must be a multiple of the model's stride {stride}: use {nearest}")
+    return stage.run_stage(
+        STAGE,
+        models,
+        data,
+        {"imgsz": imgsz, **settings.model_dump(mode="json")},
+        output,
+        lambda: export_models(models, data, imgsz, settings, output),
+        lambda name: f"{name}.onnx",
+    )
 
 
 def _trace(network: Any, model: Path, imgsz: int, opset: int) -> Any:
@@ -181,34 +152,6 @@ def _simplify(graph: Any, model: Path) -> Any:
     return simplified
 
 
-def _metadata(network: Any, model: Path, imgsz: int, opset: int, simplify: bool) -> dict[str, Any]:
-    """Return what Ultralytics' AutoBackend and our runners read from the file; no dates, so that bytes repeat."""
-    from ultralytics import __version__
-
-    from compress.checkpoint import plans_of
-
-    head = network.model[-1]
-    entries = {
-        "description": f"{model.stem}, exported by Espalier",
-        "version": __version__,
-        "license": "AGPL-3.0 (https://ultralytics.com/license)",
-        "stride": int(max(network.stride)),
-        "task": "detect",
-        "head": type(head).__name__,
-        "batch": 1,
-        "imgsz": [imgsz, imgsz],
-        "names": network.names,
-        "args": {"batch": 1, "dynamic": False, "opset": opset, "simplify": simplify, "nms": None},
-        "channels": network.yaml.get("channels", 3),
-        "end2end": bool(head.end2end),
-        "espalier_precision": "fp32",
-        "espalier_model_sha256": manifest.sha256_file(model),
-    }
-    if plans := plans_of(network):
-        entries["espalier_plan_sha256"] = manifest.sha256_json(plans)
-    return entries
-
-
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -220,15 +163,16 @@ def main(
     imgsz: Annotated[int, typer.Option(min=1, help="side of the square input, px; a multiple of the stride")] = 640,
     opset: Annotated[int, typer.Option(help="ONNX operator set, 13 to 22")] = 17,
     simplify: Annotated[bool, typer.Option(help="simplify the graph with onnxsim")] = True,
+    parity_map: Annotated[bool, typer.Option(help="compare the mAP on the val split too")] = False,
     parity_images: Annotated[int, typer.Option(help="real images on which ONNX must equal PyTorch")] = 16,
 ) -> None:
     """Export a detector to ONNX and prove on real images that it equals PyTorch."""
     from compress.dataset import resolve
 
-    content = {"opset": opset, "simplify": simplify, "parity_images": parity_images}
+    content = {"opset": opset, "simplify": simplify, "parity_images": parity_images, "parity_map": parity_map}
     settings = parse(Export, content, "export")
-    _require(model)
-    export_stage({model.stem: model}, resolve(data, labels=False), imgsz, settings, output)
+    stage.require(model)
+    export_stage({model.stem: model}, resolve(data, labels=parity_map), imgsz, settings, output)
 
 
 if __name__ == "__main__":

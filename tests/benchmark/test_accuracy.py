@@ -14,6 +14,7 @@ from benchmark import accuracy
 from benchmark.runners import torch_runner
 from compress.checkpoint import build_model, load_model, save_model
 from compress.errors import BenchmarkError, DataError, run_app
+from export.ncnn import export_ncnn
 from export.onnx import export_onnx
 from export.parity import letterbox
 
@@ -91,10 +92,11 @@ def stock(model: Path, data: Path, imgsz: int, folder: Path) -> tuple[float, flo
 
 
 def test_every_runtime_agrees_with_stock_validation(model: Path, artefact: Path, data: Path, tmp_path: Path) -> None:
+    folder = export_ncnn(model, tmp_path / "tiny_ncnn_model", imgsz=IMGSZ)
     copy = shutil.copytree(data.parent, tmp_path / "data") / "data.yaml"  # stock writes a label cache beside it
     expected = stock(model, copy, IMGSZ, tmp_path)
     assert 0.1 < expected[0] < 0.95
-    for path, runtime in ((model, "torch"), (artefact, "onnxruntime")):
+    for path, runtime in ((model, "torch"), (artefact, "onnxruntime"), (folder, "ncnn")):
         result = accuracy.evaluate(path, data, imgsz=IMGSZ, threads=1)
         assert (result["map50_95"], result["map50"]) == pytest.approx(expected, abs=1e-3)
         assert (result["runtime"], result["images"]) == (runtime, 6)
@@ -163,7 +165,7 @@ def test_images_without_labels_are_an_error(model: Path, data: Path, tmp_path: P
     ("name", "content", "message"),
     [
         ("missing.pt", None, "does not exist"),
-        ("model.engine", b"engine", "must be a .pt or an .onnx file"),
+        ("model.engine", b"engine", "must be a .pt file, an .onnx file or a folder NAME_ncnn_model"),
         ("broken.onnx", b"not a graph", "cannot be opened by onnxruntime"),
     ],
 )

@@ -309,7 +309,7 @@ def test_models_of_one_name_keep_their_folders(folder: Path) -> None:
         (["a.onnx", "--device", "cpp"], "unknown device 'cpp': choose one of cpu"),
         (["a.onnx", "--mode", "quik"], "unknown mode 'quik': choose one of quick, "),
         (["a.onnx", "--runtime", "torch"], "a.onnx must be a .pt file to run in torch"),
-        (["a.txt"], "a.txt must be a .pt or .onnx file"),
+        (["a.txt"], "a.txt must be a .pt file, an .onnx file or a folder NAME_ncnn_model"),
         (["b.onnx"], "b.onnx does not exist"),
     ],
 )
@@ -326,16 +326,30 @@ def test_command_line_mistakes_are_one_line(
     assert error.count("\n") == 1
 
 
-def test_real_models_on_both_runtimes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_files_of_a_model_share_its_name(folder: Path) -> None:
+    (folder / "a_ncnn_model").mkdir()
+    named = latency._by_name([model(folder, "a.onnx"), folder / "a_ncnn_model"], None)
+    assert named == {"a": {"onnxruntime": folder / "a.onnx", "ncnn": folder / "a_ncnn_model"}}
+
+
+def test_real_models_on_every_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmark import runtimes
     from compress.checkpoint import build_model, save_model
+    from export.ncnn import export_ncnn
     from export.onnx import export_onnx
 
     save_model(build_model("yolov8n.yaml", nc=3), tmp_path / "tiny.pt", {})
-    export_onnx(tmp_path / "tiny.pt", tmp_path / "tiny.onnx", imgsz=64)
+    folder = export_ncnn(tmp_path / "tiny.pt", tmp_path / "tiny_ncnn_model", imgsz=64)
+    files = {
+        "torch": tmp_path / "tiny.pt",
+        "onnxruntime": export_onnx(tmp_path / "tiny.pt", tmp_path / "tiny.onnx", imgsz=64),
+        "ncnn": folder,
+    }
     monkeypatch.setitem(latency.MODES, "quick", latency.Mode(10, 0.05, 0.01, "for a test"))
-    files = {"torch": tmp_path / "tiny.pt", "onnxruntime": tmp_path / "tiny.onnx"}
     record = latency.measure({"tiny": files}, imgsz=64, threads=1, mode="quick")
     for cell in record["cells"]:
         assert cell["output_shapes"] == [[1, 7, 84]]  # 4 sides + 3 classes; 8² + 4² + 2² anchors
         assert cell["runtime_version"]
         assert cell["precision"] == "fp32"
+    assert [cell["precision_executed"] for cell in record["cells"]] == [None, None, "fp32"]
+    assert record["cells"][2]["model_sha256"] == runtimes.sha256(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,11 @@ def write_detector(path: Path, cfg: str, one_head: bool) -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def make_detector() -> Callable[..., Path]:
+    return write_detector
 
 
 @pytest.fixture(scope="session")

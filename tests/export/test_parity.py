@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,82 @@ def test_a_changed_weight_fails(
     record = parity.compare(detector, tmp_path / "changed.onnx", images, 64)
     assert not record["passed"]
     assert record["outputs"][0][measure] > 1e-3
+
+
+def record(precision: str = "fp32", runtime: str = "onnxruntime", **changes: Any) -> dict[str, Any]:
+    """A parity record without any error, but for `changes`."""
+    output = dict.fromkeys(("max_box_error_px", "max_score_error", "box_rms_error_px", "score_rms_error"), 0.0)
+    detections = {"torch": 100, runtime: 100, "unmatched": 0, "mean_iou": 1.0}
+    content = {
+        "runtime": runtime,
+        "tolerance": asdict(parity.tolerance_of(runtime, precision)),
+        "outputs": [{name: changes.get(name, value) for name, value in output.items()}],
+        "detections": {name: changes.get(name, value) for name, value in detections.items()},
+        "map50_95": changes.get("map50_95"),
+    }
+    assert set(changes) <= {*output, *detections, "map50_95"}
+    return content
+
+
+@pytest.mark.parametrize(
+    ("precision", "changes", "words"),
+    [
+        ("fp32", {}, []),
+        ("fp32", {"max_box_error_px": 0.06}, ["a box moves by 0.06 px, at most 0.05"]),
+        ("fp16", {"max_box_error_px": 9.0, "max_score_error": 0.08}, []),
+        ("fp32", {"max_score_error": 2e-4}, ["a score moves by 0.0002, at most 0.0001"]),
+        ("fp16", {"box_rms_error_px": 0.4}, ["boxes move by 0.4 px (root mean square), at most 0.3"]),
+        ("fp16", {"score_rms_error": 0.03}, ["scores move by 0.03 of their size (root mean squares), at most 0.02"]),
+        ("fp32", {"unmatched": 1}, ["1.0% of the detections are unmatched, at most 0.0%"]),
+        ("fp16", {"unmatched": 3}, []),
+        ("fp16", {"unmatched": 4}, ["4.0% of the detections are unmatched, at most 3.0%"]),
+        ("fp16", {"mean_iou": 0.98}, ["matched boxes overlap by 0.9800, at least 0.99"]),
+        ("fp16", {"mean_iou": None, "torch": 0, "onnxruntime": 0}, []),
+        ("fp32", {"map50_95": {"difference": 0.0011}}, ["mAP50-95 changes by +0.0011, at most -0.001 to +0.001"]),
+        ("fp16", {"map50_95": {"difference": -0.0029}}, []),
+        ("int8", {"map50_95": {"difference": 0.05}}, []),
+        ("int8", {"map50_95": {"difference": -0.011}}, ["mAP50-95 changes by -0.0110, at most -0.01 to +1"]),
+        ("fp32", {"max_box_error_px": 1.0, "unmatched": 2}, ["a box moves by", "2.0% of the detections"]),
+    ],
+)
+def test_failures_name_what_is_outside_its_tolerance(precision: str, changes: dict[str, Any], words: list[str]) -> None:
+    found = parity.failures(record(precision, **changes))
+    assert len(found) == len(words)
+    assert all(failure.startswith(word) for failure, word in zip(found, words, strict=True))
+
+
+def test_ncnn_in_fp32_is_judged_as_a_whole_and_by_its_worst_number() -> None:
+    assert parity.failures(record(runtime="ncnn", max_box_error_px=0.06, max_score_error=2e-4)) == []
+    assert len(parity.failures(record(runtime="ncnn", max_box_error_px=0.3, score_rms_error=2e-4))) == 2
+
+
+def test_map_is_compared_where_data_is_given(
+    detector: Path, artefact: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmark import accuracy
+
+    scores = {detector: 0.4, artefact: 0.398}
+    monkeypatch.setattr(accuracy, "evaluate", lambda path, data, imgsz: {"map50_95": scores[path]})
+    found = parity.compare(detector, artefact, images, 64, data=Path("data.yaml"))
+    assert found["map50_95"] == {"torch": 0.4, "onnxruntime": 0.398, "difference": pytest.approx(-0.002)}
+    assert not found["passed"]
+    assert parity.summary(found).endswith("0 unmatched, mAP50-95 0.3980 (-0.0020)")
+    scores[artefact] = 0.3995
+    assert parity.compare(detector, artefact, images, 64, data=Path("data.yaml"))["passed"]
+
+
+def test_root_mean_squares_by_hand() -> None:
+    tensors = parity._Tensors()
+    tensors.add_boxes(np.array([1.0, 2.0, 3.0]), np.array([1.0, 2.0, 7.0]))
+    tensors.add_boxes(np.array([0.0]), np.array([0.0]))
+    tensors.add_scores(np.array([0.6, 0.8]), np.array([0.6, 0.5]))
+    assert tensors.record((1, 2)) == {
+        "shape": [1, 2],
+        "max_box_error_px": 4.0,
+        "max_score_error": pytest.approx(0.3),
+        "box_rms_error_px": pytest.approx(2.0),  # √(16 / 4)
+        "score_rms_error": pytest.approx(0.3),  # √(0.09 / 1)
+    }
 
 
 def test_an_end2end_head_that_detects_nothing_is_still_compared(

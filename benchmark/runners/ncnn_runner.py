@@ -1,0 +1,226 @@
+"""ncnn on the CPU, with the head decoded in numpy.
+
+One of the self-contained runners: `load`, `infer` and `describe` are plain functions that need numpy and ncnn and
+nothing else, so that this file alone can be copied to a device. A model is a folder with `model.ncnn.param`,
+`model.ncnn.bin` and `metadata.yaml`, as `export.ncnn` writes it: the network ends at the last convolutions of the
+head, because on a device only the few anchors above a threshold would be decoded.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ncnn as _ncnn
+import numpy as np
+
+ncnn: Any = _ncnn  # a compiled module: its names are in no type stub
+PARAM, BIN, METADATA = "model.ncnn.param", "model.ncnn.bin", "metadata.yaml"
+_FP16_OPTIONS = ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic")
+_PROBE = "7767517\n2 2\nInput in0 0 1 in0\nSwish swish 1 1 in0 out0\n"
+
+
+@dataclass(frozen=True)
+class Session:
+    """A network ready to infer, and what its outputs mean."""
+
+    net: Any
+    threads: int
+    metadata: dict[str, Any]
+    anchors: np.ndarray
+    strides: np.ndarray
+
+
+def load(path: str, threads: int) -> Session:
+    """Open a model folder on the CPU with `threads` threads.
+
+    A model stored in fp16 lets ncnn compute in fp16 where the CPU can; one stored in fp32 stays in fp32 everywhere.
+
+    Raises:
+        ValueError: the folder is not a model of `export.ncnn`, or a file in it is damaged.
+    """
+    folder = Path(path)
+    metadata = _metadata(folder)
+    net = ncnn.Net()
+    _set_options(net, threads, metadata["precision"] == "fp16")
+    for name, open_file in ((PARAM, net.load_param), (BIN, net.load_model)):
+        if open_file(str(folder / name)) != 0:
+            raise ValueError(f"{folder / name} cannot be opened by ncnn: export the model again")
+    anchors, strides = make_anchors(metadata["imgsz"], metadata["strides"])
+    return Session(net, threads, metadata, anchors, strides)
+
+
+def infer(session: Session, images: np.ndarray) -> list[np.ndarray]:
+    """Run the network and decode its head.
+
+    Args:
+        session: what `load` returned.
+        images: (n, 3, height, width) float32 in [0, 1], RGB, of the size that the model was exported with.
+
+    Returns:
+        One array, as `torch_runner.infer` returns it: (n, 4 + classes, anchors), boxes as centre x, centre y, width,
+        height in px; for an end-to-end head (n, detections, 6), rows of x1, y1, x2, y2, score, class.
+
+    Raises:
+        ValueError: the images have another size, or ncnn cannot run the network.
+    """
+    height, width = session.metadata["imgsz"]
+    if images.shape[2:] != (height, width):
+        raise ValueError(f"takes images of {width}×{height} px, got {images.shape[3]}×{images.shape[2]}")
+    return [np.stack([_infer_one(session, image) for image in np.ascontiguousarray(images)])]
+
+
+def describe(session: Session) -> dict[str, Any]:
+    """Return what a benchmark record says about the runtime.
+
+    `precision` is what the model was stored for, `precision_executed` what this CPU makes of activations.
+    """
+    metadata = session.metadata
+    precision = metadata["precision"]
+    return {
+        "runtime": "ncnn",
+        "version": ncnn.__version__,
+        "threads": session.threads,
+        "precision": precision,
+        "precision_executed": "fp16" if precision == "fp16" and rounds_to_fp16() else "fp32",
+        "providers": None,
+        "memory_format": None,
+        "input_shape": [1, 3, *metadata["imgsz"]],
+        "classes": len(metadata["names"]),
+        "end2end": bool(metadata["end2end"]),
+    }
+
+
+def decode(
+    levels: list[tuple[np.ndarray, np.ndarray]], anchors: np.ndarray, strides: np.ndarray, xyxy: bool
+) -> np.ndarray:
+    """Turn the maps of the head into boxes and scores.
+
+    Args:
+        levels: per level the box map (4 · bins, height, width) and the class map (classes, height, width), logits.
+            The bins are a distribution over the distance from the anchor to a side, in strides; a single bin is the
+            distance itself.
+        anchors: (2, anchors), x and y in strides.
+        strides: (anchors,), px.
+        xyxy: boxes as corners; otherwise as centre and size.
+
+    Returns:
+        (4 + classes, anchors): boxes in px, scores in [0, 1].
+    """
+    bins, classes, count = len(levels[0][0]) // 4, len(levels[0][1]), len(strides)
+    logits = np.concatenate([boxes.reshape(4, bins, -1) for boxes, _ in levels], axis=2)
+    output = np.empty((4 + classes, count), np.float32)
+    distances = _expectation(logits)
+    first, second = anchors - distances[:2], anchors + distances[2:]
+    output[:2] = first if xyxy else (first + second) / 2
+    output[2:4] = second if xyxy else second - first
+    output[:4] *= strides
+    scores = output[4:]
+    np.concatenate([maps.reshape(classes, -1) for _, maps in levels], axis=1, out=scores)
+    with np.errstate(over="ignore"):  # 1 / (1 + exp(1000)) is 0, as it should be
+        np.exp(np.negative(scores, out=scores), out=scores)
+    np.reciprocal(np.add(scores, 1, out=scores), out=scores)
+    return output
+
+
+def top_detections(decoded: np.ndarray, max_detections: int) -> np.ndarray:
+    """Return the best rows of an end-to-end head, best first, as Ultralytics picks them.
+
+    Args:
+        decoded: (4 + classes, anchors), boxes as corners.
+        max_detections: how many rows to return, where there are as many anchors.
+
+    Returns:
+        (detections, 6): x1, y1, x2, y2 in px, score, class.
+    """
+    scores = decoded[4:]
+    count = min(max_detections, scores.shape[1])
+    candidates = _top(scores.max(axis=0), count)
+    best = scores[:, candidates].T  # (count, classes)
+    chosen = _top(best.ravel(), count)
+    rows, classes = np.divmod(chosen, best.shape[1])
+    return np.column_stack([decoded[:4, candidates[rows]].T, best[rows, classes], classes]).astype(np.float32)
+
+
+def make_anchors(imgsz: list[int], strides: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the anchors (2, n) in strides, at the centre of each cell, and the stride of each (n,), level by level.
+
+    Args:
+        imgsz: height and width of the input, px.
+        strides: of the levels, px.
+    """
+    grids = []
+    for stride in strides:
+        y, x = np.mgrid[: imgsz[0] // stride, : imgsz[1] // stride]
+        grids.append(np.stack([x.ravel(), y.ravel()]) + np.float32(0.5))
+    per_anchor = np.repeat(np.array(strides, np.float32), [grid.shape[1] for grid in grids])
+    return np.concatenate(grids, axis=1).astype(np.float32), per_anchor
+
+
+def rounds_to_fp16() -> bool:
+    """Tell whether ncnn rounds activations to fp16 on this CPU when it may: asked of ncnn, not of a list of CPUs."""
+    net = ncnn.Net()
+    _set_options(net, 1, half=True)
+    net.load_param_mem(_PROBE)
+    net.load_model(ncnn.DataReaderFromEmpty())
+    values = np.linspace(0.1, 3, 256, dtype=np.float32).reshape(16, 4, 4)
+    with net.create_extractor() as extractor:
+        # A Mat borrows the array's memory; the clone has its own, because the layer works in place.
+        extractor.input("in0", ncnn.Mat(values).clone())
+        output = np.array(extractor.extract("out0")[1])
+    return bool((output.astype(np.float16) == output).all())
+
+
+def _metadata(folder: Path) -> dict[str, Any]:
+    try:
+        # JSON, which every YAML reader takes too.
+        metadata = json.loads((folder / METADATA).read_text(encoding="utf-8"))
+        sizes = {name: int(metadata["files"][name]["bytes"]) for name in (PARAM, BIN)}
+        assert {"names", "imgsz", "strides", "precision", "outputs", "end2end", "max_detections"} <= set(metadata)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        raise ValueError(f"{folder} is not a model of export.ncnn: it has no {METADATA} that says what it is") from None
+    for name, size in sizes.items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else 0
+        if found != size:
+            raise ValueError(f"{folder / name} has {found} bytes, it was written with {size}: copy the folder again")
+    return metadata
+
+
+def _set_options(net: Any, threads: int, half: bool) -> None:
+    net.opt.num_threads = threads
+    net.opt.use_vulkan_compute = False
+    net.opt.use_bf16_storage = False
+    for name in _FP16_OPTIONS:
+        setattr(net.opt, name, half)
+
+
+def _infer_one(session: Session, image: np.ndarray) -> np.ndarray:
+    maps = []
+    with session.net.create_extractor() as extractor:
+        extractor.input("in0", ncnn.Mat(image))
+        for name in session.metadata["outputs"]:
+            status, output = extractor.extract(name)
+            if status != 0:
+                raise ValueError(f"ncnn cannot compute {name} (status {status}): it may be out of memory")
+            maps.append(np.array(output))
+    end2end = session.metadata["end2end"]
+    levels = list(zip(maps[::2], maps[1::2], strict=True))
+    decoded = decode(levels, session.anchors, session.strides, xyxy=end2end)
+    return top_detections(decoded, session.metadata["max_detections"]) if end2end else decoded
+
+
+def _expectation(logits: np.ndarray) -> np.ndarray:
+    """Return the mean (4, n) of the distributions over bins that (4, bins, n) logits stand for."""
+    bins = logits.shape[1]
+    if bins == 1:
+        return logits[:, 0]
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return np.matmul(np.arange(bins, dtype=np.float32), weights) / weights.sum(axis=1)
+
+
+def _top(values: np.ndarray, count: int) -> np.ndarray:
+    """Return the indices of the `count` largest values, largest first."""
+    indices = np.argpartition(-values, count - 1)[:count]
+    return indices[np.argsort(-values[indices], kind="stable")]

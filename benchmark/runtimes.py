@@ -1,0 +1,76 @@
+"""Model files and their runtimes: which runner opens which file, and what stands for its bytes."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+from compress import manifest
+from compress.errors import BenchmarkError
+
+RUNNERS = {
+    "torch": "benchmark.runners.torch_runner",
+    "onnxruntime": "benchmark.runners.onnxruntime_runner",
+    "ncnn": "benchmark.runners.ncnn_runner",
+}
+NCNN_SUFFIX = "_ncnn_model"  # Ultralytics' ending of such a folder
+SUFFIXES = {".pt": "torch", ".onnx": "onnxruntime", NCNN_SUFFIX: "ncnn"}
+KINDS = {"torch": "a .pt file", "onnxruntime": "an .onnx file", "ncnn": f"a folder NAME{NCNN_SUFFIX}"}
+
+
+def suffix(model: Path) -> str | None:
+    """Return the ending that tells a model's runtime: of the file, or of the folder's whole name."""
+    return next((ending for ending in SUFFIXES if model.name.endswith(ending)), None)
+
+
+def runtime_of(model: Path) -> str | None:
+    """Return the runtime of a model by its name, or None where no runtime takes it."""
+    ending = suffix(model)
+    return None if ending is None else SUFFIXES[ending]
+
+
+def stem(model: Path) -> str:
+    """Return the name of a model, the same for all its files: `yolov8n.onnx` and `yolov8n_ncnn_model` are yolov8n."""
+    ending = suffix(model)
+    return model.name[: -len(ending)] if ending else model.stem
+
+
+def require(model: Path) -> None:
+    """Check that a model is on disk.
+
+    Raises:
+        BenchmarkError: it is not, or it is a file where a folder is meant or the other way round.
+    """
+    if not model.exists():
+        raise BenchmarkError(f"{model} does not exist: check the path")
+    is_folder = runtime_of(model) == "ncnn"
+    if model.is_dir() != is_folder:
+        raise BenchmarkError(f"{model} is {'a file' if is_folder else 'a folder'}: check the path")
+
+
+def runner_of(model: Path) -> ModuleType:
+    """Return the runner module that opens a model.
+
+    Raises:
+        BenchmarkError: the model is missing, or no runtime takes it.
+    """
+    require(model)
+    runtime = runtime_of(model)
+    if runtime is None:
+        raise BenchmarkError(f"{model} must be {kinds()}")
+    return importlib.import_module(RUNNERS[runtime])
+
+
+def kinds(runtime: str | None = None) -> str:
+    """Say what a model of a runtime, or of any, looks like on disk."""
+    wanted = [text for name, text in KINDS.items() if runtime in (None, name)]
+    return " or ".join([", ".join(wanted[:-1]), wanted[-1]] if len(wanted) > 1 else wanted)
+
+
+def sha256(model: Path) -> str:
+    """Return what stands for a model's bytes: the sha256 of a file, for a folder that of all its files."""
+    if not model.is_dir():
+        return manifest.sha256_file(model)
+    files = sorted(path for path in model.rglob("*") if path.is_file())
+    return manifest.sha256_json({path.relative_to(model).as_posix(): manifest.sha256_file(path) for path in files})

@@ -1,0 +1,315 @@
+"""ncnn export: the network without the decoding of its head, equal to PyTorch on real images or not written at all."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmark.runtimes import NCNN_SUFFIX, RUNNERS
+from compress import manifest
+from compress.errors import ExportError, run_app
+from compress.settings import ExportNcnn, parse
+from export import stage
+
+STAGE = "ncnn"
+PARAM, BIN, METADATA = "model.ncnn.param", "model.ncnn.bin", "metadata.yaml"  # Ultralytics' names
+TIMEOUT_S = 600
+# What pnnx leaves as it is, because ncnn has no such layer; each is converted in a test that fails once it has one.
+# pnnx tells of any other only after the conversion.
+UNSUPPORTED = (
+    "aten::argmax",
+    "aten::argsort",
+    "aten::cdist",
+    "aten::cumprod",
+    "aten::erfinv",
+    "aten::fft_rfft",
+    "aten::gather",
+    "aten::index",
+    "aten::index_select",
+    "aten::masked_fill",
+    "aten::nonzero",
+    "aten::scatter",
+    "aten::sort",
+    "aten::std",
+    "aten::topk",
+    "aten::var",
+    "aten::where",
+)
+
+
+def export_ncnn(model: Path, output: Path, *, imgsz: int, half: bool = False) -> Path:
+    """Write the ncnn folder of a detection model, batch 1, and return its path. `export_checked` also proves parity.
+
+    The input is `in0` (3, imgsz, imgsz). The outputs are, level by level, the box map (4 · reg_max, h, w) and the
+    class map (classes, h, w) as logits, of the one-to-many head, or of the end-to-end head of a checkpoint that was
+    fused to it, as in `export.onnx`. `benchmark.runners.ncnn_runner` decodes them; stock Ultralytics does not.
+    `metadata.yaml` is written as JSON, which YAML readers take too, so that a device needs no YAML reader.
+    The same model gives the same bytes.
+
+    Args:
+        model: the checkpoint.
+        output: the folder to write, NAME_ncnn_model; it appears whole or not at all.
+        imgsz: side of the square input, px, a multiple of the model's stride.
+        half: store the weights in fp16, and let the device compute in fp16.
+
+    Raises:
+        CheckpointError: `model` is not a detection model.
+        ExportError: `imgsz` does not fit, an operation has no ncnn layer, pnnx fails, or ncnn cannot run the result.
+    """
+    import tempfile
+
+    from benchmark.runners.torch_runner import inference_network
+
+    stage.require(model)
+    network = inference_network(str(model))
+    stage.check_imgsz(imgsz, int(max(network.stride)))  # type: ignore[arg-type]
+    traced = _trace(network, model, imgsz)
+    _refuse_unsupported(traced, model)
+    # Beside the output, so that the finished folder only has to be renamed.
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
+        made = Path(scratch) / "converted"
+        made.mkdir()
+        traced.save(str(made / "model.pt"))
+        report = _convert(made, model, half)
+        outputs = _check_layers(made / PARAM, report, model, 2 * network.model[-1].nl)  # type: ignore[index]
+        folder = Path(scratch) / output.name
+        folder.mkdir()
+        for name in (PARAM, BIN):
+            (made / name).replace(folder / name)
+        content = _metadata(network, model, imgsz, half, folder, outputs)
+        manifest.write_json(folder / METADATA, content)
+        _run_once(folder, model, imgsz)
+        stage.replace(folder, output)
+    return output
+
+
+def export_checked(
+    model: Path, output: Path, images: list[Path], imgsz: int, settings: ExportNcnn, data: Path | None = None
+) -> dict[str, Any]:
+    """Export a model, compare it with PyTorch on `images`, and return the parity record (see `parity.compare`).
+
+    Raises:
+        ExportError: as `export_ncnn`, or parity fails: the folder is then kept as `NAME.rejected_ncnn_model`.
+    """
+    from export import parity
+
+    precision = "fp16" if settings.half else "fp32"
+    return stage.prove(
+        output,
+        lambda path: export_ncnn(model, path, imgsz=imgsz, half=settings.half),
+        lambda path: parity.compare(model, path, images, imgsz, precision=precision, data=data),
+        "try --no-half" if settings.half else "use the ONNX export, and report the model",
+    )
+
+
+def export_stage(models: dict[str, Path], data: Path, imgsz: int, settings: ExportNcnn, output: Path) -> dict[str, Any]:
+    """Export each model to `output/NAME_ncnn_model` as a stage: skipped when finished and unchanged.
+
+    Returns:
+        The content of `parity.json`: {name: parity record}.
+
+    Raises:
+        DataError: `data` has no val images.
+        ExportError: as `export_checked`.
+    """
+
+    def export(name: str, model: Path, images: list[Path]) -> dict[str, Any]:
+        scored = data if settings.parity_map else None
+        return export_checked(model, output / f"{name}{NCNN_SUFFIX}", images, imgsz, settings, scored)
+
+    return stage.run_stage(
+        STAGE,
+        models,
+        data,
+        {"imgsz": imgsz, **settings.model_dump(mode="json")},
+        output,
+        lambda: stage.export_models(models, data, settings.parity_images, output, export),
+        lambda name: f"{name}{NCNN_SUFFIX}",
+    )
+
+
+def _trace(network: Any, model: Path, imgsz: int) -> Any:
+    """Return the TorchScript of the network up to the last convolutions of its head."""
+    import warnings
+
+    import torch
+    from ultralytics.nn.modules.block import CBFuse
+
+    head = network.model[-1]
+    branch = head.one2one if head.end2end else head.one2many
+
+    def forward_raw(features: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        layers = zip(features, branch["box_head"], branch["cls_head"], strict=True)
+        return tuple(output for x, boxes, classes in layers for output in (boxes(x), classes(x)))
+
+    head.forward = forward_raw
+    for module in network.modules():
+        if isinstance(module, CBFuse):
+            fuse: Any = module
+            fuse.forward = partial(_fuse, module)
+    images = torch.zeros(1, network.yaml.get("channels", 3), imgsz, imgsz)
+    with torch.no_grad(), warnings.catch_warnings():
+        # pnnx reads TorchScript and nothing else, deprecated or not; parity checks the trace.
+        warnings.simplefilter("ignore")
+        try:
+            return torch.jit.trace(network, images, check_trace=False)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise ExportError(f"{model.name} cannot be traced: {_last_line(str(error))}") from None
+
+
+def _fuse(module: Any, maps: list[Any]) -> Any:
+    """Do what Ultralytics' CBFuse (YOLOv9e) does, without the new dimension that ncnn cannot sum over."""
+    from torch.nn.functional import interpolate
+
+    *others, last = maps
+    resized = [interpolate(x[i], size=last.shape[2:], mode="nearest") for i, x in zip(module.idx, others, strict=True)]
+    return sum(resized, start=last)
+
+
+def _refuse_unsupported(traced: Any, model: Path) -> None:
+    """Name the operations that ncnn has no layer for, and the modules that use them, before anything is converted."""
+    found: dict[str, str] = {}
+    for node in traced.inlined_graph.nodes():
+        kind = node.kind()
+        if kind in UNSUPPORTED or not kind.startswith(("aten::", "prim::")):
+            found.setdefault(kind, node.scopeName().split("/")[-1].removeprefix("__module.") or "the model")
+    if found:
+        named = ", ".join(f"{kind} in {place}" for kind, place in sorted(found.items()))
+        raise ExportError(f"{model.name} uses what ncnn does not have ({named}): use the ONNX export")
+
+
+def _convert(folder: Path, model: Path, half: bool) -> str:
+    """Run pnnx on `folder/model.pt` and return what it said; its files lie in `folder` afterwards.
+
+    Its Python wrapper ignores the exit code, so the program itself is called.
+    """
+    import pnnx
+
+    command = [pnnx.EXEC_PATH, "model.pt", f"fp16={int(half)}"]  # the trace tells the shape of the input
+    try:
+        done = _run(command, folder, f"pnnx did not finish {model.name}")
+    except OSError as error:
+        raise ExportError(f"pnnx cannot be started ({error.strerror}): install it again, pip install pnnx") from None
+    report = f"{done.stdout}\n{done.stderr}"
+    if done.returncode != 0:
+        raise ExportError(
+            f"pnnx {_exit_reason(done.returncode)} on {model.name}; its last line was: {_last_line(report)}; "
+            "try another version of pnnx, or use the ONNX export"
+        )
+    missing = [name for name in (PARAM, BIN) if not (folder / name).is_file()]
+    if missing:
+        raise ExportError(f"pnnx wrote no {missing[0]} for {model.name}; its last line was: {_last_line(report)}")
+    return report
+
+
+def _check_layers(param: Path, report: str, model: Path, outputs: int) -> list[str]:
+    """Check that ncnn has every layer of the graph and that pnnx gave up on none; return the names of the outputs."""
+    import ncnn as compiled
+
+    ncnn: Any = compiled  # its names are in no type stub
+    layers = [line.split() for line in param.read_text(encoding="utf-8").splitlines()[2:] if line.strip()]
+    unknown = sorted({fields[0] for fields in layers if ncnn.layer_to_index(fields[0]) < 0})
+    refused = sorted({line.strip() for line in report.splitlines() if re.search(r"not support", line)})
+    if unknown or refused:
+        raise ExportError(
+            f"{model.name} uses what ncnn does not have ({', '.join([*unknown, *refused])}): use the ONNX export"
+        )
+    # type, name, number of inputs, number of outputs, their names
+    blobs = {name for fields in layers for name in fields[4 + int(fields[2]) :][: int(fields[3])]}
+    wanted = [f"out{i}" for i in range(outputs)]
+    if not {"in0", *wanted} <= blobs or f"out{outputs}" in blobs:
+        raise ExportError(f"pnnx gave {model.name} other outputs than {', '.join(wanted)}: use the ONNX export")
+    return wanted
+
+
+def _metadata(network: Any, model: Path, imgsz: int, half: bool, folder: Path, outputs: list[str]) -> dict[str, Any]:
+    head = network.model[-1]
+    entries = stage.metadata(network, model, imgsz, {"batch": 1, "half": half})
+    names = entries["names"]
+    return {
+        **entries,
+        "names": {
+            str(number): name for number, name in (names.items() if isinstance(names, dict) else enumerate(names))
+        },
+        "precision": "fp16" if half else "fp32",
+        "reg_max": int(head.reg_max),
+        "strides": [int(stride) for stride in head.stride],
+        "outputs": outputs,
+        "max_detections": int(head.max_det),
+        "files": {
+            name: {"bytes": (folder / name).stat().st_size, "sha256": manifest.sha256_file(folder / name)}
+            for name in (PARAM, BIN)
+        },
+    }
+
+
+def _run_once(folder: Path, model: Path, imgsz: int) -> None:
+    """Infer once in another process, because a graph that ncnn cannot run may end the process that tries."""
+    command = [sys.executable, "-m", "benchmark.worker", RUNNERS["ncnn"], str(folder.resolve()), "1", str(imgsz), "0"]
+    done = _run(command, Path(__file__).parents[1], f"ncnn did not finish {model.name}")
+    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    for answer in answers:
+        if "error" in answer:
+            raise ExportError(f"ncnn cannot run {model.name}: {answer['error']}")
+    if done.returncode != 0:
+        raise ExportError(
+            f"ncnn {_exit_reason(done.returncode)} on {model.name}: try another version of pnnx, or use the ONNX export"
+        )
+
+
+def _run(command: list[str], folder: Path, slow: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(  # noqa: S603  (a fixed program with our own arguments)
+            command,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise ExportError(f"{slow} in {TIMEOUT_S} s: use the ONNX export") from None
+
+
+def _exit_reason(code: int) -> str:
+    return f"failed with exit code {code}" if code > 0 else f"crashed ({signal.Signals(-code).name})"
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "nothing"
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    model: Annotated[Path, typer.Option(help="checkpoint (.pt)")],
+    data: Annotated[str, typer.Option(help="data set YAML or 'shapes'; images of its val split prove parity")],
+    output: Annotated[Path, typer.Option(help="folder for NAME_ncnn_model, parity.json and the manifest")],
+    imgsz: Annotated[int, typer.Option(min=1, help="side of the square input, px; a multiple of the stride")] = 640,
+    half: Annotated[bool, typer.Option(help="store weights in fp16, and let the device compute in fp16")] = False,
+    parity_map: Annotated[bool, typer.Option(help="compare the mAP on the val split too")] = False,
+    parity_images: Annotated[int, typer.Option(help="real images on which ncnn must equal PyTorch")] = 16,
+) -> None:
+    """Export a detector to ncnn and prove on real images that it equals PyTorch."""
+    from compress.dataset import resolve
+
+    settings = parse(ExportNcnn, {"half": half, "parity_images": parity_images, "parity_map": parity_map}, "ncnn")
+    stage.require(model)
+    export_stage({model.stem: model}, resolve(data, labels=parity_map), imgsz, settings, output)
+
+
+if __name__ == "__main__":
+    run_app(app)

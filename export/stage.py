@@ -1,0 +1,197 @@
+"""What every exporter shares: checks of its input, the proof before a name, and the folder of a stage."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from compress import manifest
+from compress.errors import CheckpointError, ExportError
+
+PARITY = "parity.json"
+
+
+def require(model: Path) -> None:
+    """Check that a checkpoint is on disk.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    if not model.is_file():
+        raise CheckpointError(f"{model} does not exist: check the path")
+
+
+def check_imgsz(imgsz: int, stride: int) -> None:
+    """Check that an image size fits a model's stride.
+
+    Raises:
+        ExportError: it does not; the message names the nearest one that does.
+    """
+    if imgsz < stride or imgsz % stride:
+        nearest = max(stride, round(imgsz / stride) * stride)
+        raise ExportError(f"imgsz {imgsz} must be a multiple of the model's stride {stride}: use {nearest}")
+
+
+def metadata(network: Any, model: Path, imgsz: int, args: dict[str, Any]) -> dict[str, Any]:
+    """Return what Ultralytics' AutoBackend and our runners read about a model; no dates, so that bytes repeat.
+
+    Args:
+        network: what `torch_runner.inference_network` made of the checkpoint.
+        model: the checkpoint.
+        imgsz: side of the square input, px.
+        args: how it was exported.
+    """
+    from ultralytics import __version__
+
+    from compress.checkpoint import plans_of
+
+    head = network.model[-1]
+    entries = {
+        "description": f"{model.stem}, exported by Espalier",
+        "version": __version__,
+        "license": "AGPL-3.0 (https://ultralytics.com/license)",
+        "stride": int(max(network.stride)),
+        "task": "detect",
+        "head": type(head).__name__,
+        "batch": 1,
+        "imgsz": [imgsz, imgsz],
+        "names": network.names,
+        "args": args,
+        "channels": network.yaml.get("channels", 3),
+        "end2end": bool(head.end2end),
+        "espalier_model_sha256": manifest.sha256_file(model),
+    }
+    if plans := plans_of(network):
+        entries["espalier_plan_sha256"] = manifest.sha256_json(plans)
+    return entries
+
+
+def prove(artefact: Path, make: Callable[[Path], object], check: Callable[[Path], dict[str, Any]], remedy: str) -> dict:
+    """Make an artefact, check it, and only then give it its name; return the parity record.
+
+    Args:
+        artefact: the final name, of a file or of a folder.
+        make: writes the artefact to the path it is given.
+        check: compares that path with PyTorch and returns a parity record, see `parity.compare`.
+        remedy: what to try when the check fails.
+
+    Raises:
+        ExportError: parity fails: the artefact is then kept as `NAME.rejected` with its ending.
+    """
+    from export import parity
+
+    unproven, rejected = _named(artefact, "unproven"), _named(artefact, "rejected")
+    try:
+        make(unproven)
+        record = check(unproven)
+        if not record["passed"]:
+            replace(unproven, rejected)
+            raise ExportError(
+                f"{artefact.name} does not equal PyTorch on {parity.summary(record)}: "
+                f"{', '.join(parity.failures(record))}; kept as {rejected.name}: {remedy}"
+            )
+        replace(unproven, artefact)
+        remove(rejected)
+    finally:
+        remove(unproven)
+    return record
+
+
+def export_models(
+    models: dict[str, Path], data: Path, count: int, output: Path, export: Callable[..., dict[str, Any]]
+) -> dict[str, Any]:
+    """Export each model, write `parity.json` ({name: parity record}) and return its content.
+
+    Parity is proven on the first images of the val split, or on all of them where there are fewer than asked for.
+
+    Args:
+        models: checkpoints by name.
+        data: data set YAML.
+        count: number of images.
+        output: folder of `parity.json`.
+        export: called with (name, checkpoint, images), returns the parity record.
+
+    Raises:
+        DataError: `data` has no val images.
+        ExportError: as `export`.
+    """
+    from compress.dataset import images
+
+    chosen = images(data, "val")[:count]
+    records = {name: export(name, path, chosen) for name, path in models.items()}
+    manifest.write_json(output / PARITY, records)
+    return records
+
+
+def run_stage(
+    stage: str,
+    models: dict[str, Path],
+    data: Path,
+    config: dict[str, Any],
+    output: Path,
+    export: Callable[[], dict[str, Any]],
+    artefact: Callable[[str], str],
+) -> dict[str, Any]:
+    """Run an export as a stage: skipped when finished and unchanged, with a manifest written last.
+
+    Args:
+        stage: its name in the manifest.
+        models: checkpoints by name.
+        data: data set YAML.
+        config: settings, beside the names of the models.
+        output: the stage's folder.
+        export: writes everything into `output` and returns the content of `parity.json`.
+        artefact: the file or the folder that `export` writes for the model of a name, relative to `output`.
+
+    Returns:
+        The content of `parity.json`.
+    """
+    from export import parity
+
+    for path in models.values():
+        require(path)
+    config = {"models": sorted(models), **config}
+    parents = manifest.input_hashes({**models, "data": data})
+    with manifest.lock(output):
+        if manifest.is_finished(output, stage, config, parents):
+            print(f"{stage}: finished before, unchanged: {output}")
+            return manifest.read_json(output / PARITY)
+        manifest.begin(output, stage, config, parents)
+        records = export()
+        files = [name for model in models for name in _files(output, artefact(model))]
+        manifest.finish(output, stage, config, parents, [PARITY, *files], {"parity": records})
+    for name, record in records.items():
+        print(f"{stage}: {output / artefact(name)} ({parity.summary(record)})")
+    return records
+
+
+def replace(source: Path, target: Path) -> None:
+    """Give a file or a folder another name; what had that name is gone."""
+    if target.is_dir():
+        remove(target)
+    source.replace(target)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _files(folder: Path, name: str) -> list[str]:
+    """Return the file of a name, or all files of the folder of that name, relative to `folder`."""
+    place = folder / name
+    files = [path for path in place.rglob("*") if path.is_file()] if place.is_dir() else [place]
+    return [path.relative_to(folder).as_posix() for path in files]
+
+
+def _named(artefact: Path, word: str) -> Path:
+    """Return the artefact's name with a word before its ending, which still tells its runtime."""
+    from benchmark import runtimes
+
+    ending = runtimes.suffix(artefact) or artefact.suffix
+    return artefact.with_name(f"{artefact.name.removesuffix(ending)}.{word}{ending}")

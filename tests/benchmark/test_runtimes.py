@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from benchmark import runtimes
+from compress import manifest
+from compress.errors import BenchmarkError
+from compress.settings import Runtime
+
+
+def test_every_runtime_has_a_runner_an_ending_and_words() -> None:
+    from typing import get_args
+
+    known = set(get_args(Runtime))
+    assert set(runtimes.RUNNERS) == set(runtimes.KINDS) == set(runtimes.SUFFIXES.values()) == known
+    for name in runtimes.RUNNERS.values():
+        runner = importlib.import_module(name)
+        assert all(callable(getattr(runner, function)) for function in ("load", "infer", "describe"))
+
+
+@pytest.mark.parametrize(
+    ("name", "runtime", "stem"),
+    [
+        ("yolov8n.pt", "torch", "yolov8n"),
+        ("yolov8n.v2.onnx", "onnxruntime", "yolov8n.v2"),
+        ("yolov8n_ncnn_model", "ncnn", "yolov8n"),
+        ("yolov8n.engine", None, "yolov8n"),
+        ("ncnn_model", None, "ncnn_model"),
+    ],
+)
+def test_a_name_tells_the_runtime(name: str, runtime: str | None, stem: str) -> None:
+    assert (runtimes.runtime_of(Path("a") / name), runtimes.stem(Path("a") / name)) == (runtime, stem)
+
+
+def test_a_path_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.onnx").mkdir()
+    (tmp_path / "a_ncnn_model").write_text("")
+    (tmp_path / "a.engine").write_text("")
+    for name, message in (
+        ("a.onnx", r"a\.onnx is a folder: check the path"),
+        ("a_ncnn_model", "a_ncnn_model is a file: check the path"),
+        ("b.onnx", r"b\.onnx does not exist: check the path"),
+        ("a.engine", r"a\.engine must be a \.pt file, an \.onnx file or a folder NAME_ncnn_model"),
+    ):
+        with pytest.raises(BenchmarkError, match=message):
+            runtimes.runner_of(tmp_path / name)
+
+
+def test_the_hash_of_a_folder_changes_with_each_file_and_name(tmp_path: Path) -> None:
+    folder = tmp_path / "a_ncnn_model"
+    folder.mkdir()
+    (folder / "param").write_text("1")
+    (folder / "bin").write_text("2")
+    first = runtimes.sha256(folder)
+    (folder / "bin").write_text("3")
+    second = runtimes.sha256(folder)
+    (folder / "bin").rename(folder / "weights")
+    third = runtimes.sha256(folder)
+    assert len({first, second, third}) == 3
+    folder.rename(tmp_path / "b_ncnn_model")
+    assert runtimes.sha256(tmp_path / "b_ncnn_model") == third
+    assert runtimes.sha256(tmp_path / "b_ncnn_model" / "param") == manifest.sha256_file(
+        tmp_path / "b_ncnn_model" / "param"
+    )
