@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import pytest
@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from compress import taylor
-from compress.checkpoint import build_model
-from compress.graph import Graph, build_graph
+from compress.graph import build_graph
 from compress.importance import batch_norm_scales, importance
 from compress.settings import Importance
 from compress.taylor import taylor_scores
@@ -130,74 +129,6 @@ def test_scales_of_all_batch_norms() -> None:
         "a.bn.weight": (8, 1.0),
         "b.bn.weight": (12, 0.5),
     }
-
-
-# Taylor asks the loss.
-
-
-@pytest.fixture
-def detector(narrow: Path) -> Any:
-    from ultralytics.cfg import get_cfg
-
-    torch.manual_seed(0)
-    model: Any = randomised(build_model(str(narrow)))
-    model.args = get_cfg()
-    return model
-
-
-def gates(graph: Graph, model: nn.Module, group: int, unit: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return (parameter, its positions) of every γ and β that makes a unit."""
-    parameters = dict(model.named_parameters())
-    return [
-        (parameters[axis.tensor], torch.from_numpy((axis.group == group) & (axis.unit == unit)))
-        for axis in graph.axes
-        if ".bn." in axis.tensor and axis.tensor in parameters and ((axis.group == group) & (axis.unit == unit)).any()
-    ]
-
-
-def smooth_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, None]:
-    """A loss whose slope can be measured; the real one assigns boxes to anchors in jumps."""
-    return model(batch["img"])[0].square().mean(), None
-
-
-def test_taylor_is_what_the_loss_would_miss(detector: Any, monkeypatch) -> None:
-    """A unit that weighs 1 + ε changes the loss by ε times the score; coupled γ and β weigh it together."""
-    batches = [{"img": torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(seed))} for seed in (1, 2)]
-    monkeypatch.setattr(taylor, "_batches", lambda *_: batches)
-    monkeypatch.setattr(type(detector), "loss", smooth_loss)
-    graph = build_graph(detector, 64)
-    scores = taylor_scores(graph, detector, Path("none.yaml"), 64)
-    model = copy.deepcopy(detector).double()
-    shared = [i for i, group in enumerate(graph.groups) if sum(layer.endswith(".bn") for layer in group.layers) > 1]
-    assert shared
-    for group, unit in [(0, 0), (0, 3), *((index, 2) for index in shared[:2])]:
-        slopes = []
-        for batch in batches:
-            losses = []
-            for factor in (1 + 1e-5, (1 - 1e-5) / (1 + 1e-5)):
-                for parameter, mine in gates(graph, model, group, unit):
-                    parameter.data[mine] *= factor
-                with torch.no_grad():
-                    losses.append(smooth_loss(model, {"img": batch["img"].double()})[0].item())
-            for parameter, mine in gates(graph, model, group, unit):
-                parameter.data[mine] /= 1 - 1e-5
-            slopes.append(abs(losses[0] - losses[1]) / 2e-5)
-        assert scores[group][unit] == pytest.approx(np.mean(slopes), rel=1e-3), graph.groups[group].name
-
-
-def test_taylor_on_real_images(detector: Any, tiny_data: Path) -> None:
-    graph = build_graph(detector, 64)
-    files = sorted(tiny_data.parent.rglob("*"))
-    before = copy.deepcopy(detector.state_dict())
-    first, again, other = (taylor_scores(graph, detector, tiny_data, 64, images=4, seed=seed) for seed in (0, 0, 1))
-    assert [score.shape for score in first] == [(group.width,) for group in graph.groups]
-    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))  # other images
-    assert all(np.isfinite(score).all() and (score >= 0).all() for score in first)
-    assert np.concatenate([s for s, g in zip(first, graph.groups, strict=True) if not g.frozen]).max() > 0
-    assert all(torch.equal(value, before[key]) for key, value in detector.state_dict().items())
-    assert all(parameter.grad is None for parameter in detector.parameters())
-    assert sorted(tiny_data.parent.rglob("*")) == files  # no label cache
 
 
 def test_taylor_without_batch_norm_asks_the_filters(monkeypatch) -> None:
