@@ -42,6 +42,7 @@ RESUME, RESUME_BEST = "resume.pt", "resume_best.pt"
 SPARSITY = "sparsity.json"
 FADE_PLAN = "fade_plan.json"
 _OURS = {"model", "data", "mode", "task", "project", "name", "save_dir", "resume", "exist_ok", "pretrained", "cfg"}
+_OURS |= {"epochs", "time"}  # a stage has its own setting for its length, by which it knows whether it is finished
 _TRACE_IMGSZ = 64  # groups do not depend on the image size; the smallest that every stride divides is fastest
 # All γ shrink a little at every step, so running statistics lag behind, and over a deep network the lags multiply:
 # with Ultralytics' 0.03 the validation mAP of a good detector fell from 0.56 to 0.23 (docs/results.md).

@@ -1,0 +1,440 @@
+"""The four training stages on a tiny data set, as a user runs them."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import typer
+from ultralytics.nn.tasks import DetectionModel
+
+from compress import checkpoint, finetune, prune, sparsify, train
+from compress.checkpoint import load_model, plans_of, structure_hash
+from compress.dataset import label_file
+from compress.errors import DataError, PlanError, SurgeryError, run_app
+from compress.manifest import MANIFEST, is_finished, read_json
+from compress.plan import load_plan
+from compress.settings import Budget, Finetune, LayerRule, Prune, Sparsity, Training
+from compress.surgery import apply_plan
+from compress.train import Common
+
+ROOT = Path(__file__).parents[2]
+COMMON = Common(imgsz=64, workers=0)
+ARGS = {"nbs": 8, "warmup_epochs": 0.0}
+PRUNE = Prune(
+    percent=0.4, budget=Budget(multiple_of=2, min_width=2, rules=(LayerRule(layers="model.0.*", freeze=True),))
+)
+
+
+class Armed:
+    """A pickle that makes a folder when it is opened."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def command(app: typer.Typer, *words: object) -> int:
+    """Run a stage's command in this process and return its exit code."""
+    before = sys.argv
+    sys.argv = ["stage", *map(str, words)]
+    try:
+        run_app(app)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    finally:
+        sys.argv = before
+    return 0
+
+
+def epochs_in(folder: Path) -> list[int]:
+    with (folder / "training" / "results.csv").open() as stream:
+        return [int(row["epoch"]) for row in csv.DictReader(stream)]
+
+
+@pytest.fixture(scope="module")
+def data(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny data set with label caches that would make the folder `opened`, and a `download:` for `downloaded`."""
+    folder = tmp_path_factory.mktemp("data")
+    for kind in ("images", "labels"):
+        shutil.copytree(tiny_data.parent / kind, folder / kind)
+    for split in ("train", "val", "test"):
+        with (folder / "labels" / f"{split}.cache").open("wb") as stream:
+            np.save(stream, np.array(Armed(folder / "opened"), dtype=object), allow_pickle=True)
+    names = [line for line in tiny_data.read_text().splitlines() if not line.startswith(("path:", "#"))]
+    download = f"download: |\n  import os\n  os.mkdir({str(folder / 'downloaded')!r})\n"
+    (folder / "data.yaml").write_text("\n".join(names) + "\n" + download)
+    return folder / "data.yaml"
+
+
+@pytest.fixture(scope="module")
+def stages(data: Path, narrow: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the results of all four stages, two epochs each."""
+    folder = tmp_path_factory.mktemp("stages")
+    settings = {"epochs": 2, "batch": 8, "args": ARGS}
+    dense = train.train(str(narrow), data, Training(**settings), COMMON, folder / "train")  # type: ignore[arg-type]
+    slim = Sparsity(**settings, sr=2.0, sr_decay=0.5)  # type: ignore[arg-type]
+    sparse = sparsify.sparsify(str(dense), data, slim, COMMON, folder / "sparsify")
+    cut = prune.prune(sparse, data, PRUNE, 64, 0, folder / "prune")
+    finetune.finetune(cut, dense, data, Finetune(**settings), COMMON, folder / "finetune")  # type: ignore[arg-type]
+    return folder
+
+
+def test_every_stage_is_finished_and_says_what_it_did(stages: Path) -> None:
+    for name, files in (("train", {"model.pt"}), ("sparsify", {"model.pt"}), ("finetune", {"model.pt"})):
+        found = read_json(stages / name / MANIFEST)
+        assert (found["stage"], set(found["files"]), found["metrics"]["epochs"]) == (name, files, 2)
+        assert 0.0 <= found["metrics"]["metrics/mAP50-95(B)"] <= 1.0
+        assert epochs_in(stages / name) == [1, 2]
+    pruned = read_json(stages / "prune" / MANIFEST)
+    assert set(pruned["files"]) == {"model.pt", "plan.json"}
+    assert pruned["parents"].keys() == {"model", "data"}
+    assert pruned["parents"]["model"] == read_json(stages / "sparsify" / MANIFEST)["files"]["model.pt"]
+    assert read_json(stages / "finetune" / MANIFEST)["parents"].keys() == {"model", "data", "teacher"}
+
+
+def test_training_learns_something(stages: Path) -> None:
+    before = load_model(stages / "train" / "model.pt")
+    assert isinstance(before, DetectionModel)
+    assert checkpoint.load_training_args(stages / "train" / "model.pt")["nbs"] == 8
+    after = load_model(stages / "sparsify" / "model.pt")
+    assert not torch.equal(next(before.parameters()), next(after.parameters()))
+
+
+def test_tensorboard_shows_the_sparsity_training(stages: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(str(stages / "sparsify" / "tensorboard"), size_guidance={"histograms": 0})
+    reader.Reload()
+    tags = reader.Tags()
+    assert {"gamma/all", "gamma/model.0.bn", "gamma/model.2.m.0.cv2.bn"} <= set(tags["histograms"])
+    assert [event.step for event in reader.Histograms("gamma/all")] == [0, 1]
+    scalars = {tag: [event.value for event in reader.Scalars(tag)] for tag in tags["scalars"]}
+    assert scalars["sparsity/lambda"] == [2.0, 1.0]
+    assert scalars["sparsity/mean_gamma"][1] < scalars["sparsity/mean_gamma"][0]
+    assert all(0.0 <= share <= 1.0 for share in scalars["sparsity/near_zero_share"])
+    assert len(scalars["metrics/mAP50-95"]) == 2
+
+
+def test_sparsity_training_keeps_its_last_epoch_and_mends_its_statistics(stages: Path) -> None:
+    last: Any = load_model(stages / "sparsify" / "training" / "weights" / "last.pt")
+    kept: Any = load_model(stages / "sparsify" / "model.pt")
+    torch.testing.assert_close(kept.model[0].bn.weight, last.model[0].bn.weight)
+    assert not torch.equal(kept.model[0].bn.running_mean, last.model[0].bn.running_mean)
+
+
+def test_the_plan_beside_the_pruned_model_makes_its_shape(stages: Path) -> None:
+    dense, cut = load_model(stages / "sparsify" / "model.pt"), load_model(stages / "prune" / "model.pt")
+    plan = load_plan(stages / "prune" / "plan.json")
+    assert plans_of(cut) == [plan.model_dump(mode="json")]
+    assert structure_hash(apply_plan(dense, plan)) == structure_hash(cut)
+    metrics = read_json(stages / "prune" / MANIFEST)["metrics"]
+    parameters = [sum(p.numel() for p in model.parameters()) for model in (dense, cut)]
+    assert metrics["params"] == parameters
+    assert metrics["macs"][1] < metrics["macs"][0]
+    assert metrics["channels"][1] / metrics["channels"][0] == pytest.approx(0.6, abs=0.1)
+    assert metrics["oracle_error"] <= 1e-4
+    assert cut.state_dict()["model.0.conv.weight"].shape[0] == 8  # frozen by a rule
+
+
+def test_fine_tuning_keeps_the_pruned_shape_and_leaves_the_teacher_behind(stages: Path) -> None:
+    cut, tuned = load_model(stages / "prune" / "model.pt"), load_model(stages / "finetune" / "model.pt")
+    assert isinstance(tuned, DetectionModel)
+    assert structure_hash(tuned) == structure_hash(cut)
+    assert plans_of(tuned) == plans_of(cut)
+    assert not torch.equal(next(tuned.parameters()), next(cut.parameters()))
+    arguments = checkpoint.load_training_args(stages / "finetune" / "model.pt")
+    assert arguments["distill_model"] == str(stages / "train" / "model.pt")
+    assert (stages / "finetune" / "model.pt").stat().st_size < (stages / "train" / "model.pt").stat().st_size
+
+
+def test_caches_that_came_with_the_data_stay_closed(stages: Path, data: Path) -> None:
+    """Stages have trained, validated and re-estimated statistics by now; nothing was opened, run or written."""
+    folder = data.parent
+    assert sorted(path.name for path in folder.iterdir()) == ["data.yaml", "images", "labels"]
+    assert sorted(path.name for path in (folder / "labels").iterdir() if path.is_file()) == [
+        "test.cache",
+        "train.cache",
+        "val.cache",
+    ]
+    np.load(folder / "labels" / "train.cache", allow_pickle=True)  # they are armed
+    (folder / "opened").rmdir()
+    assert label_file(next((folder / "images" / "train").iterdir())).is_file()
+
+
+def test_a_finished_stage_is_skipped(stages: Path, data: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("compress.trainers.run_training", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr("compress.surgery.apply_plan", lambda *_: pytest.fail("pruned again"))
+    before = {path: path.stat().st_mtime_ns for path in stages.rglob("*")}
+    sparse, cut = stages / "sparsify" / "model.pt", stages / "prune" / "model.pt"
+    assert prune.prune(sparse, data, PRUNE, 64, 0, stages / "prune") == cut
+    settings = Finetune(epochs=2, batch=8, args=ARGS)
+    finetune.finetune(cut, stages / "train" / "model.pt", data, settings, COMMON, stages / "finetune")
+    assert capsys.readouterr().out == (
+        f"prune: finished before, unchanged: {cut}\n"
+        f"finetune: finished before, unchanged: {stages / 'finetune' / 'model.pt'}\n"
+    )
+    assert {path: path.stat().st_mtime_ns for path in stages.rglob("*")} == before
+
+
+def test_other_settings_are_other_work(stages: Path, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "prune"
+    shutil.copytree(stages / "prune", folder)
+    before = (folder / "model.pt").read_bytes()
+    more = PRUNE.model_copy(update={"percent": 0.2, "recalibrate_images": 0})
+    prune.prune(stages / "sparsify" / "model.pt", data, more, 64, 0, folder)
+    assert (tmp_path / "prune.1" / "model.pt").read_bytes() == before
+    assert read_json(folder / MANIFEST)["config"]["percent"] == 0.2
+    assert (
+        read_json(folder / MANIFEST)["metrics"]["params"]
+        > read_json(tmp_path / "prune.1" / MANIFEST)["metrics"]["params"]
+    )
+
+
+def test_the_same_plan_comes_twice(stages: Path, data: Path, tmp_path: Path) -> None:
+    prune.prune(stages / "sparsify" / "model.pt", data, PRUNE, 64, 0, tmp_path / "prune")
+    assert (tmp_path / "prune" / "plan.json").read_bytes() == (stages / "prune" / "plan.json").read_bytes()
+
+
+def test_a_cut_that_fails_its_proof_is_not_written(stages: Path, data: Path, tmp_path: Path, monkeypatch) -> None:
+    def disproved(*_: object) -> float:
+        raise SurgeryError("the pruned model differs")
+
+    monkeypatch.setattr("compress.surgery.check_oracle", disproved)
+    with pytest.raises(SurgeryError, match="differs"):
+        prune.prune(stages / "sparsify" / "model.pt", data, PRUNE, 64, 0, tmp_path / "prune")
+    assert not (tmp_path / "prune").exists()
+
+
+def test_without_training_the_model_is_taken_as_it_is(stages: Path, data: Path, tmp_path: Path) -> None:
+    dense = stages / "train" / "model.pt"
+    taken = train.train(str(dense), data, Training(epochs=0), COMMON, tmp_path / "train")
+    before, after = load_model(dense), load_model(taken)
+    assert all(torch.equal(value, before.state_dict()[name]) for name, value in after.state_dict().items())
+    assert not (tmp_path / "train" / "training").exists()
+
+
+def test_a_model_of_other_classes_cannot_be_taken_as_it_is(data: Path, narrow: Path, tmp_path: Path) -> None:
+    checkpoint.save_model(checkpoint.build_model(str(narrow), nc=3), tmp_path / "three.pt", {})
+    with pytest.raises(DataError, match=r"three\.pt knows 3 classes, .*data\.yaml has 6: train it on this data first"):
+        train.train(str(tmp_path / "three.pt"), data, Training(epochs=0), COMMON, tmp_path / "train")
+    assert not (tmp_path / "train").exists()
+
+
+def test_a_pruned_model_of_other_classes_cannot_be_trained(stages: Path, data: Path, tmp_path: Path) -> None:
+    yaml = tmp_path / "data.yaml"
+    yaml.write_text(data.read_text().replace("train: ", f"path: {data.parent}\ntrain: ").replace("5: ", "5: a\n  6: "))
+    with pytest.raises(PlanError, match="the pruned model knows 6 classes, the data set has 7"):
+        train.train(str(stages / "prune" / "model.pt"), yaml, Training(epochs=1), COMMON, tmp_path / "train")
+
+
+def test_an_official_name_is_the_same_input_before_and_after_its_download(
+    data: Path, dense: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    def download(name: str, *_: object, **__: object) -> str:
+        path = Path(name)
+        return name if path.exists() else str(shutil.copy(dense, path))
+
+    monkeypatch.setattr("ultralytics.utils.downloads.attempt_download_asset", download)
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        train.train("yolov8n.pt", data, Training(epochs=0), COMMON, tmp_path / "train")
+    assert "finished before, unchanged" in capsys.readouterr().out
+    assert not (tmp_path / "train.1").exists()
+
+
+# As commands.
+
+
+def test_the_plan_is_printed_and_nothing_is_written(dense: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert (
+        command(prune.app, "--model", dense, "--macs", "0.6", "--multiple-of", "4", "--imgsz", "64", "--dry-run") == 0
+    )
+    text = capsys.readouterr().out
+    assert "plan: macs 0.6" in text
+    assert "frozen: output of the model" in text
+    row = next(line for line in text.splitlines() if "model.0.conv" in line)
+    assert [cell.strip() for cell in row.split("│")][1:3] == ["model.0.conv", "8"]
+    shares = [float(line.rpartition("(")[2].rstrip("%)")) for line in text.splitlines() if line.startswith("    macs")]
+    assert len(shares) == 1
+    assert shares[0] <= 60.0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_widths_by_the_command_line(dense: Path, data: Path, tmp_path: Path, capsys) -> None:
+    words = ("--model", dense, "--data", data, "--percent", "0.3", "--power-of-two", "--multiple-of", "1")
+    rest = ("--max-removed", "0.8", "--importance", "random", "--imgsz", "64", "--output", tmp_path / "prune")
+    assert command(prune.app, *words, *rest) == 0
+    plan = load_plan(tmp_path / "prune" / "plan.json")
+    kept = [int(mask.sum()) for mask in plan.masks()]
+    assert kept
+    assert all(width & (width - 1) == 0 and width >= 8 for width in kept)
+    assert (plan.importance, plan.target) == ("random", "percent 0.3")
+    assert capsys.readouterr().out.startswith(f"prune: {tmp_path / 'prune' / 'model.pt'} (MACs ")
+
+
+def test_training_by_the_command_line(narrow: Path, data: Path, tmp_path: Path, capfd) -> None:
+    words = ("--model", narrow, "--data", data, "--output", tmp_path / "train", "--epochs", "1", "--batch", "16")
+    assert command(train.app, *words, "--imgsz", "64", "--workers", "0", "mosaic=0", "lr0=1e-3", "--seed", "3") == 0
+    arguments = checkpoint.load_training_args(tmp_path / "train" / "model.pt")
+    assert {"mosaic": 0, "lr0": 1e-3, "seed": 3, "batch": 16, "imgsz": 64}.items() <= arguments.items()
+    assert f"train: {tmp_path / 'train' / 'model.pt'} (1 epochs, val mAP50-95 0.0" in capfd.readouterr().out
+
+
+TRAINERS = [train.app, sparsify.app, finetune.app]
+
+
+@pytest.mark.parametrize("app", TRAINERS, ids=["train", "sparsify", "finetune"])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "none.pt"], "none.pt does not exist: check the path"),
+        (["--model", "text.pt"], "text.pt cannot be opened"),
+        (["--data", "none.yaml"], "none.yaml does not exist"),
+        (["--data", "empty.yaml"], "'train' holds no images"),
+        (["--lr0", "0"], "lr0: Input should be greater than 0 (got 0.0)"),
+        (["nosuch=1"], "args: 'nosuch' is not an argument of Ultralytics' training"),
+        (["nosuch"], "'nosuch' must have the form key=value"),
+        (["mosaic=much"], "args: 'mosaic=much' is of invalid type str"),
+        (["epochs=5"], "args: 'epochs' is set by Espalier itself"),
+        (["--output", "foreign"], "foreign is not empty and holds no stage of Espalier"),
+        (["--output", "text.pt"], "text.pt is a file"),
+    ],
+    ids=lambda value: " ".join(value).replace("--", "") if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_and_nothing_is_begun(
+    app, words: list[str], message: str, dense: Path, data: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.yaml").write_text("train: empty\nval: empty\nnames: [a]\n")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").write_text("mine")
+    given = {"--model": dense, "--data": data, "--output": "out", "--imgsz": 64, "--epochs": 1}
+    options = [word for pair in given.items() for word in pair]
+    before = sorted(tmp_path.rglob("*"))
+    assert command(app, *options, *words) == 2
+    found = capsys.readouterr()
+    assert found.err.startswith("error: ")
+    assert message in found.err
+    assert found.err.count("\n") == 1
+    assert [path for path in sorted(tmp_path.rglob("*")) if not path.name.endswith(".lock")] == before
+
+
+@pytest.mark.parametrize(
+    ("app", "words", "message"),
+    [
+        (prune.app, ["--percent", "1.5"], "prune: percent: Input should be less than 1 (got 1.5)"),
+        (prune.app, ["--percent", "0.99"], "the budget cannot remove 99% of the channels: at most"),
+        (prune.app, ["--percent", "0.5", "--macs", "0.5"], "exactly one of percent, macs, params is needed"),
+        (prune.app, [], "exactly one of percent, macs, params is needed, got none"),
+        (prune.app, ["--percent", "0.5", "--budget", "none.yaml"], "none.yaml does not exist"),
+        (prune.app, ["--percent", "0.5", "--model", "none.pt"], "none.pt does not exist: check the path"),
+        (finetune.app, ["--teacher", "none.pt"], "none.pt does not exist: check the path"),
+        (finetune.app, ["--teacher", "text.pt"], "text.pt cannot be opened"),
+        (finetune.app, ["--dis", "0"], "dis: Input should be greater than 0"),
+        (sparsify.app, ["--sr", "inf"], "sr: Input should be a finite number"),
+    ],
+)
+def test_a_mistake_of_one_stage_is_one_line(
+    app, words: list[str], message: str, dense: Path, data: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.pt").write_text("hello")
+    assert command(app, "--model", dense, "--data", data, "--output", "out", "--imgsz", 64, *words) == 2
+    found = capsys.readouterr()
+    assert (found.err.count("\n"), found.err.startswith("error: ")) == (1, True)
+    assert message in found.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_pruning_needs_a_place_and_images(dense: Path, capsys) -> None:
+    assert command(prune.app, "--model", dense, "--percent", "0.5") == 2
+    assert capsys.readouterr().err == "error: --output and --data are needed, unless --dry-run only prints the plan\n"
+
+
+# kill -9.
+
+PAUSED = """
+import os, sys
+from pathlib import Path
+from compress import finetune
+from compress.errors import run_app
+from compress.trainers import PlanTrainer
+
+step = PlanTrainer.optimizer_step
+
+def pause(trainer):
+    if trainer.epoch == 2:
+        Path(os.environ["REACHED"]).touch()
+        sys.stdin.read()
+    step(trainer)
+
+PlanTrainer.optimizer_step = pause
+run_app(finetune.app)
+"""
+
+
+@pytest.fixture
+def killed(stages: Path, data: Path, tmp_path: Path) -> Callable[[], list[object]]:
+    """Start a fine-tuning of five epochs, look at it in the middle of the third, and kill it."""
+    output = tmp_path / "out"
+    dense, cut = stages / "train" / "model.pt", stages / "prune" / "model.pt"
+    words = ["--model", cut, "--teacher", dense, "--data", data, "--output", output, "--epochs", "5", "--batch", "8"]
+    words += ["--imgsz", "64", "--workers", "0", "nbs=8"]
+
+    def start() -> list[object]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", PAUSED, *map(str, words)],
+            cwd=ROOT,
+            env={**os.environ, "REACHED": str(tmp_path / "reached")},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        with process:
+            while not (tmp_path / "reached").exists():
+                assert process.poll() is None, process.stderr.read().decode()  # type: ignore[union-attr]
+                time.sleep(0.02)
+            assert command(finetune.app, *words) == 2  # the same command at once
+            process.kill()
+        assert process.returncode == -9
+        return words
+
+    return start
+
+
+def test_a_killed_training_goes_on_where_it_was(stages: Path, killed, tmp_path: Path, capfd) -> None:
+    words = killed()
+    output = tmp_path / "out"
+    assert capfd.readouterr().err.endswith(
+        f"error: {output} is in use by another process: wait for it, or choose another --output\n"
+    )
+    assert not (output / MANIFEST).exists()
+    assert epochs_in(output) == [1, 2]
+    before = (output / "training" / "results.csv").read_text()
+
+    assert command(finetune.app, *words) == 0
+    assert epochs_in(output) == [1, 2, 3, 4, 5]
+    assert (output / "training" / "results.csv").read_text().startswith(before)  # not started over
+    config, parents = (read_json(output / MANIFEST)[key] for key in ("config", "parents"))
+    assert is_finished(output, "finetune", config, parents)
+    tuned = load_model(output / "model.pt")
+    assert structure_hash(tuned) == structure_hash(load_model(stages / "prune" / "model.pt"))
+    assert len(plans_of(tuned)) == 1
+    assert [path.name for path in tmp_path.glob("out*")] == ["out"]
