@@ -29,10 +29,12 @@ def run(settings: Run, command: str, runs: Path = Path("runs")) -> dict[str, Any
 
     folder = runs / settings.name
     with manifest.lock(folder):
+        known: dict[str, Any] = {}
         if (folder / RECORD).exists():
-            manifest.check_schema(manifest.read_json(folder / RECORD), folder / RECORD)
+            known = manifest.read_json(folder / RECORD)
+            manifest.check_schema(known, folder / RECORD)
         data = resolve(settings.data)
-        if not (folder / "03_prune" / manifest.MANIFEST).exists():
+        if known.get("config") != settings.model_dump(mode="json"):
             check(settings, data)
         common = Common(imgsz=settings.imgsz, device=settings.device, workers=settings.workers, seed=settings.seed)
         _write_run(folder, settings, command, "running")
