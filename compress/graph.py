@@ -412,15 +412,9 @@ def _name_groups(
 def _unique(axes: list[Axis]) -> list[Axis]:
     """Drop repeated records of one dimension: a layer that is called twice is cut once.
 
-    Raises:
-        GraphError: two calls disagree on which channels index the dimension.
+    The slots of all calls are bound to each other, so that they differ at most where one is FIXED and the other frozen.
     """
-    seen: dict[tuple[str, int], Axis] = {}
-    for axis in axes:
-        other = seen.setdefault((axis.tensor, axis.dim), axis)
-        if not (np.array_equal(other.group, axis.group) and np.array_equal(other.unit, axis.unit)):
-            raise GraphError(f"{axis.tensor} is used with different channels in two places")
-    return list(seen.values())
+    return list({(axis.tensor, axis.dim): axis for axis in axes}.values())
 
 
 def masked_outputs(graph: Graph, image: Tensor, keep: list[np.ndarray]) -> list[Tensor]:

@@ -47,15 +47,24 @@ def freeze_all(walk: Walk, node: Node) -> Result:
     return walk.fixed_like(node)
 
 
+def computed_weight(walk: Walk, node: Node) -> Result:
+    """Freeze what reaches a layer whose weight is made of others in the forward pass: nothing there could be cut."""
+    for source in node.all_input_nodes:
+        walk.freeze(source, f"{walk.place(node)} computes its weight in the forward pass")
+    return walk.fixed_like(node)
+
+
 @rule("conv2d", "conv1d", "conv3d")
 def convolution(walk: Walk, node: Node) -> Result:
     """Input channels feed it, output channels are new; a depthwise one passes channels on."""
     data, weight = node.args[0], node.args[1]
+    if not walk.is_weight(weight):
+        return computed_weight(walk, node)
     groups = _argument(node, 6, "groups", 1)
     out_count, in_per_group = walk.shape(weight)[:2]
     in_count = in_per_group * groups
     slots = _channels(walk, node, data, 1, in_count)
-    walk.ledger.positions[walk.tensor_name(weight)] = math.prod(walk.shape(node)[2:])
+    walk.ledger.multiply(walk.tensor_name(weight), math.prod(walk.shape(node)[2:]))
     if groups == 1:
         walk.ledger.use(walk.tensor_name(weight), 1, slots)
         out = walk.ledger.new(out_count)
@@ -79,10 +88,12 @@ def convolution(walk: Walk, node: Node) -> Result:
 def transposed_convolution(walk: Walk, node: Node) -> Result:
     """Like a convolution, with the weight's first two dimensions the other way round: (in, out)."""
     data, weight = node.args[0], node.args[1]
+    if not walk.is_weight(weight):
+        return computed_weight(walk, node)
     if _argument(node, 6, "groups", 1) != 1:
         return freeze_all(walk, node)
     in_count, out_count = walk.shape(weight)[:2]
-    walk.ledger.positions[walk.tensor_name(weight)] = math.prod(walk.shape(data)[2:])
+    walk.ledger.multiply(walk.tensor_name(weight), math.prod(walk.shape(data)[2:]))
     walk.ledger.use(walk.tensor_name(weight), 0, _channels(walk, node, data, 1, in_count))
     out = walk.ledger.new(out_count)
     walk.ledger.use(walk.tensor_name(weight), 1, out)
@@ -94,9 +105,11 @@ def transposed_convolution(walk: Walk, node: Node) -> Result:
 def linear(walk: Walk, node: Node) -> Result:
     """Channels of the last dimension feed it, its output channels are new."""
     data, weight = node.args[0], node.args[1]
+    if not walk.is_weight(weight):
+        return computed_weight(walk, node)
     out_count, in_count = walk.shape(weight)
     rank = len(walk.shape(node))
-    walk.ledger.positions[walk.tensor_name(weight)] = math.prod(walk.shape(node)[:-1])
+    walk.ledger.multiply(walk.tensor_name(weight), math.prod(walk.shape(node)[:-1]))
     walk.ledger.use(walk.tensor_name(weight), 1, _channels(walk, node, data, rank - 1, in_count))
     out = walk.ledger.new(out_count)
     walk.ledger.use(walk.tensor_name(weight), 0, out)
@@ -107,6 +120,8 @@ def linear(walk: Walk, node: Node) -> Result:
 @rule("batch_norm", "instance_norm")
 def batch_norm(walk: Walk, node: Node) -> Result:
     """Channels pass; scale, shift, mean and variance are indexed by them."""
+    if operation_name(node) == "instance_norm" and node.args[1] is None:
+        return freeze_all(walk, node)  # without weights nothing tells surgery to set its number of features anew
     shape = walk.shape(node)
     slots = _channels(walk, node, node.args[0], 1, shape[1])
     for vector in node.args[1:5]:
@@ -302,8 +317,12 @@ def _channels(walk: Walk, node: Node, source: Any, dim: int, size: int) -> np.nd
 
 
 def _use_vector(walk: Walk, vector: Any, slots: np.ndarray) -> None:
-    if vector is not None:
+    if vector is None:
+        return
+    if walk.is_weight(vector):
         walk.ledger.use(walk.tensor_name(vector), 0, slots)
+    else:
+        walk.ledger.freeze(slots, f"{vector.name} is computed in the forward pass")
 
 
 def _split_dim(walk: Walk, node: Node) -> int:

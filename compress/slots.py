@@ -41,6 +41,7 @@ class Ledger:
     equal_parts: list[EqualParts] = field(default_factory=list)
     frozen: dict[int, str] = field(default_factory=dict)
     positions: dict[str, int] = field(default_factory=dict)
+    _first_use: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)
 
     def new(self, count: int) -> np.ndarray:
         """Return `count` new slots, shape (count,)."""
@@ -71,8 +72,18 @@ class Ledger:
             self.frozen.setdefault(slot, reason)
 
     def use(self, tensor: str, dim: int, slots: np.ndarray) -> None:
-        """Record that a dimension of a weight is indexed by slots, shape (size of that dimension,)."""
+        """Record that a dimension of a weight is indexed by slots, shape (size of that dimension,).
+
+        A weight that is used again, by a layer called twice or shared by two layers, binds the slots of both uses.
+        """
+        before = self._first_use.setdefault((tensor, dim), slots)
+        if before is not slots:
+            self.unite(before, slots, f"another use of {tensor}")
         self.uses.append(Use(tensor, dim, slots))
+
+    def multiply(self, tensor: str, positions: int) -> None:
+        """Record that a weight is multiplied at so many output positions."""
+        self.positions[tensor] = self.positions.get(tensor, 0) + positions
 
     def tie(self, parts: Sequence[np.ndarray], where: str) -> None:
         """Record parts that must keep the same number of channels."""

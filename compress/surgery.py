@@ -36,12 +36,15 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     for tensor, dim, mask in plan.axis_masks():
         cuts[tensor][dim] = mask
     state = pruned.state_dict(keep_vars=True)
+    names: dict[int, list[str]] = defaultdict(list)  # several layers may hold one weight, and go on to do so
+    for name, value in state.items():
+        names[id(value)].append(name)
     for tensor, dims in cuts.items():
         if tensor not in state:
             raise PlanError(f"the plan cuts {tensor}, which the model does not have")
-        _replace(pruned, tensor, _cut(tensor, state[tensor], dims))
-    for name in {tensor.rpartition(".")[0] for tensor in cuts}:
-        _refresh_counts(pruned.get_submodule(name))
+        _replace(pruned, names[id(state[tensor])], _cut(tensor, state[tensor], dims))
+    for owner in {name.rpartition(".")[0] for tensor in cuts for name in names[id(state[tensor])]}:
+        _refresh_counts(pruned.get_submodule(owner))
     for module in pruned.modules():
         if type(module).__name__ in RESIZABLE_SPLITS:
             module.c = module.cv1.conv.out_channels // 2  # type: ignore[union-attr]
@@ -117,19 +120,21 @@ def _cut(tensor: str, value: Tensor, dims: dict[int, np.ndarray]) -> Tensor:
     return value.detach().clone()
 
 
-def _replace(model: nn.Module, tensor: str, value: Tensor) -> None:
+def _replace(model: nn.Module, tensors: list[str], value: Tensor) -> None:
+    """Put one value under all the names that shared one."""
     from torch import nn
 
-    owner, _, name = tensor.rpartition(".")
-    module = model.get_submodule(owner)
-    old = getattr(module, name)
-    setattr(module, name, nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value)
+    places = [(model.get_submodule(tensor.rpartition(".")[0]), tensor.rpartition(".")[2]) for tensor in tensors]
+    old = getattr(*places[0])
+    new = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
+    for module, name in places:
+        setattr(module, name, new)
 
 
 def _refresh_counts(module: nn.Module) -> None:
     """Set the channel counts that a module keeps beside its weights."""
     from torch import nn
-    from torch.nn.modules.batchnorm import _BatchNorm
+    from torch.nn.modules.batchnorm import _NormBase
     from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
     if isinstance(module, _ConvTransposeNd):
@@ -140,5 +145,5 @@ def _refresh_counts(module: nn.Module) -> None:
         module.out_channels, module.in_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, _BatchNorm):
+    elif isinstance(module, _NormBase):  # batch and instance norm
         module.num_features = module.weight.shape[0]

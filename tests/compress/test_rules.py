@@ -1,0 +1,214 @@
+"""One operation per network: what it freezes, and that what it lets pass can be cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from compress.budget import Target, choose
+from compress.checkpoint import structure_hash
+from compress.graph import build_graph
+from compress.importance import importance
+from compress.plan import make_plan
+from compress.settings import Budget
+from compress.surgery import apply_plan, oracle_error
+from topologies import Block, randomised
+
+Forward = Callable[[Any, torch.Tensor], Any]
+CASES: dict[str, tuple[Forward, dict[str, Callable[[], nn.Module]], dict[str, str]]] = {}
+
+
+class Net(nn.Module):
+    def __init__(self, forward: Forward, modules: dict[str, Callable[[], nn.Module]]) -> None:
+        super().__init__()
+        self.steps = forward
+        for name, make in modules.items():
+            self.add_module(name, make())
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.steps(self, x)
+
+
+def case(name: str, frozen: dict[str, str] | None = None, **modules: Callable[[], nn.Module]) -> Callable:
+    """Register a forward pass over modules; `frozen` names the groups that must stay, and why."""
+
+    def register(forward: Forward) -> Forward:
+        CASES[name] = forward, modules, frozen or {}
+        return forward
+
+    return register
+
+
+def block(cin: int = 3, cout: int = 8, stride: int = 1) -> Callable[[], nn.Module]:
+    return lambda: Block(cin, cout, stride=stride)
+
+
+def conv(cin: int = 8, cout: int = 4) -> Callable[[], nn.Module]:
+    return lambda: nn.Conv2d(cin, cout, 1)
+
+
+case("a slice of space, as in Focus", a=block(), b=block(32), head=conv())(
+    lambda m, x: m.head(m.b(torch.cat([m.a(x)[..., i::2, j::2] for i in (0, 1) for j in (0, 1)], 1)))
+)
+case("a slice of channels", {"a.conv": "slice of channels in the model"}, a=block(), b=block(4), head=conv())(
+    lambda m, x: m.head(m.b(m.a(x)[:, :4]))
+)
+case("one channel", {"a.conv": "select in the model has no rule"}, a=block(), b=block(8), head=conv())(
+    lambda m, x: m.head(m.b(x := m.a(x)) * x[:, 0].unsqueeze(1))
+)
+case("a mean without its dimensions", a=block(), b=lambda: nn.Linear(8, 6), head=lambda: nn.Linear(6, 4))(
+    lambda m, x: m.head(torch.relu(m.b(m.a(x).mean((2, -1)))))
+)
+case("a maximum over channels", {"a.conv": "amax over channels in the model"}, a=block(), head=conv())(
+    lambda m, x: m.head((x := m.a(x)) * x.amax(1, keepdim=True))
+)
+case("a sum of everything", {"a.conv": "sum over channels in the model"}, a=block(), head=conv())(
+    lambda m, x: m.head((x := m.a(x)) * x.sum())
+)
+case("softmax over channels", {"a.conv": "softmax over channels in the model"}, a=block(), b=block(8), head=conv())(
+    lambda m, x: m.head(m.b(m.a(x).softmax(1)))
+)
+case("softmax over space", a=block(), b=block(8), head=conv())(lambda m, x: m.head(m.b(m.a(x).softmax(-1))))
+case(
+    "a grouped transposed convolution",
+    {"a.conv": "conv_transpose2d in up has no rule"},
+    a=block(),
+    up=lambda: nn.ConvTranspose2d(8, 8, 2, 2, groups=2),
+    head=conv(),
+)(lambda m, x: m.head(m.up(m.a(x))))
+case("channels one after another in space", a=block(), b=block(), head=lambda: nn.Conv1d(8, 4, 1))(
+    lambda m, x: m.head(torch.cat((m.a(x).flatten(2), m.b(x).flatten(2)), 2))
+)
+case(
+    "parts that are not equal", {"a.conv": "unequal parts [3, 3, 2] in the model"}, a=block(), b=block(2), head=conv(14)
+)(lambda m, x: m.head(torch.cat((*m.a(x).chunk(3, 1)[:2], m.b(m.a(x).chunk(3, 1)[2])), 1)))
+case("four parts", a=block(3, 16), b=block(4, 4), head=conv(16))(
+    lambda m, x: m.head(torch.cat(((p := m.a(x).chunk(4, 1))[0], p[1] * p[2], m.b(p[3]), p[1]), 1))
+)
+case("parts of space", a=block(), head=conv())(lambda m, x: m.head(sum(m.a(x).chunk(2, 3)) + sum(m.a(x).split(8, 3))))
+case("padding of space", a=block(), head=conv())(lambda m, x: m.head(functional.pad(m.a(x), (1, 1, 1, 1))))
+case("padding of channels", {"a.conv": "pad in the model has no rule"}, a=block(), head=conv(10))(
+    lambda m, x: m.head(functional.pad(m.a(x), (0, 0, 0, 0, 1, 1)))
+)
+case("expansion over space", a=block(), b=block(8), head=conv())(
+    lambda m, x: m.head(m.b(x := m.a(x)) * x.mean((2, 3), keepdim=True).expand_as(x))
+)
+case("channels last and back", a=block(), b=lambda: nn.Linear(8, 8), head=conv())(
+    lambda m, x: m.head(m.b(m.a(x).transpose(1, 3)).transpose(-1, 1))
+)
+case("a permutation", a=block(), b=lambda: nn.Linear(8, 6), head=lambda: nn.Linear(6, 4))(
+    lambda m, x: m.head(m.b(m.a(x).permute(0, 2, 3, 1)))
+)
+case(
+    "a linear layer over space",
+    {"a.conv": "channels outside dimension 3 reach b"},
+    a=block(),
+    b=lambda: nn.Linear(16, 16),
+    head=conv(),
+)(lambda m, x: m.head(m.b(m.a(x))))
+case(
+    "channels that cross space",
+    {"a.conv": "add in the model has no rule", "b.conv": "add in the model has no rule"},
+    a=block(3, 16),
+    b=block(3, 16),
+    head=conv(16),
+)(lambda m, x: m.head(m.a(x) + m.b(x).mean((2, 3)).reshape(1, 1, 1, 16)))
+case("numbers and constants", {"b.conv": "meets fixed channels in the model"}, a=block(), b=block(8), head=conv())(
+    lambda m, x: m.head(m.b(m.a(x) * 2.0 - 1.0) * torch.linspace(0, 1, 8).reshape(1, 8, 1, 1))
+)
+case(
+    "a matrix product, as in attention",
+    {"a.conv": "attention product in the model", "b": "attention product in the model"},
+    a=block(),
+    b=conv(8, 8),
+    head=conv(),
+)(lambda m, x: m.head((x := m.a(x)) + (m.b(x) @ x.transpose(2, 3)).softmax(3)))
+case("a maximum of two", a=block(), b=block(), head=conv())(lambda m, x: m.head(torch.maximum(m.a(x), m.b(x))))
+case("a quotient", a=block(), b=block(), head=conv())(lambda m, x: m.head(m.a(x) / (m.b(x).abs() + 1.0)))
+case("instance norm", a=block(), b=lambda: nn.InstanceNorm2d(8, affine=True), head=conv())(
+    lambda m, x: m.head(m.b(m.a(x)))
+)
+case("one map read twice", a=block(), head=conv(16))(lambda m, x: m.head(torch.cat((m.a(x),) * 2, 1)))
+case(
+    "maps flattened side by side",
+    a=block(stride=2),
+    b=block(3, 4, 2),
+    c=lambda: nn.Linear(768, 6),
+    head=lambda: nn.Linear(6, 3),
+)(lambda m, x: m.head(m.c(torch.cat((m.a(x).flatten(1), m.b(x).flatten(1)), 1))))
+case("a tower for two scales", a=block(), b=block(8, stride=2), c=block(8), head=conv())(
+    lambda m, x: (m.head(m.c(m.a(x))), m.head(m.c(m.b(m.a(x)))))
+)
+case("a nearest neighbour twice as large", a=block(), b=block(8, stride=2), head=conv(16))(
+    lambda m, x: m.head(torch.cat((x := m.a(x), functional.interpolate(m.b(x), scale_factor=2)), 1))
+)
+case(
+    "a weight that is computed",
+    {"a.conv": "the model computes its weight in the forward pass"},
+    a=block(),
+    b=conv(8, 8),
+    head=conv(),
+)(lambda m, x: m.head(functional.conv2d(m.a(x), m.b.weight * 0.5)))
+case(
+    "a bias that is computed",
+    {"b": "mul is computed in the forward pass"},
+    a=block(),
+    b=conv(8, 8),
+    head=conv(),
+)(lambda m, x: m.head(functional.conv2d(m.a(x), m.b.weight, m.b.bias * 0.5)))
+case("one layer at two depths", a=block(), b=block(8), c=block(8), head=conv())(
+    lambda m, x: m.head(m.b(m.c(m.b(m.a(x)))))
+)
+case(
+    "one layer that reads an image and a map",
+    {"b.conv": "meets fixed channels in another use of b.conv.weight"},
+    b=block(3, 3),
+    head=conv(3),
+)(lambda m, x: m.head(m.b(m.b(x))))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_operation(name: str) -> None:
+    forward, modules, expected = CASES[name]
+    model = randomised(Net(forward, modules))
+    graph = build_graph(model, 16)
+    frozen = {group: reason for group, reason in graph.frozen().items() if not reason.endswith("output of the model")}
+    assert {group: reason for group, reason in frozen.items() if group in expected} == expected
+    assert bool(frozen) == bool(expected)
+    if all(group.frozen for group in graph.groups):
+        return
+    removed = 0
+    for seed in range(2):
+        scores = importance(graph, model, "random", seed)
+        choice = choose(graph, scores, Target("percent", 0.4), Budget(multiple_of=1, min_width=1, max_removed=0.9))
+        plan = make_plan(graph, choice, structure_hash(model), "test", "random")
+        pruned = apply_plan(model, plan)
+        assert sum(p.numel() for p in pruned.parameters()) == graph.params(choice.widths)
+        assert oracle_error(graph, pruned, choice.keep, torch.rand(1, 3, 16, 16)) < 1e-5
+        removed += int((graph.widths - choice.widths).sum())
+    assert removed > 0
+
+
+def test_two_layers_with_one_weight_stay_one() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.head = conv(3, 8)(), conv(8, 8)(), conv(8, 8)(), conv()()
+            self.c.weight = self.b.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(torch.relu(self.c(torch.relu(self.b(torch.relu(self.a(x)))))))
+
+    model = Shared()
+    graph = build_graph(model, 16)
+    scores = importance(graph, model, "random", 0)
+    choice = choose(graph, scores, Target("percent", 0.4), Budget(multiple_of=1, min_width=1, max_removed=0.9))
+    pruned: Any = apply_plan(model, make_plan(graph, choice, structure_hash(model), "test", "random"))
+    assert pruned.c.weight is pruned.b.weight
+    assert pruned.b.weight.shape[0] < 8
+    assert oracle_error(graph, pruned, choice.keep, torch.rand(1, 3, 16, 16)) < 1e-5
