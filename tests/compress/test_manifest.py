@@ -291,14 +291,15 @@ def test_a_failing_write_leaves_the_old_content(tmp_path: Path, request) -> None
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_write_that_is_killed_leaves_the_old_content(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("moment", [(os, "fsync"), (Path, "replace")], ids=["before it is on disk", "at the very end"])
+def test_a_write_that_is_killed_leaves_the_old_content(tmp_path: Path, monkeypatch, moment: tuple[Any, str]) -> None:
     path = tmp_path / "plan.json"
     manifest.write_json(path, {"old": 1})
 
-    def killed(_: int) -> None:
+    def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(os, "fsync", killed)
+    monkeypatch.setattr(*moment, killed)
     with pytest.raises(KeyboardInterrupt):
         manifest.write_json(path, {"new": 1})
     assert read_json(path) == {"old": 1}

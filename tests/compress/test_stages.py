@@ -128,7 +128,20 @@ def test_tensorboard_shows_the_sparsity_training(stages: Path) -> None:
     assert len(scalars["metrics/mAP50-95"]) == 2
 
 
-def test_sparsity_training_keeps_its_last_epoch_and_mends_its_statistics(stages: Path) -> None:
+def test_the_best_epoch_is_kept_but_of_sparsity_training_the_last(
+    stages: Path, dense: Path, narrow: Path, data: Path, tmp_path: Path, monkeypatch
+) -> None:
+    best, last = stages / "train" / "model.pt", dense
+    monkeypatch.setattr("compress.trainers.run_training", lambda *_, **__: (best, last))
+    for name, stage, settings, expected in (
+        ("train", train.train, Training(epochs=1), best),
+        ("sparsify", sparsify.sparsify, Sparsity(epochs=1), last),
+    ):
+        kept = load_model(stage(str(narrow), data, settings, COMMON, tmp_path / name))  # type: ignore[arg-type]
+        assert torch.equal(next(kept.parameters()), next(load_model(expected).parameters())), name
+
+
+def test_sparsity_training_mends_its_statistics(stages: Path) -> None:
     last: Any = load_model(stages / "sparsify" / "training" / "weights" / "last.pt")
     kept: Any = load_model(stages / "sparsify" / "model.pt")
     torch.testing.assert_close(kept.model[0].bn.weight, last.model[0].bn.weight)
