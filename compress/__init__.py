@@ -7,5 +7,7 @@ import os
 os.environ.setdefault("ULTRALYTICS_SAFE_LOAD", "1")
 # A missing optional package is the user's decision, never a silent `pip install` in the middle of a run.
 os.environ.setdefault("YOLO_AUTOINSTALL", "false")
+# Ultralytics would take one thread and leave the others to data loading, which on a CPU it does in the same process.
+os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
 
 __version__ = "0.1.0"

@@ -7,6 +7,7 @@ files beside their run folder, so they also work where Ultralytics starts them i
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -86,6 +87,11 @@ class PlanTrainer(DetectionTrainer):
         model.criterion = None  # type: ignore[assignment]
         model.names = self.data["names"]
         return model
+
+    def _setup_train(self) -> None:
+        super()._setup_train()
+        if self.device.type == "cpu":
+            torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # see compress/__init__.py
 
     def save_model(self) -> Literal[True]:
         """Save as Ultralytics does, then keep whole copies to resume from."""
