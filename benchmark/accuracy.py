@@ -158,7 +158,7 @@ def main(
     threads: Annotated[int | None, typer.Option(min=1, help="threads; all of the machine's when not given")] = None,
 ) -> None:
     """Measure the mAP of model files on a data set, through one evaluator for every runtime."""
-    from compress.dataset import resolve
+    from compress.dataset import fingerprint, resolve
 
     models = [*model, *(more or [])]
     for path in models:
@@ -166,7 +166,7 @@ def main(
     yaml = resolve(data)
     config = {"models": [path.name for path in models], "split": split, "imgsz": imgsz}
     parents = {f"model{i}": runtimes.sha256(path) for i, path in enumerate(models)}
-    parents |= manifest.input_hashes({"data": yaml})
+    parents["data"] = fingerprint(yaml)
     with manifest.lock(output):
         if manifest.is_finished(output, STAGE, config, parents):
             print(f"accuracy: finished before, unchanged: {output}")

@@ -95,16 +95,26 @@ def label_file(image: Path) -> Path:
 
 
 def fingerprint(data: Path) -> str:
-    """Return a hash that changes when the YAML, or name or size of any image or label file, changes. Fast."""
+    """Return a hash that changes when the YAML, or name or size of any image or label file, changes. Fast.
+
+    A split that the YAML names and the disk lacks, as many copies of COCO lack `test`, counts as empty.
+    """
     content = _read(data)
     root = _root(data, content).resolve()
     entries = []
     for split in ("train", "val", "test"):
-        for image in images(data, split) if content.get(split) else []:
+        for image in _images_if_any(data, split):
             label = label_file(image)
             size = label.stat().st_size if label.is_file() else None
             entries.append([split, _name(image, root), image.stat().st_size, size])
     return sha256_json([content, entries])
+
+
+def _images_if_any(data: Path, split: str) -> list[Path]:
+    try:
+        return images(data, split)
+    except DataError:
+        return []
 
 
 def data_hash(data: Path, split: str) -> str:

@@ -96,7 +96,9 @@ def prune(model: Path, data: Path, settings: Prune, imgsz: int, seed: int, outpu
         SurgeryError: the pruned model does not equal the masked dense one; nothing is written then.
     """
     config = {**settings.model_dump(mode="json"), "imgsz": imgsz, "seed": seed}
-    parents = manifest.input_hashes({"model": model, "data": data})
+    from compress.dataset import fingerprint
+
+    parents = manifest.input_hashes({"model": model}) | {"data": fingerprint(data)}
     result = output / MODEL
     with manifest.lock(output):
         if manifest.is_finished(output, "prune", config, parents):

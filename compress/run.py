@@ -96,6 +96,7 @@ def benchmark(
     from benchmark.accuracy import evaluate
     from benchmark.latency import measure
     from benchmark.report import print_table, write_report
+    from compress.dataset import fingerprint
 
     wanted = settings.benchmark
     exported = folder / "05_export"
@@ -106,7 +107,7 @@ def benchmark(
     output = folder / "06_benchmark"
     inputs = {f"{name}.{runtime}": path for name, files in artefacts.items() for runtime, path in files.items()}
     config = {**wanted.model_dump(mode="json"), "imgsz": settings.imgsz, "seed": settings.seed, "data": str(data)}
-    parents = {role: runtimes.sha256(path) for role, path in inputs.items()}
+    parents = {role: runtimes.sha256(path) for role, path in inputs.items()} | {"data": fingerprint(data)}
     with manifest.lock(output):
         if manifest.is_finished(output, "benchmark", config, parents):
             print(f"benchmark: finished before, unchanged: {output}")

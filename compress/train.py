@@ -64,15 +64,17 @@ def training_stage(
         RunError: the folder cannot be used.
         EspalierError: the training failed.
     """
+    from compress.dataset import fingerprint
+
     if Path(model).suffix == ".pt" and not Path(model).is_file():
         checkpoint.load_model(model)  # downloads an official one, so that the next start sees the same input
     config = {**settings.model_dump(mode="json"), **common.model_dump(), "data": str(data), **(notes or {})}
-    inputs = {"data": data, **(extra_inputs or {})}
+    inputs = dict(extra_inputs or {})
     if Path(model).is_file():
         inputs["model"] = Path(model)
     else:
         config["model"] = model
-    parents = manifest.input_hashes(inputs)
+    parents = manifest.input_hashes(inputs) | {"data": fingerprint(data)}
     result = output / MODEL
     with manifest.lock(output):
         if manifest.is_finished(output, stage, config, parents):

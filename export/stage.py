@@ -148,12 +148,13 @@ def run_stage(
     Returns:
         The content of `parity.json`.
     """
+    from compress.dataset import fingerprint
     from export import parity
 
     for path in models.values():
         require(path)
     config = {"models": sorted(models), **config}
-    parents = manifest.input_hashes({**models, "data": data})
+    parents = manifest.input_hashes(models) | {"data": fingerprint(data)}
     with manifest.lock(output):
         if manifest.is_finished(output, stage, config, parents):
             print(f"{stage}: finished before, unchanged: {output}")
