@@ -125,7 +125,9 @@ class SparsityTrainer(PlanTrainer):
         if settings.get("fade"):
             self.fade: Fade | None = None
             self.add_callback("on_train_epoch_start", SparsityTrainer.choose_what_fades)
-            self.add_callback("on_train_batch_end", SparsityTrainer.fade_out)
+            self.add_callback("on_train_batch_end", SparsityTrainer.count_batch)
+            # Right after the step, which moves faded channels a little, and before the average takes the weights over.
+            optimizer.register_step_post_hook(lambda *_: self.fade_out())
         if RANK in (-1, 0):
             self.gamma_log = GammaLog(graph, Path(self.save_dir).parent, model)
             self.add_callback("on_fit_epoch_end", SparsityTrainer.log_gammas)
@@ -150,10 +152,13 @@ class SparsityTrainer(PlanTrainer):
         self.fade.remaining = remaining(self.epoch / self.epochs)  # a resumed training has faded that far
 
     def fade_out(self) -> None:
-        """Let the condemned channels fade by one batch."""
-        self.batches += 1
+        """Let the condemned channels fade to where they should be after this batch."""
         if self.fade is not None:
-            self.fade.apply((self.epoch + self.batches / len(self.train_loader)) / self.epochs)
+            self.fade.apply((self.epoch + (self.batches + 1) / len(self.train_loader)) / self.epochs)
+
+    def count_batch(self) -> None:
+        """Count the batches of an epoch."""
+        self.batches += 1
 
     def log_gammas(self) -> None:
         """Write γ histograms, the near-zero share and the metrics of this epoch to TensorBoard."""

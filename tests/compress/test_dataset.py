@@ -275,3 +275,12 @@ def test_the_hash_is_that_of_names_and_bytes(data):
 
     expected = [b"images/val/c.jpg", b"val/c", b"1 0.5 0.5 0.2 0.1\n"]
     assert data_hash(data, "val") == hashlib.sha256(b"".join(map(sized, expected))).hexdigest()
+
+
+def test_a_test_split_that_is_not_on_disk_hinders_nothing(data):
+    data.write_text(TEXT + "test: images/test\n")
+    before = fingerprint(data)
+    assert resolve(str(data)) == data
+    (data.parent / "images" / "test").mkdir()
+    (data.parent / "images" / "test" / "d.jpg").write_text("d")
+    assert fingerprint(data) != before

@@ -216,6 +216,37 @@ def test_other_settings_are_other_work(stages: Path, data: Path, tmp_path: Path)
     )
 
 
+def test_other_labels_are_other_work(stages: Path, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data.parent, tmp_path / "data")
+    mine = tmp_path / "data" / "data.yaml"
+    first = prune.prune(stages / "sparsify" / "model.pt", mine, PRUNE, 64, 0, tmp_path / "prune")
+    written = first.stat().st_mtime_ns
+    prune.prune(stages / "sparsify" / "model.pt", mine, PRUNE, 64, 0, tmp_path / "prune")
+    assert first.stat().st_mtime_ns == written
+    next((tmp_path / "data" / "labels" / "train").glob("*.txt")).write_text("0 0.5 0.5 0.5 0.5\n")
+    prune.prune(stages / "sparsify" / "model.pt", mine, PRUNE, 64, 0, tmp_path / "prune")
+    assert (tmp_path / "prune.1" / MANIFEST).exists()
+
+
+def test_faded_channels_are_gone_before_the_cut(stages: Path, data: Path, tmp_path: Path) -> None:
+    settings = Sparsity(epochs=5, batch=8, args=ARGS, fade=True)
+    start, output = str(stages / "train" / "model.pt"), tmp_path / "sparsify"
+    model = load_model(sparsify.sparsify(start, data, settings, COMMON, output, PRUNE))
+    plan = load_plan(output / "fade_plan.json")
+    state, faded = model.state_dict(), 0
+    for tensor, dim, keep in plan.axis_masks():
+        owner, _, name = tensor.rpartition(".")
+        if dim == 0 and name in ("weight", "bias") and isinstance(model.get_submodule(owner), torch.nn.BatchNorm2d):
+            assert state[tensor][~keep].abs().max() < 1e-6, tensor
+            assert state[tensor][keep].abs().max() > 1e-4, tensor
+            faded += int((~keep).sum())
+    assert faded > 0
+    image = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        expected, found = model(image)[0], apply_plan(model, plan)(image)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_the_same_plan_comes_twice(stages: Path, data: Path, tmp_path: Path) -> None:
     prune.prune(stages / "sparsify" / "model.pt", data, PRUNE, 64, 0, tmp_path / "prune")
     assert (tmp_path / "prune" / "plan.json").read_bytes() == (stages / "prune" / "plan.json").read_bytes()
