@@ -183,11 +183,16 @@ def summarise(
 
 def dry_run(settings: Run) -> None:
     """Print the plan that the pipeline would make for its model as it is now, and stop."""
-    from compress.dataset import resolve
+    from compress.dataset import class_names, resolve
 
-    model = checkpoint.load_model(settings.model)
-    data = resolve(settings.data) if settings.prune.importance == "taylor" else None
-    print_plan(plan_pruning(model, settings.prune, settings.imgsz, settings.seed, data), settings.prune.budget)
+    model: Any = checkpoint.load_model(settings.model)
+    wanted, data = settings.prune, None
+    if wanted.importance == "taylor":
+        data = resolve(settings.data)
+        if len(model.names) != len(class_names(data)):
+            print("The model does not know these classes yet: this plan goes by bn, the run's by taylor after training.")
+            wanted = wanted.model_copy(update={"importance": "bn"})
+    print_plan(plan_pruning(model, wanted, settings.imgsz, settings.seed, data), wanted.budget)
 
 
 def _write_run(folder: Path, settings: Run, command: str, status: str) -> None:
