@@ -190,7 +190,7 @@ def dry_run(settings: Run) -> None:
     if wanted.importance == "taylor":
         data = resolve(settings.data)
         if len(model.names) != len(class_names(data)):
-            print("The model does not know these classes yet: this plan goes by bn, the run's by taylor after training.")
+            print("The model does not know these classes yet: this plan goes by bn, that of the run by taylor.")
             wanted = wanted.model_copy(update={"importance": "bn"})
     print_plan(plan_pruning(model, wanted, settings.imgsz, settings.seed, data), wanted.budget)
 

@@ -214,7 +214,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(place: Path, start, monkey
 
 def test_a_dry_run_of_a_model_that_does_not_know_the_classes_yet(place: Path, start, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
-    code, out, err = start(place, "--dry-run", "prune.importance=taylor")
+    code, out, err = start(place, "--dry-run", "prune.importance=taylor", "model=yolov8n.yaml")
     assert (code, err) == (0, "")
     assert "does not know these classes yet: this plan goes by bn" in out
     assert "plan: macs 0.6" in out
