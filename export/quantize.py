@@ -231,11 +231,12 @@ def quantize_stage(
     Returns:
         The content of `parity.json`: {name: record of `export_int8`}.
     """
+    from compress.dataset import fingerprint
 
     def export(name: str, model: Path, _: list[Path]) -> dict[str, Any]:
         return export_int8(model, output / f"{name}{SUFFIX}", data, calibration, imgsz, settings)
 
-    config = {"imgsz": imgsz, "calibration": manifest.sha256_file(calibration), **settings.model_dump(mode="json")}
+    config = {"imgsz": imgsz, "calibration": fingerprint(calibration), **settings.model_dump(mode="json")}
     return stage.run_stage(
         STAGE,
         models,

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from compress.checkpoint import CheckpointError, load_model
+from compress.checkpoint import load_detector
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,8 @@ def inference_network(path: str) -> nn.Module:
     Raises:
         CheckpointError: the file is not a detection model.
     """
-    from ultralytics.nn.modules.head import Detect, v10Detect
-
-    network: Any = load_model(path)
+    network: Any = load_detector(path)
     head = network.model[-1]
-    if type(head) not in (Detect, v10Detect):
-        raise CheckpointError(f"{path} has a {type(head).__name__} head: only detection models are supported")
     if head.cv2 is not None:
         head.end2end = False
     with torch.no_grad():
