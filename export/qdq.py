@@ -43,7 +43,8 @@ class Scheme:
 SCHEMES: dict[Target, Scheme] = {
     # Measured on an x86 CPU with VNNI, yolov8n at 640 px: uint8 2.8 times as fast as fp32, int8 activations 0.7 times.
     "onnxruntime": Scheme(("Add", "Concat", "MaxPool", "Resize", "Split"), symmetric=False, layer_outputs=True),
-    # TensorRT knows only int8 around 0, and fuses a convolution with its activation where no Q/DQ stands between them.
+    # TensorRT's parser refuses zero points that are not 0, and TensorRT fuses a convolution with its activation where
+    # no Q/DQ stands between them.
     "tensorrt": Scheme(("Add",), symmetric=True, layer_outputs=False),
 }
 

@@ -28,7 +28,13 @@ from export.ncnn import export_ncnn
 from export.onnx import export_onnx
 from export.quantize import export_int8
 
-PRECISIONS = {"onnx fp32": "fp32", "ncnn fp32": "fp32", "ncnn fp16": "fp16", "onnx int8": "int8"}  # by format
+PRECISIONS = {  # by format
+    "onnx fp32": "fp32",
+    "ncnn fp32": "fp32",
+    "ncnn fp16": "fp16",
+    "onnx int8": "int8",
+    "onnx int8 tensorrt": "int8",
+}
 KEYS = ("model", "format", "data", "imgsz")
 SAME = ("model_sha256", "data_sha256", "tools")
 CONTENDED = 0.1  # share of the machine that others may use before seconds mean nothing
@@ -44,8 +50,9 @@ def export(name: str, model: Path, data: Path, folder: Path, imgsz: int) -> tupl
     """Export a model to the format of a name; return the artefact, and what only this format has to tell."""
     if name == "onnx fp32":
         return export_onnx(model, folder / "model.onnx", imgsz=imgsz), {}
-    if name == "onnx int8":
-        record = export_int8(model, folder / "model.int8.onnx", data, data, imgsz, Quantize())
+    if name.startswith("onnx int8"):
+        settings = Quantize(target="tensorrt" if name.endswith("tensorrt") else "onnxruntime")
+        record = export_int8(model, folder / "model.int8.onnx", data, data, imgsz, settings)
         return folder / "model.int8.onnx", {"quantization": record["quantization"], "latency": record["latency"]}
     return export_ncnn(model, folder / "model_ncnn_model", imgsz=imgsz, half=name == "ncnn fp16"), {}
 
