@@ -204,6 +204,7 @@ def test_what_will_be_cut_fades_on_schedule(sparsity, tmp_path: Path) -> None:
             callback(trainer)
         assert (tmp_path / FADE_PLAN).exists() == (trainer.epoch >= 2)
         for _ in trainer.train_loader:
+            trainer.optimizer.step()
             for callback in trainer.callbacks["on_train_batch_end"]:
                 callback(trainer)
         left.append(model.a.bn.weight[0].item() / 0.02)
@@ -226,7 +227,8 @@ def test_a_resumed_training_keeps_what_fades(sparsity, tmp_path: Path) -> None:
     again.epoch = 5
     again.choose_what_fades()
     for _ in again.train_loader:
-        again.fade_out()
+        again.optimizer.step()
+        again.count_batch()
     assert model.a.bn.weight[3].item() == pytest.approx((1 / 3) / (1 / 2))  # from a half to a third of the schedule
     assert model.a.bn.weight[5].item() == pytest.approx(0.01)
 
