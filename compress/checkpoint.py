@@ -58,19 +58,42 @@ def load_training_args(path: str | Path) -> dict[str, Any]:
 
 
 def build_model(cfg: str | dict[str, Any], nc: int | None = None) -> nn.Module:
-    """Build an untrained detection model from a YAML of Ultralytics' form, with `nc` classes.
+    """Build an untrained model of the task that its head tells, from a YAML of Ultralytics' form, with `nc` classes.
 
     Raises:
         CheckpointError: the YAML is missing or does not describe a model.
     """
-    from ultralytics.nn.tasks import DetectionModel
+    from ultralytics.nn import tasks
 
     with quiet():
         try:
-            return DetectionModel(copy.deepcopy(cfg), nc=nc, verbose=False).eval()  # type: ignore[arg-type]  (or a dict)
-        except (FileNotFoundError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            content: Any = copy.deepcopy(cfg) if isinstance(cfg, dict) else tasks.yaml_model_load(cfg)
+            kind = getattr(tasks, _model_class(str(content["head"][-1][2])))
+            return kind(content, nc=nc, verbose=False).eval()
+        except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError, OSError) as error:
             name = cfg if isinstance(cfg, str) else cfg.get("yaml_file", "the model YAML")
             raise CheckpointError(f"{name} does not describe a model of Ultralytics' form: {error}") from None
+
+
+def _model_class(head: str) -> str:
+    """Return Ultralytics' class of model for a head, by the name that a YAML gives it.
+
+    >>> _model_class("Segment26")
+    'SegmentationModel'
+    """
+    known = {
+        "SemanticSegment": "SemanticSegmentationModel",
+        "Segment": "SegmentationModel",
+        "Pose": "PoseModel",
+        "OBB": "OBBModel",
+        "Depth": "DepthModel",
+        "Classify": "ClassificationModel",
+        "RTDETRDecoder": "RTDETRDetectionModel",
+        "WorldDetect": "WorldModel",
+        "YOLOESegment": "YOLOESegModel",
+        "YOLOEDetect": "YOLOEModel",
+    }
+    return next((model for start, model in known.items() if head.startswith(start)), "DetectionModel")
 
 
 def plans_of(model: nn.Module) -> list[dict[str, Any]]:
@@ -120,7 +143,7 @@ def quiet() -> Iterator[None]:
 
 
 def _open(path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    from ultralytics.nn.tasks import DetectionModel, torch_safe_load
+    from ultralytics.nn.tasks import BaseModel, torch_safe_load
     from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
 
     if path.suffix != ".pt":
@@ -139,8 +162,8 @@ def _open(path: Path) -> tuple[nn.Module, dict[str, Any]]:
                 "download or train it again"
             ) from None
     model: Any = checkpoint.get("model") if checkpoint.get("ema") is None else checkpoint["ema"]
-    if not isinstance(getattr(model, "student_model", model), DetectionModel):  # a distilling one has its teacher along
-        raise CheckpointError(f"{path} holds no detection model of Ultralytics: train or convert it first")
+    if not isinstance(getattr(model, "student_model", model), BaseModel):  # a distilling one has its teacher along
+        raise CheckpointError(f"{path} holds no model of Ultralytics: train or convert it first")
     model = model.float().eval()
     model.pt_path = str(path)  # Ultralytics keeps it there
     for parameter in model.parameters():

@@ -54,6 +54,21 @@ def test_a_yaml_is_built(narrow: Path) -> None:
     assert load_training_args(narrow) == {}
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("yolov8n-seg", "SegmentationModel"),
+        ("yolo26n-pose", "PoseModel"),
+        ("yolo11n-obb", "OBBModel"),
+        ("yolov8n-cls", "ClassificationModel"),
+        ("yolov8n-world", "WorldModel"),
+    ],
+)
+def test_every_task_is_built_and_opened(tmp_path: Path, name: str, kind: str) -> None:
+    save_model(build_model(f"{name}.yaml"), tmp_path / "model.pt", {})
+    assert type(load_model(tmp_path / "model.pt")).__name__ == kind
+
+
 def test_a_pruned_model_survives_the_round_trip(tmp_path: Path, narrow: Path) -> None:
     model, _ = prune_at_random(randomised(build_model(str(narrow))))
     before = copy.deepcopy(model.state_dict())
@@ -152,7 +167,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, dense: Path, damage: Ca
 )
 def test_a_checkpoint_without_a_detector_is_refused(tmp_path: Path, content: dict[str, Any]) -> None:
     torch.save(content, tmp_path / "other.pt")
-    assert "holds no detection model of Ultralytics: train or convert it first" in refusal(tmp_path / "other.pt")
+    assert "holds no model of Ultralytics: train or convert it first" in refusal(tmp_path / "other.pt")
 
 
 @pytest.mark.parametrize("content", [[torch.zeros(3)], torch.zeros(3), 3, nn.Linear(3, 3)])
