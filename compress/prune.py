@@ -105,9 +105,10 @@ def prune(model: Path, data: Path, settings: Prune, imgsz: int, seed: int, outpu
             print(f"prune: finished before, unchanged: {result}")
             return result
         from compress.dataset import images
+        from compress.oracle import check_oracle
         from compress.plan import save_plan
         from compress.repair import recalibrate_batch_norm
-        from compress.surgery import apply_plan, check_oracle
+        from compress.surgery import apply_plan
 
         planned = plan_pruning(checkpoint.load_model(model), settings, imgsz, seed, data)
         pruned = apply_plan(planned.model, planned.plan)

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compress.slots import FIXED, along, carried, fixed, in_dim, is_fixed, only_in, reshape
+from compress.walk import operation_name
 
 if TYPE_CHECKING:
     from torch.fx import Node
 
-    from compress.graph import Walk
+    from compress.walk import Walk
 
 Result = Any  # an array of slots, or a list of them
 Rule = Callable[["Walk", "Node"], Result]
@@ -32,12 +33,6 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
         return function
 
     return register
-
-
-def operation_name(node: Any) -> str:
-    """Return the name of a node's operation: `conv2d` for `aten.conv2d.default`."""
-    target = node.target
-    return str(getattr(target, "_opname", None) or getattr(target, "__name__", target))
 
 
 def freeze_all(walk: Walk, node: Node) -> Result:

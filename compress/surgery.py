@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from compress.checkpoint import PLANS, plans_of, structure_hash
-from compress.errors import PlanError, SurgeryError
-from compress.graph import RESIZABLE_SPLITS, Graph, masked_outputs, training_head
+from compress.errors import PlanError
+from compress.walk import RESIZABLE_SPLITS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from compress.plan import Plan
-
-ORACLE_TOLERANCE = 1e-4
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
@@ -50,61 +48,6 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
             module.c = module.cv1.conv.out_channels // 2  # type: ignore[union-attr]
     setattr(pruned, PLANS, [*plans_of(model), plan.model_dump(mode="json")])
     return pruned
-
-
-def oracle_error(graph: Graph, pruned: nn.Module, keep: list[np.ndarray], image: Tensor) -> float:
-    """Return the largest relative difference between the pruned model and the dense one with its channels zeroed.
-
-    Every removed channel is set to zero after each operation of the dense model; the pruned model must then return
-    the same raw maps, of every head. Differences are relative to the largest magnitude of each output.
-
-    Args:
-        graph: of the dense model.
-        image: shape (1, channels, imgsz, imgsz), at the size that the graph was made for.
-
-    Raises:
-        SurgeryError: the pruned model does not run, or returns other shapes.
-    """
-    import torch
-    from torch.utils import _pytree as pytree
-
-    with torch.inference_mode(), training_head(pruned):
-        expected = masked_outputs(graph, image, keep)
-        try:
-            outputs = [value for value in pytree.tree_leaves(pruned(image)) if isinstance(value, torch.Tensor)]
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise SurgeryError(f"the pruned model does not run: {str(error).splitlines()[0]}") from error
-    worst = 0.0
-    for number, (ours, reference) in enumerate(zip(outputs, expected, strict=True)):
-        if ours.shape != reference.shape:
-            raise SurgeryError(f"output {number} has shape {tuple(ours.shape)}, it must be {tuple(reference.shape)}")
-        scale = reference.abs().max().clamp(min=1e-12)
-        worst = max(worst, float((ours - reference).abs().max() / scale))
-    return worst
-
-
-def check_oracle(graph: Graph, pruned: nn.Module, keep: list[np.ndarray], seed: int = 0) -> float:
-    """Run the oracle on noise, at the size that the graph was made for, and return its error.
-
-    Raises:
-        SurgeryError: the error is above the tolerance; such a plan must not be written.
-    """
-    import torch
-
-    shape = next(
-        node.meta["val"].shape
-        for node in graph.program.graph.nodes
-        if node.name in graph.program.graph_signature.user_inputs
-    )
-    device = next(pruned.parameters()).device
-    image = torch.rand(tuple(shape), generator=torch.Generator().manual_seed(seed)).to(device)
-    error = oracle_error(graph, pruned, keep, image)
-    if not error <= ORACLE_TOLERANCE:
-        raise SurgeryError(
-            f"the pruned model differs from the masked dense model by {error:.1e} (limit {ORACLE_TOLERANCE:.0e}): "
-            "the plan is wrong and was not written; please report this model"
-        )
-    return error
 
 
 def _cut(tensor: str, value: Tensor, dims: dict[int, np.ndarray]) -> Tensor:

@@ -18,9 +18,10 @@ from compress.budget import Target, choose
 from compress.checkpoint import build_model, structure_hash
 from compress.graph import build_graph
 from compress.importance import importance
+from compress.oracle import oracle_error
 from compress.plan import make_plan
 from compress.settings import Budget, Prune
-from compress.surgery import apply_plan, oracle_error
+from compress.surgery import apply_plan
 
 MODELS = ("yolov5n.yaml", "yolov8n.yaml", "yolo11n.yaml", "yolo26n.yaml")
 IMGSZ = 128

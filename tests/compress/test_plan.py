@@ -15,9 +15,10 @@ from compress.budget import Choice
 from compress.checkpoint import structure_hash
 from compress.errors import PlanError, SurgeryError
 from compress.graph import Axis, Graph, build_graph
+from compress.oracle import check_oracle
 from compress.plan import Plan, PlannedGroup, _format_axis, _format_keep, load_plan, make_plan, parse_plan, save_plan
 from compress.slots import FIXED
-from compress.surgery import apply_plan, check_oracle
+from compress.surgery import apply_plan
 from topologies import ALL, Chain, ChunkTie, FlattenLinear, Residual, randomised
 
 

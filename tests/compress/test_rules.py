@@ -14,9 +14,10 @@ from compress.budget import Target, choose
 from compress.checkpoint import structure_hash
 from compress.graph import build_graph
 from compress.importance import importance
+from compress.oracle import oracle_error
 from compress.plan import make_plan
 from compress.settings import Budget
-from compress.surgery import apply_plan, oracle_error
+from compress.surgery import apply_plan
 from topologies import Block, randomised
 
 Forward = Callable[[Any, torch.Tensor], Any]

@@ -256,7 +256,7 @@ def test_a_cut_that_fails_its_proof_is_not_written(stages: Path, data: Path, tmp
     def disproved(*_: object) -> float:
         raise SurgeryError("the pruned model differs")
 
-    monkeypatch.setattr("compress.surgery.check_oracle", disproved)
+    monkeypatch.setattr("compress.oracle.check_oracle", disproved)
     with pytest.raises(SurgeryError, match="differs"):
         prune.prune(stages / "sparsify" / "model.pt", data, PRUNE, 64, 0, tmp_path / "prune")
     assert not (tmp_path / "prune").exists()

@@ -11,9 +11,10 @@ from compress.checkpoint import build_model, load_model, plans_of, save_model, s
 from compress.errors import PlanError, SurgeryError
 from compress.graph import Graph, build_graph
 from compress.importance import importance
+from compress.oracle import check_oracle, oracle_error
 from compress.plan import Plan, make_plan, parse_plan
 from compress.settings import Budget
-from compress.surgery import apply_plan, check_oracle, oracle_error
+from compress.surgery import apply_plan
 from topologies import ALL, Chain, Residual, randomised
 
 ANY_WIDTH = Budget(multiple_of=1, min_width=1, max_removed=0.9)

@@ -1,0 +1,52 @@
+"""A model as a graph of ATen operations, with every branch of its head in it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import GraphError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.export import ExportedProgram
+
+
+def capture(model: nn.Module, imgsz: int, channels: int = 3) -> ExportedProgram:
+    """Export a model for one image, with the head in training mode so that every branch is in the graph.
+
+    End-to-end models (v10, 26) have two heads on one neck, and only one of them runs in inference.
+
+    Raises:
+        GraphError: torch.export cannot capture the model.
+    """
+    import torch
+
+    device = next(model.parameters()).device
+    image = torch.zeros(1, channels, imgsz, imgsz, device=device)
+    with training_head(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.export warns about its own internals
+        try:
+            return torch.export.export(model, (image,), strict=False)
+        except Exception as error:  # whatever a stranger's forward raises
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise GraphError(f"torch.export cannot capture {type(model).__name__}: {reason[0]}") from error
+
+
+class training_head:  # noqa: N801  (reads as a statement: `with training_head(model):`)
+    """Put the detection head, and it alone, in training mode: it then returns the raw maps of all its branches."""
+
+    def __init__(self, model: nn.Module) -> None:
+        layers: Any = getattr(model, "model", None)
+        self.model = model
+        self.head = layers[-1] if hasattr(layers, "__getitem__") and hasattr(model, "stride") else None
+
+    def __enter__(self) -> None:
+        self.before = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        if self.head is not None:
+            self.head.training = True  # not .train(): its batch norms keep their statistics
+
+    def __exit__(self, *_: object) -> None:
+        for module, training in self.before.items():
+            module.training = training
