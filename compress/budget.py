@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from compress.errors import BudgetError
 from compress.settings import Budget
 
 if TYPE_CHECKING:
-    from compress.graph import Graph
+    from compress.graph import Graph, Group
 
 TargetKind = Literal["percent", "macs", "params"]
 
@@ -48,24 +49,35 @@ class Choice:
 
 @dataclass(frozen=True)
 class _Tied:
-    """Groups that change width together: the widths allowed for all, and what each step down loses."""
+    """Groups that keep the same share of their channels: the shares allowed for all, and what each step down loses."""
 
-    groups: list[int]
-    widths: list[int]  # descending, the dense width first
+    channels: dict[int, int]  # by group: how many channels one part of the share is
+    parts: list[int]  # how many parts may stay, descending, all of them first
     lost: list[float]  # importance lost in total at each of them
 
 
-def allowed_widths(width: int, budget: Budget) -> list[int]:
-    """Return the widths that a group of `width` channels may have, descending, the dense one first.
+def allowed_widths(width: int, budget: Budget, unit: int = 1) -> list[int]:
+    """Return the widths that a group of `width` units may have, descending, the dense one first.
+
+    Args:
+        unit: channels that one unit is; rules are about channels.
 
     >>> allowed_widths(64, Budget(multiple_of=16, max_removed=0.5))
     [64, 48, 32]
+    >>> allowed_widths(4, Budget(multiple_of=16, max_removed=0.5), unit=32)
+    [4, 3, 2]
     """
-    least = max(1, min(budget.min_width, width), int(np.ceil(width * (1.0 - budget.max_removed) - 1e-9)))
+    least = max(1, min(-(-budget.min_width // unit), width), int(np.ceil(width * (1.0 - budget.max_removed) - 1e-9)))
     fits = [
-        w for w in range(least, width) if w % budget.multiple_of == 0 and (not budget.power_of_two or w & (w - 1) == 0)
+        w
+        for w in range(least, width)
+        if w * unit % budget.multiple_of == 0 and (not budget.power_of_two or w * unit & (w * unit - 1) == 0)
     ]
     return [width, *reversed(fits)]
+
+
+def _group_widths(group: Group, rule: Budget) -> list[int]:
+    return allowed_widths(group.width, rule, group.unit)
 
 
 def rule_for(layers: tuple[str, ...], budget: Budget) -> tuple[Budget, bool]:
@@ -106,11 +118,11 @@ def choose(graph: Graph, scores: list[np.ndarray], target: Target, budget: Budge
     def step(index: int) -> tuple[float, dict[int, int]]:
         item = tied[index]
         here, below = level[index], level[index] + 1
-        removed = dict.fromkeys(item.groups, item.widths[here] - item.widths[below])
+        removed = {group: (item.parts[here] - item.parts[below]) * n for group, n in item.channels.items()}
         gain = saving(widths, removed)
         return (item.lost[below] - item.lost[here]) / max(gain, 1e-12), removed
 
-    heap = [(step(index)[0], index) for index, item in enumerate(tied) if len(item.widths) > 1]
+    heap = [(step(index)[0], index) for index, item in enumerate(tied) if len(item.parts) > 1]
     heapq.heapify(heap)
     nearest = False
     while spent(widths) > limit and heap and not nearest:
@@ -126,7 +138,7 @@ def choose(graph: Graph, scores: list[np.ndarray], target: Target, budget: Budge
         for group, count in removed.items():
             widths[group] -= count
         level[index] += 1
-        if level[index] + 1 < len(tied[index].widths):
+        if level[index] + 1 < len(tied[index].parts):
             heapq.heappush(heap, (step(index)[0], index))
     # A percentage is met as nearly as the steps allow; MACs and parameters are upper limits.
     if spent(widths) > limit and not nearest:
@@ -174,11 +186,19 @@ def _tied_groups(
         rules = [rule_for(graph.groups[index].layers, budget) for index in groups]
         if any(graph.groups[index].frozen for index in groups) or any(frozen for _, frozen in rules):
             continue
-        choices = [set(allowed_widths(graph.groups[i].width, rule)) for i, (rule, _) in zip(groups, rules, strict=True)]
-        widths = sorted(set.intersection(*choices), reverse=True)
-        ascending = [np.sort(scores[index]) for index in groups]
-        lost = [sum(loss(score, width) for score in ascending) for width in widths]
-        tied.append(_Tied(groups, widths, lost))
+        most = math.gcd(*(graph.groups[index].width for index in groups))
+        channels = {index: graph.groups[index].width // most for index in groups}
+        choices = [
+            {
+                width / channels[index]
+                for width in allowed_widths(graph.groups[index].width, rule, graph.groups[index].unit)
+            }
+            for index, (rule, _) in zip(groups, rules, strict=True)
+        ]
+        parts = [int(part) for part in sorted(set.intersection(*choices), reverse=True) if part.is_integer()]
+        ascending = {index: np.sort(scores[index]) for index in groups}
+        lost = [sum(loss(ascending[index], part * n) for index, n in channels.items()) for part in parts]
+        tied.append(_Tied(channels, parts, lost))
     return tied
 
 
@@ -193,7 +213,7 @@ def _explain(graph: Graph, widths: np.ndarray, budget: Budget) -> list[str]:
     reasons = []
     for group, width in zip(graph.groups, widths.tolist(), strict=True):
         rule, frozen = rule_for(group.layers, budget)
-        allowed = allowed_widths(group.width, rule)
+        allowed = _group_widths(group, rule)
         if group.frozen:
             reasons.append(f"frozen: {group.frozen}")
         elif frozen:

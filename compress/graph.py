@@ -2,30 +2,31 @@
 
 A model is captured once with `torch.export` and walked in order; the rules of `rules.py` say how channels pass each
 operation. Slots that are bound together form a unit; units that the same layers use in the same way form a *channel
-group*, whose width can be chosen. Groups may be tied: they keep the same number of channels.
+group*, whose width can be chosen. Groups may be tied: they keep the same share of their channels.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from compress import rules_shapes  # noqa: F401  (its rules join those of `rules`)
 from compress.capture import capture
 from compress.cost import Cost
 from compress.rules import RULES, freeze_all
 from compress.slots import FIXED, Ledger
-from compress.walk import Walk, operation_name
+from compress.trial import freeze_what_breaks
+from compress.walk import Walk, modules_of, operation_name
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
 
-# Modules that reshape by the width of their own input, so that it cannot change without their attributes.
-RESHAPED_BY_INPUT = {"Attention", "AAttn"}
 # Outputs that a head hands on for their spatial shape only: its loss reads no channel of them.
 _SHAPE_ONLY_OUTPUTS = {"feats"}
 
@@ -36,15 +37,17 @@ class Group:
 
     Attributes:
         name: the layer that makes them first, with its range of channels if it makes others too.
-        width: number of units.
+        width: number of units, each one channel or several that live and die together, such as a head of attention.
+        unit: channels that one unit is, at least, in the layers of the group.
         layers: the layers that make or carry these channels; all lose the same ones.
         consumers: the layers that read them.
         frozen: why no channel may be removed, or None.
-        tie: groups with the same number keep the same width.
+        tie: groups with the same number keep the same share of their width.
     """
 
     name: str
     width: int
+    unit: int
     layers: tuple[str, ...]
     consumers: tuple[str, ...]
     frozen: str | None
@@ -53,12 +56,16 @@ class Group:
 
 @dataclass(frozen=True)
 class Axis:
-    """A dimension of a weight or buffer: at each position a group (or FIXED) and a unit of that group."""
+    """A dimension of a weight or buffer: at each position a group (or FIXED) and a unit of that group.
+
+    `reads` tells that these are the channels that a layer reads, not those that it makes or carries.
+    """
 
     tensor: str
     dim: int
     group: np.ndarray
     unit: np.ndarray
+    reads: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,14 +122,29 @@ def build_graph(model: nn.Module, imgsz: int, channels: int = 3) -> Graph:
     program = capture(model, imgsz, channels)
     walk = Walk(program)
     for node in program.graph.nodes:
-        if node.op == "placeholder":
+        if node.op == "placeholder" and not walk.is_weight(node):
             walk.results[node.name] = walk.fixed_like(node)
         elif node.op == "call_function":
-            if operation_name(node) == "conv2d" and RESHAPED_BY_INPUT & set(walk.classes(node)):
-                walk.freeze(node.args[0], f"{walk.place(node)} lies in an attention of fixed width")
             walk.results[node.name] = RULES.get(operation_name(node), freeze_all)(walk, node)
+    _tie_attention(walk, program)
     _freeze_outputs(walk, program)
-    return _collect(walk, program, {name: tuple(t.shape) for name, t in program.state_dict.items()})
+    graph = _collect(walk, program, {name: tuple(t.shape) for name, t in program.state_dict.items()})
+    return freeze_what_breaks(graph, model)
+
+
+def _tie_attention(walk: Walk, program: ExportedProgram) -> None:
+    """Tie what enters Ultralytics' Attention to its values: it reshapes those by the width of its input."""
+    inputs: dict[str, np.ndarray] = {}
+    for node in program.graph.nodes:
+        if node.op == "call_function" and operation_name(node) == "conv2d":
+            (layer, _), *outer = reversed(modules_of(node))
+            for name, kind in outer:
+                if kind == "ultralytics.nn.modules.block.Attention":
+                    if layer == f"{name}.qkv.conv":
+                        inputs[name] = walk.slots(node.args[0])
+                    elif layer == f"{name}.proj.conv":
+                        parts = [inputs[name].reshape(-1), walk.slots(node.args[0]).reshape(-1)]
+                        walk.ledger.tie(parts, f"input and values of {name}")
 
 
 def _freeze_outputs(walk: Walk, program: ExportedProgram) -> None:
@@ -172,7 +194,7 @@ def _collect(walk: Walk, program: ExportedProgram, shapes: dict[str, tuple[int, 
     unit_of[:-1] = unit_of[roots]
 
     ties = _ties(ledger, group_of, frozen)
-    axes = [Axis(use.tensor, use.dim, group_of[use.slots], unit_of[use.slots]) for use in ledger.uses]
+    axes = [Axis(use.tensor, use.dim, group_of[use.slots], unit_of[use.slots], use.reads) for use in ledger.uses]
     groups = _name_groups(axes, [len(units) for units in members.values()], frozen, ties, shapes)
     descriptions = {
         name: (group_of[slots], unit_of[slots]) for name, slots in walk.results.items() if isinstance(slots, np.ndarray)
@@ -182,35 +204,39 @@ def _collect(walk: Walk, program: ExportedProgram, shapes: dict[str, tuple[int, 
 
 
 def _ties(ledger: Ledger, group_of: np.ndarray, frozen: list[str | None]) -> list[int]:
-    """Bind the widths of groups in equal parts; parts of different make-up are frozen, never guessed."""
+    """Number the groups so that those with one number keep the same share of their channels.
+
+    Parts that must stay equally long are matched group by group where they are alike; where they are not, as two
+    heads of 64 channels and the 128 that they become, all their groups keep one share.
+    """
     parent = list(range(len(frozen)))
 
     def find(index: int) -> int:
         while parent[index] != index:
+            parent[index] = parent[parent[index]]
             index = parent[index]
         return index
 
     for equal in ledger.equal_parts:
-        rows = [group_of[part] for part in equal.parts]
-        runs = [row[np.flatnonzero(np.diff(row, prepend=FIXED - 1))].tolist() for row in rows]
-        counts = [[int((row == index).sum()) for index in run] for row, run in zip(rows, runs, strict=True)]
-        alike = all(run_counts == counts[0] for run_counts in counts) and all(len(set(r)) == len(r) for r in runs)
-        for column in zip(*runs, strict=True) if alike else []:
+        counts = [Counter(group_of[part].tolist()) for part in equal.parts]
+        same_anyway = {index for index in counts[0] if all(count[index] == counts[0][index] for count in counts)}
+        rest = [{index: n for index, n in count.items() if index not in same_anyway} for count in counts]
+        members = {index for count in rest for index in count}
+        if FIXED in members:
+            for index in members - {FIXED}:
+                frozen[index] = frozen[index] or f"meets fixed channels where parts must stay equal: {equal.where}"
+        alike = all(list(count.values()) == list(rest[0].values()) for count in rest)
+        columns = list(zip(*rest, strict=True)) if alike else [tuple(members)]
+        for column in columns:
             for index in column[1:]:
-                if FIXED in (index, column[0]):
-                    alike = False
-                else:
+                if FIXED not in (index, column[0]):
                     parent[find(index)] = find(column[0])
-        if not alike:
-            for index in {index for run in runs for index in run if index != FIXED}:
-                frozen[index] = frozen[index] or f"unlike parts must stay equal: {equal.where}"
-    for index in range(len(frozen)):
-        reason = frozen[index]
-        if reason is not None:
-            for other in range(len(frozen)):
-                if find(other) == find(index):
-                    frozen[other] = frozen[other] or f"tied to {reason}"
-    return [find(index) for index in range(len(frozen))]
+    ties = [find(index) for index in range(len(frozen))]
+    reasons = {ties[index]: reason for index, reason in reversed(list(enumerate(frozen))) if reason}
+    for index, tie in enumerate(ties):
+        if tie in reasons:
+            frozen[index] = frozen[index] or f"tied to {reasons[tie]}"
+    return ties
 
 
 def _name_groups(
@@ -223,18 +249,28 @@ def _name_groups(
     makers: dict[int, dict[str, None]] = defaultdict(dict)
     consumers: dict[int, dict[str, None]] = defaultdict(dict)
     names: dict[int, str] = {}
+    units = [0] * len(widths)
     for axis in axes:
-        layer = axis.tensor.rpartition(".")[0]
-        weight = len(shapes[axis.tensor]) > 1
+        layer, _, weight = axis.tensor.rpartition(".")
+        layer = layer if weight in ("weight", "bias", "running_mean", "running_var") and layer else axis.tensor
         for index in np.unique(axis.group[axis.group != FIXED]).tolist():
-            (consumers if weight and axis.dim == 1 else makers)[index][layer] = None
-            if index not in names and weight:
-                mine = np.flatnonzero(axis.group == index)
+            mine = np.flatnonzero(axis.group == index)
+            units[index] = math.gcd(units[index], *np.unique(axis.unit[mine], return_counts=True)[1].tolist())
+            (consumers if axis.reads else makers)[index][layer] = None
+            if index not in names and len(shapes[axis.tensor]) > 1:
                 whole = mine.size == axis.group.size
                 names[index] = layer if whole else f"{layer}[{mine[0]}:{mine[-1] + 1}]"
     return [
-        Group(names.get(i, f"group {i}"), width, tuple(makers[i]), tuple(consumers[i]), frozen[i], ties[i])
-        for i, width in enumerate(widths)
+        Group(
+            name=names.get(index) or next(iter({**makers[index], **consumers[index]}), f"group {index}"),
+            width=width,
+            unit=max(units[index], 1),
+            layers=tuple(makers[index]),
+            consumers=tuple(consumers[index]),
+            frozen=frozen[index],
+            tie=ties[index],
+        )
+        for index, width in enumerate(widths)
     ]
 
 

@@ -11,7 +11,7 @@ from compress.slots import FIXED
 if TYPE_CHECKING:
     from torch import nn
 
-    from compress.graph import Axis, Graph
+    from compress.graph import Graph
     from compress.settings import Importance
 
 
@@ -57,19 +57,10 @@ def _filter_norms(graph: Graph, model: nn.Module, order: int) -> list[np.ndarray
     state = model.state_dict()
     norms = {}
     for axis in graph.axes:
-        if axis.tensor in graph.positions and makes_channels(model, axis):
+        if axis.tensor in graph.positions and not axis.reads:
             weight = state[axis.tensor].double().movedim(axis.dim, 0).flatten(1).cpu().numpy()
             norms[axis.tensor, axis.dim] = np.linalg.norm(weight, ord=order, axis=1)
     return [np.where(np.isfinite(score), score, 1.0) for score in _average(graph, norms)]
-
-
-def makes_channels(model: nn.Module, axis: Axis) -> bool:
-    """Tell whether a dimension of a tensor counts the channels that its layer makes, not those that it reads."""
-    from torch.nn.modules.conv import _ConvTransposeNd
-
-    owner, _, name = axis.tensor.rpartition(".")
-    transposed = name == "weight" and isinstance(model.get_submodule(owner), _ConvTransposeNd)
-    return axis.dim == (1 if transposed else 0)
 
 
 def _average(graph: Graph, values: dict[tuple[str, int], np.ndarray]) -> list[np.ndarray]:

@@ -56,6 +56,17 @@ def check_oracle(graph: Graph, pruned: nn.Module, keep: list[np.ndarray], seed: 
     Raises:
         SurgeryError: the error is above the tolerance; such a plan must not be written.
     """
+    error = oracle_error(graph, pruned, keep, noise(graph, pruned, seed))
+    if not error <= ORACLE_TOLERANCE:
+        raise SurgeryError(
+            f"the pruned model differs from the masked dense model by {error:.1e} (limit {ORACLE_TOLERANCE:.0e}): "
+            "the plan is wrong and was not written; please report this model"
+        )
+    return error
+
+
+def noise(graph: Graph, model: nn.Module, seed: int = 0) -> Tensor:
+    """Return a random image of the size that the graph was made for, on the model's device."""
     import torch
 
     shape = next(
@@ -63,15 +74,8 @@ def check_oracle(graph: Graph, pruned: nn.Module, keep: list[np.ndarray], seed: 
         for node in graph.program.graph.nodes
         if node.name in graph.program.graph_signature.user_inputs
     )
-    device = next(pruned.parameters()).device
-    image = torch.rand(tuple(shape), generator=torch.Generator().manual_seed(seed)).to(device)
-    error = oracle_error(graph, pruned, keep, image)
-    if not error <= ORACLE_TOLERANCE:
-        raise SurgeryError(
-            f"the pruned model differs from the masked dense model by {error:.1e} (limit {ORACLE_TOLERANCE:.0e}): "
-            "the plan is wrong and was not written; please report this model"
-        )
-    return error
+    device = next(model.parameters()).device
+    return torch.rand(tuple(shape), generator=torch.Generator().manual_seed(seed)).to(device)
 
 
 def masked_outputs(graph: Graph, image: Tensor, keep: list[np.ndarray]) -> list[Tensor]:

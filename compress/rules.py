@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from compress.slots import FIXED, along, carried, fixed, in_dim, is_fixed, only_in, reshape
+from compress.slots import FIXED, along, carried, fixed, in_dim, is_fixed, only_in
 from compress.walk import operation_name
 
 if TYPE_CHECKING:
@@ -55,13 +55,13 @@ def convolution(walk: Walk, node: Node) -> Result:
     data, weight = node.args[0], node.args[1]
     if not walk.is_weight(weight):
         return computed_weight(walk, node)
-    groups = _argument(node, 6, "groups", 1)
+    groups = argument(node, 6, "groups", 1)
     out_count, in_per_group = walk.shape(weight)[:2]
     in_count = in_per_group * groups
-    slots = _channels(walk, node, data, 1, in_count)
+    slots = channels(walk, node, data, 1, in_count)
     walk.ledger.multiply(walk.tensor_name(weight), math.prod(walk.shape(node)[2:]))
     if groups == 1:
-        walk.ledger.use(walk.tensor_name(weight), 1, slots)
+        walk.ledger.use(walk.tensor_name(weight), 1, slots, reads=True)
         out = walk.ledger.new(out_count)
     elif in_per_group == 1:
         out = np.repeat(slots, out_count // groups)
@@ -71,28 +71,33 @@ def convolution(walk: Walk, node: Node) -> Result:
         slices = np.split(slots, groups)
         for other in slices[1:]:
             walk.ledger.unite(slices[0], other, walk.place(node))
-        walk.ledger.use(walk.tensor_name(weight), 1, slices[0])
+        walk.ledger.use(walk.tensor_name(weight), 1, slices[0], reads=True)
         out = walk.ledger.new(out_count)
         walk.ledger.tie(np.split(out, groups), f"grouped convolution {walk.place(node)}")
     walk.ledger.use(walk.tensor_name(weight), 0, out)
-    _use_vector(walk, _argument(node, 2, "bias", None), out)
+    use_vector(walk, argument(node, 2, "bias", None), out)
     return in_dim(out, len(walk.shape(node)), 1)
 
 
-@rule("conv_transpose2d")
+@rule("conv_transpose2d", "conv_transpose1d", "conv_transpose3d")
 def transposed_convolution(walk: Walk, node: Node) -> Result:
-    """Like a convolution, with the weight's first two dimensions the other way round: (in, out)."""
+    """Like a convolution, with the weight's first two dimensions the other way round: (in, out per group)."""
     data, weight = node.args[0], node.args[1]
     if not walk.is_weight(weight):
         return computed_weight(walk, node)
-    if _argument(node, 6, "groups", 1) != 1:
+    groups = argument(node, 6, "groups", 1)
+    in_count, out_per_group = walk.shape(weight)[:2]
+    if groups not in (1, in_count):
         return freeze_all(walk, node)
-    in_count, out_count = walk.shape(weight)[:2]
+    slots = channels(walk, node, data, 1, in_count)
     walk.ledger.multiply(walk.tensor_name(weight), math.prod(walk.shape(data)[2:]))
-    walk.ledger.use(walk.tensor_name(weight), 0, _channels(walk, node, data, 1, in_count))
-    out = walk.ledger.new(out_count)
-    walk.ledger.use(walk.tensor_name(weight), 1, out)
-    _use_vector(walk, _argument(node, 2, "bias", None), out)
+    walk.ledger.use(walk.tensor_name(weight), 0, slots, reads=groups == 1)
+    if groups == 1:
+        out = walk.ledger.new(out_per_group)
+        walk.ledger.use(walk.tensor_name(weight), 1, out)
+    else:
+        out = np.repeat(slots, out_per_group)
+    use_vector(walk, argument(node, 2, "bias", None), out)
     return in_dim(out, len(walk.shape(node)), 1)
 
 
@@ -105,10 +110,10 @@ def linear(walk: Walk, node: Node) -> Result:
     out_count, in_count = walk.shape(weight)
     rank = len(walk.shape(node))
     walk.ledger.multiply(walk.tensor_name(weight), math.prod(walk.shape(node)[:-1]))
-    walk.ledger.use(walk.tensor_name(weight), 1, _channels(walk, node, data, rank - 1, in_count))
+    walk.ledger.use(walk.tensor_name(weight), 1, channels(walk, node, data, rank - 1, in_count), reads=True)
     out = walk.ledger.new(out_count)
     walk.ledger.use(walk.tensor_name(weight), 0, out)
-    _use_vector(walk, _argument(node, 2, "bias", None), out)
+    use_vector(walk, argument(node, 2, "bias", None), out)
     return in_dim(out, rank, rank - 1)
 
 
@@ -118,18 +123,56 @@ def batch_norm(walk: Walk, node: Node) -> Result:
     if operation_name(node) == "instance_norm" and node.args[1] is None:
         return freeze_all(walk, node)  # without weights nothing tells surgery to set its number of features anew
     shape = walk.shape(node)
-    slots = _channels(walk, node, node.args[0], 1, shape[1])
+    slots = channels(walk, node, node.args[0], 1, shape[1])
     for vector in node.args[1:5]:
-        _use_vector(walk, vector, slots)
+        use_vector(walk, vector, slots)
     return in_dim(slots, len(shape), 1)
+
+
+@rule("group_norm")
+def group_norm(walk: Walk, node: Node) -> Result:
+    """The channels of one norm group share their statistics, so that they live and die together."""
+    count: Any = node.args[1]
+    shape = walk.shape(node)
+    slots = channels(walk, node, node.args[0], 1, shape[1])
+    rows = slots.reshape(count, -1)
+    for column in range(1, rows.shape[1]):
+        walk.ledger.unite(rows[:, 0], rows[:, column], walk.place(node))
+    for vector in node.args[2:4]:
+        use_vector(walk, vector, slots)
+    if argument(node, 2, "weight", None) is None:
+        return freeze_all(walk, node)  # as for instance norm
+    return in_dim(slots, len(shape), 1)
+
+
+@rule("layer_norm")
+def layer_norm(walk: Walk, node: Node) -> Result:
+    """Statistics over all channels change with any of them, so it freezes them; over space, channels pass."""
+    slots, dims = walk.slots(node.args[0]), len(node.args[1])  # type: ignore[arg-type]
+    if all(size == 1 for size in slots.shape[slots.ndim - dims :]):
+        return slots
+    walk.freeze(node.args[0], f"layer norm over channels in {walk.place(node)}")
+    return fixed(slots.ndim)
+
+
+@rule("prelu")
+def prelu(walk: Walk, node: Node) -> Result:
+    """Channels pass; a slope for each of them goes with them."""
+    slots = walk.slots(node.args[0])
+    if walk.shape(node.args[1]) != (1,):
+        use_vector(walk, node.args[1], channels(walk, node, node.args[0], 1, walk.shape(node)[1]))
+    return slots
 
 
 @rule(
     *("silu", "silu_", "relu", "relu_", "relu6", "relu6_", "leaky_relu", "leaky_relu_", "hardswish", "hardswish_"),
-    *("hardsigmoid", "hardtanh", "hardtanh_", "sigmoid", "sigmoid_", "tanh", "gelu", "mish", "elu", "softplus"),
+    *("hardsigmoid", "hardsigmoid_", "hardtanh", "hardtanh_", "sigmoid", "sigmoid_", "tanh", "tanh_", "gelu", "mish"),
+    *("mish_", "elu", "elu_", "selu", "celu", "softplus", "log_sigmoid", "hardshrink", "softsign"),
     *("clamp", "clamp_", "dropout", "dropout_", "feature_dropout", "clone", "contiguous", "detach", "detach_", "alias"),
-    *("to", "_to_copy", "exp", "neg", "abs", "sqrt", "rsqrt", "pow", "max_pool2d", "avg_pool2d"),
-    *("adaptive_avg_pool2d", "adaptive_max_pool2d", "upsample_nearest2d", "upsample_bilinear2d"),
+    *("to", "_to_copy", "type_as", "exp", "neg", "abs", "sqrt", "rsqrt", "square", "log", "reciprocal"),
+    *("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
+    *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d"),
+    *("upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_linear1d", "upsample_nearest1d"),
 )
 def same_channels(walk: Walk, node: Node) -> Result:
     """Activations, pooling over space, resizing: channel i of the result comes from channel i."""
@@ -143,126 +186,28 @@ def pad(walk: Walk, node: Node) -> Result:
     return freeze_all(walk, node) if any(before[d] != after[d] for d in carried(slots)) else slots
 
 
-@rule("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "maximum", "minimum")
+@rule("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "rsub", "pow", "maximum", "minimum")
 def elementwise(walk: Walk, node: Node) -> Result:
     """Slot i of both sides is one slot; a side of size 1 is broadcast and binds nothing."""
     sides = [side for side in node.args[:2] if walk.is_tensor(side)]
     rank = len(walk.shape(node))
     if len(sides) == 1:
         return walk.slots(sides[0])
-    first, second = (_padded(walk.slots(side), rank) for side in sides)
-    if is_fixed(first) and is_fixed(second):
-        return fixed(rank)
+    both = [padded(walk.slots(side), rank) for side in sides]
     shapes = [_padded_shape(walk.shape(side), rank) for side in sides]
-    result_shape = []
-    for dim in range(rank):
-        carries = max(first.shape[dim], second.shape[dim])
-        result_shape.append(carries)
-        for slots, shape in zip((first, second), shapes, strict=True):
-            if carries > 1 and slots.shape[dim] == 1 and shape[dim] != 1 and not is_fixed(slots):
-                return freeze_all(walk, node)  # channels of another dimension cross here
+    shape = np.broadcast_shapes(*(slots.shape for slots in both))
+    carrying = carried(np.empty(shape))
+    for slots, real in zip(both, shapes, strict=True):
+        if not is_fixed(slots) and any(slots.shape[dim] == 1 and real[dim] != 1 for dim in carrying):
+            return freeze_all(walk, node)  # channels of another dimension cross here
     bound = [
-        np.broadcast_to(slots, result_shape)
-        for slots, shape in zip((first, second), shapes, strict=True)
-        if all(shape[dim] != 1 for dim in range(rank) if result_shape[dim] > 1)
+        np.broadcast_to(slots, shape)
+        for slots, real in zip(both, shapes, strict=True)
+        if not carrying or any(real[dim] != 1 for dim in carrying)
     ]
-    if len(bound) == 2:
-        for side, slots in zip(sides, bound, strict=True):
-            if is_fixed(slots) and walk.is_weight(side):  # a learned bias or scale: cut with its channels
-                dims = [d for d in range(rank) if result_shape[d] > 1]
-                other = bound[1] if slots is bound[0] else bound[0]
-                if len(dims) == 1:
-                    own_dim = dims[0] - (rank - len(walk.shape(side)))
-                    walk.ledger.use(walk.tensor_name(side), own_dim, other.reshape(-1))
-                    return other
-        walk.ledger.unite(bound[0], bound[1], walk.place(node))
-    return bound[0] if not is_fixed(bound[0]) else bound[-1]
-
-
-@rule("cat", "concat")
-def concatenation(walk: Walk, node: Node) -> Result:
-    """Channels follow one another; across the other dimensions slot i of all inputs is one slot."""
-    sources: Any = node.args[0]
-    rank = len(walk.shape(node))
-    dim = _argument(node, 1, "dim", 0) % rank
-    parts = [walk.slots(source) for source in sources]
-    if all(is_fixed(part) for part in parts):
-        return fixed(rank)
-    if any(not only_in(part, dim) for part in parts):
-        return _stack_over_space(walk, node, parts, dim)
-    sizes = [walk.shape(source)[dim] for source in sources]
-    return in_dim(np.concatenate([along(p, n) for p, n in zip(parts, sizes, strict=True)]), rank, dim)
-
-
-def _stack_over_space(walk: Walk, node: Node, parts: list[np.ndarray], dim: int) -> Result:
-    """Concatenate along a dimension without channels, such as the anchors of three scales."""
-    if any(part.shape[dim] > 1 for part in parts):
-        return freeze_all(walk, node)
-    shape = np.broadcast_shapes(*(part.shape for part in parts))
-    whole = [np.broadcast_to(part, shape) for part in parts]
-    for other in whole[1:]:
-        walk.ledger.unite(whole[0], other, walk.place(node))
-    return next(part for part in whole if not is_fixed(part))
-
-
-@rule("chunk")
-def chunk(walk: Walk, node: Node) -> Result:
-    """Equal parts: they stay equal."""
-    count = node.args[1]
-    return _parts(walk, node, [shape[_split_dim(walk, node)] for shape in walk.shapes(node)], tied=count)
-
-
-@rule("split_with_sizes", "split")
-def split(walk: Walk, node: Node) -> Result:
-    """Parts of given sizes. The sizes are numbers kept by the module, so only known modules may change them."""
-    sizes = [shape[_split_dim(walk, node)] for shape in walk.shapes(node)]
-    slots = walk.slots(node.args[0])
-    if slots.shape[_split_dim(walk, node)] > 1 and (len(set(sizes)) > 1 or not walk.can_resize_splits(node)):
-        walk.freeze(node.args[0], f"split into fixed sizes {sizes} in {walk.place(node)}")
-        return [fixed(len(shape)) for shape in walk.shapes(node)]
-    return _parts(walk, node, sizes, tied=len(sizes))
-
-
-@rule("getitem")
-def getitem(walk: Walk, node: Node) -> Result:
-    """One of several results."""
-    several, index = walk.slots(node.args[0]), node.args[1]
-    return several[index] if isinstance(several, list) and isinstance(index, int) else walk.fixed_like(node)
-
-
-@rule("slice")
-def slice_(walk: Walk, node: Node) -> Result:
-    """A slice of space passes channels; a slice of channels has fixed ends, so it freezes them."""
-    slots = walk.slots(node.args[0])
-    dim = _argument(node, 1, "dim", 0) % slots.ndim
-    same = walk.shape(node)[dim] == walk.shape(node.args[0])[dim]
-    if slots.shape[dim] == 1 or same:
-        return slots
-    walk.freeze(node.args[0], f"slice of channels in {walk.place(node)}")
-    return fixed(slots.ndim)
-
-
-@rule("view", "reshape", "flatten", "_unsafe_view", "unsqueeze", "squeeze")
-def view(walk: Walk, node: Node) -> Result:
-    """Channels keep their row-major place."""
-    return reshape(walk.slots(node.args[0]), walk.shape(node.args[0]), walk.shape(node))
-
-
-@rule("transpose", "permute")
-def permute(walk: Walk, node: Node) -> Result:
-    """Dimensions change places, and channels with them."""
-    slots = walk.slots(node.args[0])
-    if operation_name(node) == "permute":
-        order: Any = node.args[1]
-        return np.transpose(slots, [d % slots.ndim for d in order])
-    first, second = node.args[1] % slots.ndim, node.args[2] % slots.ndim  # type: ignore[operator]
-    return np.swapaxes(slots, first, second)
-
-
-@rule("expand", "expand_as")
-def expand(walk: Walk, node: Node) -> Result:
-    """Repetition of dimensions of size 1, which carry no channels."""
-    return _padded(walk.slots(node.args[0]), len(walk.shape(node)))
+    for other in bound[1:]:
+        walk.ledger.unite(bound[0], other, walk.place(node))
+    return next((slots for slots in bound if not is_fixed(slots)), bound[0])
 
 
 @rule("softmax", "_softmax", "log_softmax")
@@ -276,33 +221,30 @@ def softmax(walk: Walk, node: Node) -> Result:
     return fixed(slots.ndim)
 
 
-@rule("mean", "sum", "amax", "amin")
+@rule("mean", "sum", "amax", "amin", "var", "std", "max", "min")
 def reduction(walk: Walk, node: Node) -> Result:
     """Reduced over space, channels pass; reduced over channels, they are frozen."""
+    dims: Any = argument(node, 1, "dim", None)
+    if walk.is_tensor(dims):  # the larger of two tensors
+        return elementwise(walk, node)
     slots = walk.slots(node.args[0])
-    dims: Any = _argument(node, 1, "dim", None)
     dims = range(slots.ndim) if dims is None else [d % slots.ndim for d in ([dims] if isinstance(dims, int) else dims)]
     if any(slots.shape[d] > 1 for d in dims):
         walk.freeze(node.args[0], f"{operation_name(node)} over channels in {walk.place(node)}")
         return walk.fixed_like(node)
-    if len(walk.shape(node)) == slots.ndim:
-        return slots
-    return slots.reshape([size for d, size in enumerate(slots.shape) if d not in set(dims)])
+    results = [
+        slots if len(shape) == slots.ndim else slots.reshape([n for d, n in enumerate(slots.shape) if d not in dims])
+        for shape in walk.shapes(node)
+    ]
+    return results if isinstance(node.meta.get("val"), (list, tuple)) else results[0]
 
 
-@rule("matmul", "bmm")
-def matmul(walk: Walk, node: Node) -> Result:
-    """A product of two feature maps, as in attention: its channels are frozen."""
-    for side in node.args[:2]:
-        walk.freeze(side, f"attention product in {walk.place(node)}")
-    return walk.fixed_like(node)
-
-
-def _argument(node: Node, index: int, name: str, default: Any) -> Any:
+def argument(node: Node, index: int, name: str, default: Any) -> Any:
+    """Return an argument of an operation, given by place or by name."""
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
 
 
-def _channels(walk: Walk, node: Node, source: Any, dim: int, size: int) -> np.ndarray:
+def channels(walk: Walk, node: Node, source: Any, dim: int, size: int) -> np.ndarray:
     """Return the slots that a layer reads in `dim`, shape (size,); anything that reaches it otherwise is frozen."""
     slots = walk.slots(source)
     if only_in(slots, dim):
@@ -311,33 +253,18 @@ def _channels(walk: Walk, node: Node, source: Any, dim: int, size: int) -> np.nd
     return np.full(size, FIXED)
 
 
-def _use_vector(walk: Walk, vector: Any, slots: np.ndarray) -> None:
+def use_vector(walk: Walk, vector: Any, slots: np.ndarray) -> None:
+    """Record that a vector with an entry for each of the slots goes with them: a weight, or one that is computed."""
     if vector is None:
         return
     if walk.is_weight(vector):
         walk.ledger.use(walk.tensor_name(vector), 0, slots)
     else:
-        walk.ledger.freeze(slots, f"{vector.name} is computed in the forward pass")
+        walk.ledger.unite(slots, along(walk.slots(vector), slots.size), walk.place(vector))
 
 
-def _split_dim(walk: Walk, node: Node) -> int:
-    return _argument(node, 2, "dim", 0) % len(walk.shape(node.args[0]))
-
-
-def _parts(walk: Walk, node: Node, sizes: list[int], tied: Any) -> Result:
-    slots = walk.slots(node.args[0])
-    dim = _split_dim(walk, node)
-    if slots.shape[dim] == 1:
-        return [slots] * len(sizes)
-    if not only_in(slots, dim) or len(set(sizes)) > 1 or tied != len(sizes):
-        walk.freeze(node.args[0], f"unequal parts {sizes} in {walk.place(node)}")
-        return [fixed(slots.ndim)] * len(sizes)
-    parts = np.split(slots, len(sizes), axis=dim)
-    walk.ledger.tie([part.reshape(-1) for part in parts], f"equal parts in {walk.place(node)}")
-    return parts
-
-
-def _padded(slots: np.ndarray, rank: int) -> np.ndarray:
+def padded(slots: np.ndarray, rank: int) -> np.ndarray:
+    """Return a description with dimensions of size 1 in front, up to a rank."""
     return slots.reshape((1,) * (rank - slots.ndim) + slots.shape)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -17,11 +18,15 @@ FIXED = -1
 
 @dataclass(frozen=True)
 class Use:
-    """Dimension `dim` of the weight or buffer `tensor` is indexed by `slots`, in this order."""
+    """Dimension `dim` of the weight or buffer `tensor` is indexed by `slots`, in this order.
+
+    `reads` tells that the layer reads these channels; otherwise it makes or carries them.
+    """
 
     tensor: str
     dim: int
     slots: np.ndarray
+    reads: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class Ledger:
     equal_parts: list[EqualParts] = field(default_factory=list)
     frozen: dict[int, str] = field(default_factory=dict)
     positions: dict[str, int] = field(default_factory=dict)
+    _rows: list[np.ndarray] = field(default_factory=list)
     _first_use: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)
 
     def new(self, count: int) -> np.ndarray:
@@ -71,7 +77,7 @@ class Ledger:
         for slot in np.unique(slots[slots != FIXED]).tolist():
             self.frozen.setdefault(slot, reason)
 
-    def use(self, tensor: str, dim: int, slots: np.ndarray) -> None:
+    def use(self, tensor: str, dim: int, slots: np.ndarray, *, reads: bool = False) -> None:
         """Record that a dimension of a weight is indexed by slots, shape (size of that dimension,).
 
         A weight that is used again, by a layer called twice or shared by two layers, binds the slots of both uses.
@@ -79,11 +85,34 @@ class Ledger:
         before = self._first_use.setdefault((tensor, dim), slots)
         if before is not slots:
             self.unite(before, slots, f"another use of {tensor}")
-        self.uses.append(Use(tensor, dim, slots))
+        self.uses.append(Use(tensor, dim, slots, reads))
 
     def multiply(self, tensor: str, positions: int) -> None:
         """Record that a weight is multiplied at so many output positions."""
         self.positions[tensor] = self.positions.get(tensor, 0) + positions
+
+    def tie_rows(self, rows: np.ndarray, where: str) -> None:
+        """Record rows that must stay equally long, shape (rows, columns); which columns stay may differ."""
+        self._rows.append(rows)
+        self.tie(list(rows), where)
+
+    def join_rows(self, slots: np.ndarray) -> None:
+        """Record that slots, shape (n,), follow one another in one dimension; rows of `tie_rows` may be among them.
+
+        A module that takes columns out of each row finds them at the same places only if all rows lose the same
+        columns. They must do so where rows are interleaved, as by a channel shuffle, and need not where each row is
+        still in one piece, as the heads of an attention are.
+        """
+        order = [self.find(slot) for slot in slots.tolist() if slot != FIXED]
+        for rows in self._rows:
+            row_of = {
+                self.find(slot): number for number, row in enumerate(rows) for slot in row.tolist() if slot != FIXED
+            }
+            found = [row_of[slot] for slot in order if slot in row_of]
+            pieces = 1 + sum(a != b for a, b in pairwise(found))
+            if found and pieces > len(set(found)):
+                for row in rows[1:]:
+                    self.unite(rows[0], row, "rows that are interleaved")
 
     def tie(self, parts: Sequence[np.ndarray], where: str) -> None:
         """Record parts that must keep the same number of channels."""
@@ -123,6 +152,15 @@ def in_dim(slots: np.ndarray, rank: int, dim: int) -> np.ndarray:
     return slots.reshape(shape)
 
 
+def without_repeats(slots: np.ndarray) -> np.ndarray:
+    """Return a description in which a dimension along which nothing differs has size 1: it carries no channels."""
+    for dim in carried(slots):
+        first = slots.take([0], axis=dim)
+        if (slots == first).all():
+            slots = first
+    return slots
+
+
 def reshape(slots: np.ndarray, old: Sequence[int], new: Sequence[int]) -> np.ndarray:
     """Follow slots through a reshape of a tensor from shape `old` to shape `new` (row-major, as torch does it).
 
@@ -133,7 +171,7 @@ def reshape(slots: np.ndarray, old: Sequence[int], new: Sequence[int]) -> np.nda
         return fixed(len(new))
     expanded: list[int] = []
     shape: list[int] = []
-    for old_dims, new_dims in _factor(old, new):
+    for old_dims, new_dims in matched_runs(old, new):
         sizes = [slots.shape[d] for d in old_dims]
         if max(sizes, default=1) == 1:  # no channels here
             expanded += sizes
@@ -148,7 +186,7 @@ def reshape(slots: np.ndarray, old: Sequence[int], new: Sequence[int]) -> np.nda
     return np.broadcast_to(slots, expanded).reshape(shape)
 
 
-def _factor(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+def matched_runs(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """Split two shapes of equal size into the shortest runs of dimensions with equal products."""
     runs: list[tuple[list[int], list[int]]] = []
     i = j = 0

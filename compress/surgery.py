@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from compress.attributes import refresh_attributes
 from compress.checkpoint import PLANS, plans_of, structure_hash
 from compress.errors import PlanError
-from compress.walk import RESIZABLE_SPLITS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -41,11 +41,8 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
         if tensor not in state:
             raise PlanError(f"the plan cuts {tensor}, which the model does not have")
         _replace(pruned, names[id(state[tensor])], _cut(tensor, state[tensor], dims))
-    for owner in {name.rpartition(".")[0] for tensor in cuts for name in names[id(state[tensor])]}:
-        _refresh_counts(pruned.get_submodule(owner))
-    for module in pruned.modules():
-        if type(module).__name__ in RESIZABLE_SPLITS:
-            module.c = module.cv1.conv.out_channels // 2  # type: ignore[union-attr]
+    for owner, module in pruned.named_modules():
+        refresh_attributes(module, lambda name, owner=owner: cuts.get(f"{owner}.{name}", {}).get(0))
     setattr(pruned, PLANS, [*plans_of(model), plan.model_dump(mode="json")])
     return pruned
 
@@ -72,21 +69,3 @@ def _replace(model: nn.Module, tensors: list[str], value: Tensor) -> None:
     new = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
     for module, name in places:
         setattr(module, name, new)
-
-
-def _refresh_counts(module: nn.Module) -> None:
-    """Set the channel counts that a module keeps beside its weights."""
-    from torch import nn
-    from torch.nn.modules.batchnorm import _NormBase
-    from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-
-    if isinstance(module, _ConvTransposeNd):
-        module.in_channels, module.out_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
-    elif isinstance(module, _ConvNd):
-        if module.groups == module.in_channels > 1:  # depthwise: as many groups as inputs
-            module.groups = module.weight.shape[0] * module.groups // module.out_channels
-        module.out_channels, module.in_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
-    elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, _NormBase):  # batch and instance norm
-        module.num_features = module.weight.shape[0]

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compress.errors import DataError
-from compress.importance import makes_channels
 from compress.slots import FIXED
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ def _sources(
     modules = dict(model.named_modules())
     found: dict[bool, list[tuple[str, int, int, np.ndarray, np.ndarray]]] = {True: [], False: []}
     for axis in graph.axes:
-        if axis.tensor in parameters and makes_channels(model, axis):
+        if axis.tensor in parameters and not axis.reads:
             is_norm = isinstance(modules[axis.tensor.rpartition(".")[0]], _BatchNorm)
             for index in np.unique(axis.group[axis.group != FIXED]).tolist():
                 mine = np.flatnonzero(axis.group == index)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import GraphError
-from compress.slots import Ledger, fixed
+from compress.slots import Ledger, fixed, in_dim
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
     from torch.fx import Node
 
-# Modules that split by a size they keep as an attribute; `surgery` sets it anew after the cut.
-RESIZABLE_SPLITS = {"C2f", "C2PSA", "PSA"}
+# Modules that split by sizes they keep as attributes, which `attributes.py` sets anew after a cut: into parts that must
+# stay equal, or into parts of any size.
+_SPLITS = {
+    "equal": {"C2f", "C2PSA", "PSA", "RepNCSPELAN4"},
+    "free": {"CBLinear", "Attention"},
+}
 
 
 class Walk:
@@ -23,10 +28,26 @@ class Walk:
         self.results: dict[str, Any] = {}
         signature = program.graph_signature
         self._tensors = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        self._stored = set(program.state_dict)
 
     def slots(self, node: Any) -> Any:
         """Return the description of a node's result (see `slots`)."""
+        if node.name not in self.results:
+            self.results[node.name] = self._slots_of_weight(node)
         return self.results[node.name]
+
+    def _slots_of_weight(self, node: Any) -> Any:
+        """Describe a weight that is used as a feature map is: one of a single dimension makes channels of its own.
+
+        What they meet binds them, such as the channels that a learned scale multiplies.
+        """
+        shape = self.shape(node)
+        wide = [dim for dim, size in enumerate(shape) if size > 1]
+        if len(wide) != 1 or self._tensors[node.name] not in self._stored:
+            return fixed(len(shape))
+        slots = self.ledger.new(shape[wide[0]])
+        self.ledger.use(self._tensors[node.name], wide[0], slots)
+        return in_dim(slots, len(shape), wide[0])
 
     def shape(self, node: Any) -> tuple[int, ...]:
         """Return the shape of a node's (first) result."""
@@ -70,21 +91,26 @@ class Walk:
 
     def place(self, node: Node) -> str:
         """Return the module that runs a node, such as `model.10.m.0.attn`."""
-        return next((name for name, _ in reversed(_modules(node)) if name), "the model")
+        return next((name for name, _ in reversed(modules_of(node)) if name), "the model")
 
-    def classes(self, node: Node) -> list[str]:
-        """Return the class names of the modules that run a node, outermost first."""
-        return [kind for _, kind in _modules(node)]
+    def known_class(self, node: Node) -> str | None:
+        """Return the name of Ultralytics' class that runs a node, or None where a stranger's does."""
+        kinds = [kind for _, kind in modules_of(node)]
+        package, _, name = kinds[-1].rpartition(".") if kinds else ("", "", "")
+        return name if package.startswith("ultralytics.") else None
 
-    def can_resize_splits(self, node: Node) -> bool:
-        """Tell whether the module that runs a node keeps its split size where surgery can set it."""
-        return bool(RESIZABLE_SPLITS & set(self.classes(node)[-1:]))
+    def parts_of_splits(self, node: Node) -> str | None:
+        """Return what the parts of the module that runs a node may be, `equal` or `free`, or None if they are fixed."""
+        return next((kind for kind, classes in _SPLITS.items() if self.known_class(node) in classes), None)
 
 
-def _modules(node: Any) -> list[tuple[str, str]]:
-    """Return name and class name of the modules that run a node, outermost first."""
-    return [
-        (name, (kind if isinstance(kind, str) else kind.__qualname__).rsplit(".", 1)[-1])
+def modules_of(node: Any) -> list[tuple[str, str]]:
+    """Return name and full class name of the modules that run a node, outermost first."""
+    return [  # a model that runs a slice of its layers has that slice in their names
+        (
+            re.sub(r"slice\([^)]*\)\.", "", name),
+            kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}",
+        )
         for name, kind in (node.meta.get("nn_module_stack") or {}).values()
     ]
 

@@ -59,7 +59,7 @@ case("a slice of space, as in Focus", a=block(), b=block(32), head=conv())(
 case("a slice of channels", {"a.conv": "slice of channels in the model"}, a=block(), b=block(4), head=conv())(
     lambda m, x: m.head(m.b(m.a(x)[:, :4]))
 )
-case("one channel", {"a.conv": "select in the model has no rule"}, a=block(), b=block(8), head=conv())(
+case("one channel", {"a.conv": "select of a channel in the model"}, a=block(), b=block(8), head=conv())(
     lambda m, x: m.head(m.b(x := m.a(x)) * x[:, 0].unsqueeze(1))
 )
 case("a mean without its dimensions", a=block(), b=lambda: nn.Linear(8, 6), head=lambda: nn.Linear(6, 4))(
@@ -122,13 +122,16 @@ case(
 case("numbers and constants", {"b.conv": "meets fixed channels in the model"}, a=block(), b=block(8), head=conv())(
     lambda m, x: m.head(m.b(m.a(x) * 2.0 - 1.0) * torch.linspace(0, 1, 8).reshape(1, 8, 1, 1))
 )
+case("a matrix product over space, channel by channel", a=block(), b=conv(8, 8), head=conv())(
+    lambda m, x: m.head((x := m.a(x)) + (m.b(x) @ x.transpose(2, 3)).softmax(3))
+)
 case(
-    "a matrix product, as in attention",
-    {"a.conv": "attention product in the model", "b": "attention product in the model"},
+    "a matrix product of channels with channels",
+    {"a.conv": "product of channels in the model", "b": "product of channels in the model"},
     a=block(),
     b=conv(8, 8),
     head=conv(),
-)(lambda m, x: m.head((x := m.a(x)) + (m.b(x) @ x.transpose(2, 3)).softmax(3)))
+)(lambda m, x: m.head((m.b(x := m.a(x)).flatten(2) @ x.flatten(2).transpose(1, 2) @ x.flatten(2)).reshape(x.shape)))
 case("a maximum of two", a=block(), b=block(), head=conv())(lambda m, x: m.head(torch.maximum(m.a(x), m.b(x))))
 case("a quotient", a=block(), b=block(), head=conv())(lambda m, x: m.head(m.a(x) / (m.b(x).abs() + 1.0)))
 case("instance norm", a=block(), b=lambda: nn.InstanceNorm2d(8, affine=True), head=conv())(
@@ -155,13 +158,9 @@ case(
     b=conv(8, 8),
     head=conv(),
 )(lambda m, x: m.head(functional.conv2d(m.a(x), m.b.weight * 0.5)))
-case(
-    "a bias that is computed",
-    {"b": "mul is computed in the forward pass"},
-    a=block(),
-    b=conv(8, 8),
-    head=conv(),
-)(lambda m, x: m.head(functional.conv2d(m.a(x), m.b.weight, m.b.bias * 0.5)))
+case("a bias that is computed", a=block(), b=conv(8, 8), head=conv())(
+    lambda m, x: m.head(functional.conv2d(m.a(x), m.b.weight, m.b.bias * 0.5))
+)
 case("one layer at two depths", a=block(), b=block(8), c=block(8), head=conv())(
     lambda m, x: m.head(m.b(m.c(m.b(m.a(x)))))
 )

@@ -213,6 +213,6 @@ ALL = {
     cls.__name__: cls
     for cls in (
         *(Chain, Residual, Concat, ChunkTie, SplitFixed, Depthwise, Grouped, Transposed, SqueezeExcite, FlattenLinear),
-        *(SharedLayer, LayerScale, InPlace, SpatialGate),
+        *(SharedLayer, LayerScale, InPlace, ChannelShuffle, SpatialGate),
     )
 }
