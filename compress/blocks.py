@@ -26,7 +26,7 @@ class Layer:
     """A convolution or linear layer.
 
     Attributes:
-        kind: what it computes, such as "3×3 /2".
+        kind: what it computes, such as "3×3 /2" for a stride of 2, or "3×3 dw" for a depthwise one.
         reads, makes: its input and output channels as runs of groups, in order.
         macs, params: its share of the model's.
     """
@@ -155,5 +155,5 @@ def _kind(module: Any) -> str:
     if any(step > 1 for step in module.stride):
         words.append(f"{'×' if 'Transpose' in type(module).__name__ else '/'}{module.stride[0]}")
     if module.groups > 1:
-        words.append("depthwise" if module.groups == module.in_channels else f"{module.groups} groups")
+        words.append("dw" if module.groups == module.in_channels else f"{module.groups} groups")
     return " ".join(words)

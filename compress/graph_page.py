@@ -57,12 +57,13 @@ button { font: inherit; color: inherit; text-align: inherit; cursor: pointer; }
 .chip { position: relative; isolation: isolate; display: grid; gap: 0 .6rem; grid-template-columns: auto auto;
   min-width: 6.4rem; max-width: 100%; padding: .45rem .5rem .55rem; border: 1px solid var(--line); border-radius: 6px;
   overflow: hidden; font-size: .8rem; line-height: 1.35; font-variant-numeric: tabular-nums; align-content: start;
-  background: var(--reads) top / 100% 4px no-repeat, var(--makes) bottom / 100% 7px no-repeat, var(--card); }
+  background: var(--reads) top / 100% 4px no-repeat, var(--frozen) top / 100% 4px no-repeat,
+    var(--makes) bottom / 100% 7px no-repeat, var(--frozen) bottom / 100% 7px no-repeat, var(--card); }
 .chip::before { content: ""; position: absolute; inset: 4px 0 7px; z-index: -1; background: var(--makes);
   opacity: .2; }
 .chip > :nth-child(even) { text-align: right; }
 .chip i { font-style: normal; color: var(--soft); }
-.selecting .chip:not(.makes, .reads), .searching .chip:not(.hit) { opacity: .22; }
+.selecting .chip:not(.makes, .reads), .searching .chip:not(.hit) { opacity: .28; }
 .selecting .chip.makes { outline: 3px solid var(--ink); outline-offset: 0; }
 .selecting .chip.reads:not(.makes) { outline: 2px dashed var(--ink); outline-offset: 0; }
 .panel { position: sticky; top: 4.2rem; max-height: calc(100vh - 5rem); overflow: auto; font-size: .88rem;
@@ -356,7 +357,7 @@ def _gradient(parts: Sequence[Part], groups: Sequence[GroupRow]) -> str:
         colour = "transparent" if frozen else f"var(--g{groups[group].number})"  # type: ignore[index]
         stops.append(f"{colour} {start / total:.2%} {(start + count) / total:.2%}")
         start += count
-    return f"linear-gradient(90deg, {', '.join(stops)}), var(--frozen)"
+    return f"linear-gradient(90deg, {', '.join(stops)})"
 
 
 def _colours(groups: Sequence[GroupRow]) -> str:

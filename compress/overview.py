@@ -64,7 +64,7 @@ class Overview:
 
     Attributes:
         macs, params: of the whole model, for one image.
-        prunable_macs, prunable_params: share that lies in groups that the model allows to prune.
+        prunable_macs, prunable_params: share that lies in groups that model and budget allow to prune.
         least_macs, least_params: share that is left when every group has its least allowed width.
     """
 
@@ -121,8 +121,8 @@ def overview(graph: Graph, budget: Budget) -> Overview:
         frozen=_by_reason(rows, shorten),
         macs=round(macs),
         params=round(params),
-        prunable_macs=prunable_share(graph, graph.macs),
-        prunable_params=prunable_share(graph, graph.params),
+        prunable_macs=prunable_share(graph, graph.macs, frozen),
+        prunable_params=prunable_share(graph, graph.params, frozen),
         least_macs=graph.macs(least) / macs if macs else 1.0,
         least_params=graph.params(least) / params if params else 1.0,
     )
