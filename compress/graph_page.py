@@ -85,6 +85,7 @@ th, td { padding: .35rem .8rem .35rem 0; text-align: left; border-bottom: 1px so
 thead th { color: var(--soft); font-weight: 600; border-bottom-color: var(--soft); vertical-align: bottom; }
 td.n, th.n { text-align: right; white-space: nowrap; }
 td.l { min-width: 11rem; overflow-wrap: anywhere; }
+td:first-child { white-space: nowrap; }
 tr.on { background: var(--wash); box-shadow: inset 3px 0 var(--ink); }
 @media (max-width: 60rem) {
   .stage { grid-template-columns: minmax(0, 1fr); }
@@ -99,13 +100,16 @@ tr.on { background: var(--wash); box-shadow: inset 3px 0 var(--ink); }
   .head .share::before { width: calc(var(--share) * 4rem + 1px); }
 }
 @media print {
-  body { max-width: none; padding: 0; font-size: 9.5pt; }
+  :root { font-size: 9pt; }
+  body { max-width: none; padding: 0; }
   .tools, .panel { display: none; }
   .stage { display: block; }
   .block, tr { break-inside: avoid; }
   .block { padding-bottom: .4rem; }
   .chip { font-size: 7.5pt; min-width: 5rem; padding: .3rem .35rem .5rem; }
   .table { overflow: visible; }
+  table { font-size: 6.5pt; line-height: 1.25; }
+  th, td { padding: .15rem .5rem .15rem 0; }
   td.l { min-width: 0; }
   .pick { text-decoration: none; }
 }
@@ -159,6 +163,15 @@ function search(text) {
   return hits;
 }
 
+function scroll(chosen) {
+  if (chosen.length) chosen[0].scrollIntoView({ block: 'center' });
+}
+
+function show(groups) {
+  select(groups);
+  scroll(chips.filter((chip) => chip.classList.contains('makes')));
+}
+
 function clear() {
   box.value = '';
   search('');
@@ -168,22 +181,17 @@ function clear() {
 document.addEventListener('click', (event) => {
   const chip = event.target.closest('.chip'), pick = event.target.closest('.pick');
   if (chip) select(chip.dataset.makes.split(' ').filter(Boolean), chip);
-  if (pick) {
-    select([pick.dataset.group]);
-    const first = chips.find((each) => each.classList.contains('makes'));
-    if (first) first.scrollIntoView({ block: 'center' });
-  }
+  if (pick) show([pick.dataset.group]);
   if (event.target.closest('.clear')) clear();
 });
 document.addEventListener('keydown', (event) => { if (event.key === 'Escape') clear(); });
 box.addEventListener('input', () => search(box.value));
 box.addEventListener('keydown', (event) => {
-  const hits = event.key === 'Enter' ? search(box.value) : [];
-  if (hits.length) hits[0].scrollIntoView({ block: 'center' });
+  if (event.key === 'Enter') scroll(search(box.value));
 });
 const asked = decodeURIComponent(location.hash);
-if (asked.startsWith('#g')) select(asked.slice(2).split('+').filter((group) => /^[0-9]+$/.test(group)));
-if (asked.startsWith('#q=')) { box.value = asked.slice(3); search(box.value); }
+if (asked.startsWith('#g')) show(asked.slice(2).split('+').filter((group) => /^[0-9]+$/.test(group)));
+if (asked.startsWith('#q=')) { box.value = asked.slice(3); scroll(search(box.value)); }
 """
 
 _LANE, _JOINT = 11, 20  # px between lanes; px from the top of a block to its dot

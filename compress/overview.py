@@ -179,7 +179,7 @@ def _parents(layer: str) -> list[str]:
 
 
 def _frozen(graph: Graph, budget: Budget) -> list[str | None]:
-    """Return why each group stays whole: by the model, or by a rule of the budget for it or for one that it is tied to."""
+    """Return why each group stays whole: by the model, or by a rule of the budget for it or for one tied to it."""
     by_rule = {group.tie for group in graph.groups if not group.frozen and rule_for(group.layers, budget)[1]}
     return [group.frozen or (BY_RULE if group.tie in by_rule else None) for group in graph.groups]
 
