@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from compress.importance import makes_channels
 from compress.slots import FIXED
 
 if TYPE_CHECKING:
@@ -116,7 +115,7 @@ def _layers(graph: Graph, model: nn.Module) -> list[tuple[Layer, str]]:
     for tensor in graph.positions:
         name = tensor.rpartition(".")[0]
         module: Any = model.get_submodule(name)
-        made = {makes_channels(model, axis): _runs(axis) for axis in axes[tensor]}
+        made = {not axis.reads: _runs(axis) for axis in axes[tensor]}
         reads, makes = _whole_widths(module, graph.shapes[tensor], made)
         layer = Layer(name, _kind(module), reads, makes, macs[tensor] / all_macs, params[name] / all_params)
         found.append((layer, tensor))

@@ -48,12 +48,16 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class _Tied:
-    """Groups that keep the same share of their channels: the shares allowed for all, and what each step down loses."""
+class Tie:
+    """Groups that keep the same share of their units.
 
-    channels: dict[int, int]  # by group: how many channels one part of the share is
-    parts: list[int]  # how many parts may stay, descending, all of them first
-    lost: list[float]  # importance lost in total at each of them
+    Attributes:
+        units: by group, how many units one part of the share is.
+        parts: how many parts may stay, descending, all of them first.
+    """
+
+    units: dict[int, int]
+    parts: list[int]
 
 
 def allowed_widths(width: int, budget: Budget, unit: int = 1) -> list[int]:
@@ -110,19 +114,21 @@ def choose(graph: Graph, scores: list[np.ndarray], target: Target, budget: Budge
     Raises:
         BudgetError: the target cannot be met; the message says what can be reached and what stands in the way.
     """
-    tied = _tied_groups(graph, scores, budget, _sum_lost if target.kind == "percent" else _log_share_lost)
+    tied = [tie for tie in ties(graph, budget) if len(tie.parts) > 1]
+    loss = _sum_lost if target.kind == "percent" else _log_share_lost
+    ascending = [np.sort(score) for score in scores]
+    lost = [[sum(loss(ascending[i], part * n) for i, n in tie.units.items()) for part in tie.parts] for tie in tied]
     widths = graph.widths.copy()
     level = [0] * len(tied)
     spent, limit, saving = _resource(graph, target, widths)
 
     def step(index: int) -> tuple[float, dict[int, int]]:
-        item = tied[index]
-        here, below = level[index], level[index] + 1
-        removed = {group: (item.parts[here] - item.parts[below]) * n for group, n in item.channels.items()}
+        tie, here, below = tied[index], level[index], level[index] + 1
+        removed = {group: (tie.parts[here] - tie.parts[below]) * n for group, n in tie.units.items()}
         gain = saving(widths, removed)
-        return (item.lost[below] - item.lost[here]) / max(gain, 1e-12), removed
+        return (lost[index][below] - lost[index][here]) / max(gain, 1e-12), removed
 
-    heap = [(step(index)[0], index) for index, item in enumerate(tied) if len(item.parts) > 1]
+    heap = [(step(index)[0], index) for index in range(len(tied))]
     heapq.heapify(heap)
     nearest = False
     while spent(widths) > limit and heap and not nearest:
@@ -175,31 +181,26 @@ def _log_share_lost(ascending: np.ndarray, width: int) -> float:
     return float(np.log(total / kept)) if kept > 0 else 0.0
 
 
-def _tied_groups(
-    graph: Graph, scores: list[np.ndarray], budget: Budget, loss: Callable[[np.ndarray, int], float]
-) -> list[_Tied]:
-    by_tie: dict[int, list[int]] = defaultdict(list)
+def ties(graph: Graph, budget: Budget) -> list[Tie]:
+    """Return the ties of all groups, in the order of their first ones, with the widths that all their groups may have.
+
+    A group that is tied to none is a tie of its own; one that is frozen keeps all its parts.
+    """
+    members: dict[int, list[int]] = defaultdict(list)
     for index, group in enumerate(graph.groups):
-        by_tie[group.tie].append(index)
-    tied = []
-    for groups in by_tie.values():
-        rules = [rule_for(graph.groups[index].layers, budget) for index in groups]
-        if any(graph.groups[index].frozen for index in groups) or any(frozen for _, frozen in rules):
-            continue
+        members[group.tie].append(index)
+    found = []
+    for groups in (members[tie] for tie in members):
         most = math.gcd(*(graph.groups[index].width for index in groups))
-        channels = {index: graph.groups[index].width // most for index in groups}
-        choices = [
-            {
-                width / channels[index]
-                for width in allowed_widths(graph.groups[index].width, rule, graph.groups[index].unit)
-            }
-            for index, (rule, _) in zip(groups, rules, strict=True)
-        ]
-        parts = [int(part) for part in sorted(set.intersection(*choices), reverse=True) if part.is_integer()]
-        ascending = {index: np.sort(scores[index]) for index in groups}
-        lost = [sum(loss(ascending[index], part * n) for index, n in channels.items()) for part in parts]
-        tied.append(_Tied(channels, parts, lost))
-    return tied
+        units = {index: graph.groups[index].width // most for index in groups}
+        parts = set(range(most + 1))
+        for index, n in units.items():
+            group = graph.groups[index]
+            rule, frozen = rule_for(group.layers, budget)
+            widths = [group.width] if group.frozen or frozen else allowed_widths(group.width, rule, group.unit)
+            parts &= {width // n for width in widths if width % n == 0}
+        found.append(Tie(units, sorted(parts, reverse=True)))
+    return found
 
 
 def _keep_best(score: np.ndarray, width: int) -> np.ndarray:

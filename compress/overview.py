@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from compress.budget import allowed_widths, rule_for
+from compress.budget import rule_for, ties
 from compress.coverage import group_shares, prunable_share
 from compress.settings import Budget
 
@@ -87,9 +87,9 @@ def overview(graph: Graph, budget: Budget) -> Overview:
     """Describe a channel graph under a budget."""
     groups = graph.groups
     frozen = _frozen(graph, budget)
-    allowed = _allowed(graph, budget, frozen)
+    allowed = _allowed(graph, budget)
     members = Counter(group.tie for group in groups)
-    ties = {tie: number for number, tie in enumerate((tie for tie in members if members[tie] > 1), start=1)}
+    numbers = {tie: number for number, tie in enumerate((tie for tie in members if members[tie] > 1), start=1)}
     shorten = Shortener([group.layers for group in groups])
     shorten_consumers = Shortener([group.consumers for group in groups])
     computing = {tensor.rpartition(".")[0] for tensor in graph.positions}
@@ -107,7 +107,7 @@ def overview(graph: Graph, budget: Budget) -> Overview:
                 consumers=group.consumers,
                 also_in=tuple(name for name in shorten(group.layers) if shorten.layers(name) & computing != maker),
                 read_by=shorten_consumers(group.consumers),
-                tie=ties.get(group.tie),
+                tie=numbers.get(group.tie),
                 macs=macs,
                 params=params,
                 allowed=allowed[index],
@@ -184,16 +184,11 @@ def _frozen(graph: Graph, budget: Budget) -> list[str | None]:
     return [group.frozen or (BY_RULE if group.tie in by_rule else None) for group in graph.groups]
 
 
-def _allowed(graph: Graph, budget: Budget, frozen: list[str | None]) -> list[tuple[int, ...]]:
-    """Return the widths of each group, descending; tied groups may have those that all of them may."""
-    common: dict[int, set[int]] = {}
-    for group in graph.groups:
-        mine = set(allowed_widths(group.width, rule_for(group.layers, budget)[0]))
-        common[group.tie] = common.get(group.tie, mine) & mine
-    return [
-        (group.width,) if reason else tuple(sorted(common[group.tie], reverse=True))
-        for group, reason in zip(graph.groups, frozen, strict=True)
-    ]
+def _allowed(graph: Graph, budget: Budget) -> list[tuple[int, ...]]:
+    """Return the widths that each group may have, descending; tied groups keep the same share of theirs."""
+    found = ties(graph, budget)
+    widths = {index: tuple(part * units for part in tie.parts) for tie in found for index, units in tie.units.items()}
+    return [widths[index] for index in range(len(graph.groups))]
 
 
 def _by_reason(rows: list[GroupRow], shorten: Shortener) -> list[FrozenRow]:
