@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ class PlannedGroup(Strict):
         width: number of channels before.
         keep: the channels that stay, as ranges: "0-15,18,20-31".
         why: what decided.
+        tied_to: groups that must keep the same share of their channels.
     """
 
     name: str
@@ -40,6 +42,7 @@ class PlannedGroup(Strict):
     width: int
     keep: str
     why: str
+    tied_to: tuple[str, ...] = ()
 
 
 class Plan(Strict):
@@ -64,9 +67,21 @@ class Plan(Strict):
         """Return per planned group which channels stay, boolean arrays of shape (width,).
 
         Raises:
-            PlanError: a group's channels are out of range, repeated, or none.
+            PlanError: a group's channels are out of range, repeated, or none, or tied groups keep unlike shares.
         """
-        return [_parse_keep(group) for group in self.groups]
+        masks = [_parse_keep(group) for group in self.groups]
+        kept = {group.name: (int(mask.sum()), group.width) for group, mask in zip(self.groups, masks, strict=True)}
+        for group in self.groups:
+            count, width = kept[group.name]
+            for other in group.tied_to:
+                other_count, other_width = kept.get(other, (width, width))  # a group that is not in the plan stays
+                if count * other_width != other_count * width:
+                    found = f"{other_count} of {other_width}" if other in kept else "all"
+                    raise PlanError(
+                        f"group {group.name} keeps {count} of {width} channels, {other}, which is tied to it, {found}: "
+                        "tied groups must keep the same share"
+                    )
+        return masks
 
     def axis_masks(self) -> Iterator[tuple[str, int, np.ndarray]]:
         """Yield (tensor, dimension, which indices stay) for every cut dimension.
@@ -86,6 +101,9 @@ def make_plan(graph: Graph, choice: Choice, structure: str, target: str, importa
     """Write down a choice of channels for the model that the graph was made of."""
     cut = [index for index, mask in enumerate(choice.keep) if not mask.all()]
     number = {index: position for position, index in enumerate(cut)}
+    tied: dict[int, list[str]] = defaultdict(list)
+    for group in graph.groups:
+        tied[group.tie].append(group.name)
     groups = tuple(
         PlannedGroup(
             name=graph.groups[i].name,
@@ -93,6 +111,7 @@ def make_plan(graph: Graph, choice: Choice, structure: str, target: str, importa
             width=graph.groups[i].width,
             keep=_format_keep(choice.keep[i]),
             why=choice.why[i],
+            tied_to=tuple(name for name in tied[graph.groups[i].tie] if name != graph.groups[i].name),
         )
         for i in cut
     )

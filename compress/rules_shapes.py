@@ -144,37 +144,39 @@ def view(walk: Walk, node: Node) -> Result:
             if len(carrying) == 1:
                 continue  # flattened with space
         elif len(sizes) == 1:
-            slots = _split_into_rows(walk, node, slots, carrying[0], new_sizes)
+            wide = [d for d in new_dims if new[d] > 1]
+            slots = _split_into_rows(walk, node, slots, carrying[0], {d: new[d] for d in wide})
             continue
         walk.freeze(node.args[0], f"{operation_name(node)} of channels with space in {walk.place(node)}")
         return fixed(len(new))
     return without_repeats(reshape(slots, old, new))
 
 
-def _split_into_rows(walk: Walk, node: Node, slots: np.ndarray, dim: int, sizes: list[int]) -> np.ndarray:
-    """Bind the slots of `dim`, which becomes dimensions of these sizes, so that only one of them shrinks."""
-    shrinks = 0 if walk.known_class(node) in _WHOLE_ROWS else _shrinking(node, sizes)
-    before, after = int(np.prod(sizes[:shrinks])), int(np.prod(sizes[shrinks + 1 :]))
+def _split_into_rows(walk: Walk, node: Node, slots: np.ndarray, dim: int, sizes: dict[int, int]) -> np.ndarray:
+    """Bind the slots of `dim`, which becomes the dimensions of these sizes, so that only one of them shrinks."""
     rows = np.moveaxis(slots, dim, -1).reshape(-1)
-    if rows.size != np.prod(sizes):  # channels of another dimension as well: nobody reshapes these
+    shape = list(sizes.values())
+    if rows.size != np.prod(shape):  # channels of another dimension as well
         walk.freeze(node.args[0], f"{operation_name(node)} of channels in {walk.place(node)}")
         return np.full_like(slots, FIXED)
-    rows = rows.reshape(before, sizes[shrinks], after)
-    for column in range(1, after):  # what becomes one position of the shrinking dimension lives and dies as one
+    shrinks = 0 if walk.known_class(node) in _WHOLE_ROWS else _shrinking(node, sizes)
+    rows = rows.reshape(int(np.prod(shape[:shrinks])), shape[shrinks], -1)
+    for column in range(1, rows.shape[2]):  # what becomes one position of the shrinking dimension lives and dies as one
         walk.ledger.unite(rows[..., 0], rows[..., column], walk.place(node))
-    if before > 1:
+    if len(rows) > 1:
         walk.ledger.tie_rows(rows[..., 0], f"equal rows in {walk.place(node)}")
-    kept = np.repeat(rows[..., :1], after, axis=2).reshape(-1)
+    kept = np.repeat(rows[..., :1], rows.shape[2], axis=2).reshape(-1)
     return in_dim(kept, slots.ndim, dim)
 
 
-def _shrinking(node: Node, sizes: list[int]) -> int:
+def _shrinking(node: Node, sizes: dict[int, int]) -> int:
     """Return which of several dimensions a module computes from what is left: the one it left open, or the largest."""
-    given: Any = node.args[1] if len(node.args) > 1 and isinstance(node.args[1], (list, tuple)) else ()
-    wide = [size for size in given if size != 1]
-    if len(wide) >= len(sizes) and -1 in wide[-len(sizes) :]:
-        return wide[-len(sizes) :].index(-1)
-    return max(range(len(sizes)), key=lambda index: (sizes[index], index))
+    asked: Any = node.args[1] if len(node.args) > 1 and isinstance(node.args[1], (list, tuple)) else ()
+    dims = list(sizes)
+    for place, dim in enumerate(dims):
+        if dim < len(asked) and asked[dim] == -1:
+            return place
+    return max(range(len(dims)), key=lambda place: (sizes[dims[place]], place))
 
 
 @rule("transpose", "permute", "t", "movedim")

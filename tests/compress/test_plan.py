@@ -13,7 +13,7 @@ from torch import nn
 
 from compress.budget import Choice
 from compress.checkpoint import structure_hash
-from compress.errors import PlanError, SurgeryError
+from compress.errors import PlanError
 from compress.graph import Axis, Graph, build_graph
 from compress.oracle import check_oracle
 from compress.plan import Plan, PlannedGroup, _format_axis, _format_keep, load_plan, make_plan, parse_plan, save_plan
@@ -52,7 +52,16 @@ def test_a_plan_by_hand(chain: tuple[nn.Module, Graph], content: dict[str, Any])
         "structure": structure_hash(chain[0]),
         "target": "percent 0.5",
         "importance": "l1",
-        "groups": [{"name": "a.conv", "layers": ["a.conv", "a.bn"], "width": 8, "keep": "0,2-5,7", "why": "because"}],
+        "groups": [
+            {
+                "name": "a.conv",
+                "layers": ["a.conv", "a.bn"],
+                "width": 8,
+                "keep": "0,2-5,7",
+                "why": "because",
+                "tied_to": [],
+            }
+        ],
         "axes": {
             "a.conv.weight:0": "0@0:8",
             "a.bn.weight:0": "0@0:8",
@@ -225,16 +234,20 @@ def test_axes_that_do_not_fit_are_refused(chain, content: dict[str, Any], axes: 
     assert all(torch.equal(value, before[name]) for name, value in chain[0].state_dict().items())
 
 
-def test_tied_widths_that_differ_do_not_pass_the_oracle() -> None:
+def test_tied_groups_that_keep_unlike_shares_are_refused() -> None:
     """chunk(2) would cut what is left of two halves, 6 + 7 channels, into 7 + 6."""
     model = randomised(ChunkTie())
     graph = build_graph(model, 16)
     keep = keep_all(graph)
     first, second = (i for i, group in enumerate(graph.groups) if group.name.startswith("a.conv"))
     keep[first][[2, 5]] = False
+    with pytest.raises(
+        PlanError, match=r"a.conv\[0:8\] keeps 6 of 8 channels, a.conv\[8:16\], which is tied to it, all"
+    ):
+        apply_plan(model, plan_of(graph, model, keep))
     keep[second][0] = False
-    with pytest.raises(SurgeryError):
-        check_oracle(graph, apply_plan(model, plan_of(graph, model, keep)), keep)
+    with pytest.raises(PlanError, match=r"keeps 6 of 8 channels, a.conv\[8:16\], which is tied to it, 7 of 8: tied"):
+        apply_plan(model, plan_of(graph, model, keep))
     keep[first][5] = True
     assert check_oracle(graph, apply_plan(model, plan_of(graph, model, keep)), keep) <= 1e-4
 

@@ -1,0 +1,237 @@
+"""Prove that every model of `zoo.py` can be pruned as it is: docs/results/coverage.json and docs/coverage.md.
+
+usage: python scripts/studies/coverage.py [MODEL …] [--jobs 2] [--output docs/results/coverage.json]
+
+For each model: its channel graph, three random plans (30, 45 and 60 % of the prunable channels) against the masked
+dense model, a step of an optimizer, a round trip through a file, and ONNX in onnxruntime against PyTorch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import io
+import json
+import time
+import warnings
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+import zoo
+from torch import nn
+
+from compress import manifest
+from compress.budget import Target, choose
+from compress.checkpoint import load_model, save_model, structure_hash
+from compress.coverage import prunable_share
+from compress.errors import EspalierError
+from compress.graph import Graph, build_graph
+from compress.importance import importance
+from compress.oracle import noise, oracle_error
+from compress.plan import make_plan, parse_plan
+from compress.settings import Budget
+from compress.surgery import apply_plan
+
+RESULT, PAGE = Path("docs/results/coverage.json"), Path("docs/coverage.md")
+SHARES = (0.3, 0.45, 0.6)
+_ANY_WIDTH = Budget(multiple_of=1, min_width=1, max_removed=0.9)
+
+
+def row(name: str) -> dict[str, Any]:
+    """Return all that the table says of one model."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    start = time.perf_counter()
+    model = with_trained_norms(zoo.build(name))
+    graph = build_graph(model, zoo.imgsz(name))
+    traced = time.perf_counter()
+    result: dict[str, Any] = {
+        "model": name,
+        "imgsz": zoo.imgsz(name),
+        "groups": len(graph.groups),
+        "prunable_params": prunable_share(graph, graph.params) * graph.params(graph.widths) / parameters(model),
+        "prunable_macs": prunable_share(graph, graph.macs),
+        "params": parameters(model),
+        "frozen": reasons(graph),
+        "graph_s": round(traced - start, 2),
+    }
+    cuts = [cut(graph, model, share, seed) for seed, share in enumerate(SHARES)]
+    result["oracle"] = [error for _, _, error in cuts]
+    pruned, plan, _ = cuts[-1]
+    result["params_left"] = parameters(pruned) / parameters(model)
+    image = noise(graph, model)
+    result["round_trip"] = round_trip_error(model, pruned, plan, image)
+    result["onnx"] = onnx_error(pruned, image)
+    result["trained"] = takes_a_step(pruned, image)
+    result["seconds"] = round(time.perf_counter() - start, 1)
+    return result
+
+
+def cut(graph: Graph, model: nn.Module, share: float, seed: int) -> tuple[nn.Module, dict[str, Any], float]:
+    """Remove a share of the prunable channels at random; return the pruned model, its plan and the oracle's error."""
+    choice = choose(graph, importance(graph, model, "random", seed), Target("percent", share), _ANY_WIDTH)
+    plan = make_plan(graph, choice, structure_hash(model), f"percent {share}", "random")
+    pruned = apply_plan(model, plan)
+    return pruned, plan.model_dump(mode="json"), oracle_error(graph, pruned, choice.keep, noise(graph, model, seed))
+
+
+def with_trained_norms(model: nn.Module) -> nn.Module:
+    """Give every norm statistics, scales and shifts of its own: fresh ones hide mistakes."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor, low, high in (
+                (module.weight, 0.5, 1.5),
+                (module.bias, -0.3, 0.3),
+                (module.running_mean, -0.3, 0.3),
+                (module.running_var, 0.5, 1.5),
+            ):
+                assert tensor is not None
+                nn.init.uniform_(tensor, low, high)
+    return model.eval()
+
+
+def parameters(model: nn.Module) -> int:
+    """Return the number of parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def reasons(graph: Graph) -> dict[str, int]:
+    """Return how many channels are frozen, by operation; what the model returns is not counted."""
+    found: Counter[str] = Counter()
+    for group in graph.groups:
+        if group.frozen and not group.frozen.endswith("output of the model"):
+            found[group.frozen.partition(" in ")[0].partition(":")[0]] += group.width * group.unit
+    return dict(found.most_common())
+
+
+def flat(outputs: Any) -> list[torch.Tensor]:
+    """Return the floating-point tensors of what a model returns, in order."""
+    from torch.utils import _pytree as pytree
+
+    return [
+        value for value in pytree.tree_leaves(outputs) if isinstance(value, torch.Tensor) and value.is_floating_point()
+    ]
+
+
+def relative_error(outputs: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """Return the largest difference as a share of the largest magnitude of each output."""
+    assert len(outputs) == len(expected) > 0
+    return max(
+        float((a - b).abs().max() / b.abs().max().clamp(min=1e-12)) for a, b in zip(outputs, expected, strict=True)
+    )
+
+
+def round_trip_error(model: nn.Module, pruned: nn.Module, plan: dict[str, Any], image: torch.Tensor) -> float:
+    """Save and load the pruned model and compare outputs: as a checkpoint, or as a plan and weights for strangers."""
+    import tempfile
+
+    if hasattr(model, "yaml"):
+        with tempfile.TemporaryDirectory() as folder:
+            save_model(pruned, Path(folder) / "pruned.pt", {})
+            again = load_model(Path(folder) / "pruned.pt")
+        pruned = copy.deepcopy(pruned).half().float()  # as checkpoints store it
+    else:
+        stream = io.BytesIO()
+        torch.save(pruned.state_dict(), stream)
+        again = apply_plan(model, parse_plan(json.loads(json.dumps(plan)), "plan"))
+        again.load_state_dict(torch.load(io.BytesIO(stream.getvalue()), weights_only=True))
+    with torch.inference_mode():
+        return relative_error(flat(again.eval()(image)), flat(pruned.eval()(image)))
+
+
+def onnx_error(pruned: nn.Module, image: torch.Tensor) -> float:
+    """Export the pruned model as it is deployed and compare onnxruntime with PyTorch."""
+    import onnxruntime
+
+    network: Any = copy.deepcopy(pruned).eval()
+    if hasattr(network, "fuse"):
+        network.fuse(verbose=False)
+        network.model[-1].export = True
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = flat(network(image))
+        stream: Any = io.BytesIO()
+        torch.onnx.export(network, (image,), stream, dynamo=False, opset_version=17, input_names=["images"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(stream.getvalue(), options, providers=["CPUExecutionProvider"])
+    outputs = [torch.from_numpy(value) for value in session.run(None, {"images": image.numpy()})]
+    return relative_error([value for value in outputs if value.is_floating_point()], expected)
+
+
+def takes_a_step(pruned: nn.Module, image: torch.Tensor) -> bool:
+    """Tell whether a step of SGD in training mode moves weights of the pruned model and leaves all of them finite."""
+    model = copy.deepcopy(pruned).train()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    batch = torch.cat([image, image.flip(-1)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    sum(value.square().mean() for value in flat(model(batch))).backward()  # type: ignore[union-attr]
+    optimizer.step()
+    before = dict(pruned.named_parameters())
+    moved = [not torch.equal(value, before[name]) for name, value in model.named_parameters()]
+    return any(moved) and all(bool(value.isfinite().all()) for value in model.parameters())
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Return the row of a model, or what stopped it."""
+    try:
+        return row(name)
+    except (EspalierError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError, KeyError) as error:
+        return {"model": name, "error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """Return the table as Markdown."""
+    lines = [
+        "| model | groups | params, M | prunable params | prunable MACs | frozen inside, channels | oracle error | "
+        "step | file | ONNX | s |",
+        "|---|--:|--:|--:|--:|---|--:|---|--:|--:|--:|",
+    ]
+    for found in rows:
+        if "error" in found:
+            lines.append(f"| {found['model']} | | | | | {found['error']} | | | | | |")
+            continue
+        frozen = ", ".join(f"{reason} {count}" for reason, count in found["frozen"].items()) or "–"
+        lines.append(
+            f"| {found['model']} | {found['groups']} | {found['params'] / 1e6:.2f} | {found['prunable_params']:.1%} | "
+            f"{found['prunable_macs']:.1%} | {frozen} | {max(found['oracle']):.1e} | "
+            f"{'yes' if found['trained'] else 'NO'} | {found['round_trip']:.0e} | {found['onnx']:.1e} | "
+            f"{found['seconds']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure what is missing in the record and write it, with the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", help="names of zoo.py; all of them if none is given")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--output", type=Path, default=RESULT, help="models that it has already are not run again")
+    given = parser.parse_args()
+    names = given.models or zoo.names()
+    record = manifest.read_json(given.output) if given.output.is_file() else {"rows": []}
+    done = {found["model"]: found for found in record["rows"]}
+    start = time.perf_counter()
+    with ProcessPoolExecutor(given.jobs) as pool:
+        waiting = {pool.submit(measure, name) for name in names if name not in done or "error" in done[name]}
+        for number, future in enumerate(as_completed(waiting), start=1):
+            found = future.result()
+            done[found["model"]] = found
+            print(f"{number}/{len(waiting)}", {key: found[key] for key in found if key != "frozen"}, flush=True)
+            rows = [done[name] for name in zoo.names() if name in done]
+            manifest.write_json(given.output, {"tools": manifest.tool_versions(), "rows": rows})
+    rows = [done[name] for name in zoo.names() if name in done]
+    proven = [found for found in rows if "error" not in found and max(found["oracle"]) <= 1e-4]
+    print(f"{len(proven)} of {len(rows)} models pass the oracle; {time.perf_counter() - start:.0f} s")
+    if given.output == RESULT:
+        text = PAGE.read_text(encoding="utf-8")
+        head = text[: text.index("| model |")]
+        manifest.write_bytes_atomic(PAGE, (head + page(rows)).encode())
+
+
+if __name__ == "__main__":
+    main()
