@@ -45,7 +45,7 @@ def row(name: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     start = time.perf_counter()
-    model = with_trained_norms(zoo.build(name))
+    model = with_trained_norms(zoo.build(name), zoo.imgsz(name))
     graph = build_graph(model, zoo.imgsz(name))
     traced = time.perf_counter()
     result: dict[str, Any] = {
@@ -78,18 +78,22 @@ def cut(graph: Graph, model: nn.Module, share: float, seed: int) -> tuple[nn.Mod
     return pruned, plan.model_dump(mode="json"), oracle_error(graph, pruned, choice.keep, noise(graph, model, seed))
 
 
-def with_trained_norms(model: nn.Module) -> nn.Module:
-    """Give every norm statistics, scales and shifts of its own: fresh ones hide mistakes."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor, low, high in (
-                (module.weight, 0.5, 1.5),
-                (module.bias, -0.3, 0.3),
-                (module.running_mean, -0.3, 0.3),
-                (module.running_var, 0.5, 1.5),
-            ):
-                assert tensor is not None
-                nn.init.uniform_(tensor, low, high)
+def with_trained_norms(model: nn.Module, imgsz: int) -> nn.Module:
+    """Give every batch norm scales and shifts of its own and the statistics of noise, as a trained model has its own.
+
+    With fresh ones signals fade on their way, and an attention of tiny products returns the mean of its values however
+    wrongly it was cut.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    before = [norm.momentum for norm in norms]
+    for norm in norms:
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.uniform_(norm.bias, -0.3, 0.3)
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model.train()(torch.rand(4, 3, imgsz, imgsz))
+    for norm, momentum in zip(norms, before, strict=True):
+        norm.momentum = momentum
     return model.eval()
 
 

@@ -99,8 +99,8 @@ def test_the_file_says_what_was_chosen(tmp_path: Path, name: str) -> None:
     model = randomised(ALL[name]())
     graph = build_graph(model, 16)
     generator = np.random.default_rng(1)
-    keep = [np.ones(g.width, bool) if g.frozen else generator.random(g.width) < 0.6 for g in graph.groups]
-    keep = [mask if mask.any() else ~mask for mask in keep]
+    counts = {g.tie: 1 if g.width < 3 else int(generator.integers(1, g.width)) for g in graph.groups}  # ties: one width
+    keep = [generator.permutation(g.width) < (g.width if g.frozen else counts[g.tie]) for g in graph.groups]
     plan = plan_of(graph, model, keep)
     save_plan(plan, tmp_path / "plan.json")
     again = load_plan(tmp_path / "plan.json")

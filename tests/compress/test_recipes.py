@@ -15,7 +15,7 @@ from compress.plan import make_plan
 from compress.settings import Budget
 from compress.surgery import apply_plan
 from recipes import RECIPES, Recipe
-from topologies import randomised
+from topologies import calibrated
 
 AROUND = {"before.conv", "after.conv", "side.conv"}
 
@@ -24,7 +24,7 @@ AROUND = {"before.conv", "after.conv", "side.conv"}
 def test_a_recipe(kind: type[nn.Module]) -> None:
     prunable, reason = RECIPES[kind]
     torch.manual_seed(0)
-    model = randomised(Recipe(kind))
+    model = calibrated(Recipe(kind), 16)
     graph = build_graph(model, 16)
     assert {group.name for group in graph.groups if group.width > 1 and not group.frozen} == prunable | AROUND
     reasons = [why for why in graph.frozen().values() if not why.endswith("output of the model")]

@@ -15,7 +15,7 @@ from compress.oracle import check_oracle, oracle_error
 from compress.plan import Plan, make_plan, parse_plan
 from compress.settings import Budget
 from compress.surgery import apply_plan
-from topologies import ALL, Chain, Residual, randomised
+from topologies import ALL, Chain, Residual, calibrated, randomised
 
 ANY_WIDTH = Budget(multiple_of=1, min_width=1, max_removed=0.9)
 
@@ -84,10 +84,10 @@ def test_the_oracle_notices_a_model_that_cannot_run() -> None:
         check_oracle(graph, broken, choice.keep)
 
 
-@pytest.mark.parametrize("name", ["yolov5n", "yolov8n", "yolo11n", "yolo26n"])
+@pytest.mark.parametrize("name", ["yolov5n", "yolov8n", "yolo11n", "yolo12n", "yolo26n"])
 def test_unmodified_yolo_models(name: str) -> None:
     """Five random plans each, at 20 % to 70 % of the channels, under three kinds of budget; both heads of v26."""
-    model = randomised(build_model(f"{name}.yaml", nc=3))
+    model = calibrated(build_model(f"{name}.yaml", nc=3), 64)
     graph = build_graph(model, 64)
     assert not [layer for layer, reason in graph.frozen().items() if "no rule" in reason]
     budgets = [ANY_WIDTH, Budget(), Budget(multiple_of=1, power_of_two=True), ANY_WIDTH, Budget(multiple_of=16)]

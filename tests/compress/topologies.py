@@ -22,6 +22,19 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
+def calibrated(model: nn.Module, imgsz: int) -> nn.Module:
+    """Give every batch norm the statistics of noise, so that signals keep their size and attention attends."""
+    norms = [module for module in randomised(model).modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model.train()(torch.rand(4, 3, imgsz, imgsz, generator=torch.Generator().manual_seed(0)))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return model.eval()
+
+
 class Block(nn.Module):
     """Convolution, batch norm, SiLU."""
 
