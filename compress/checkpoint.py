@@ -203,8 +203,8 @@ def _refuse_foreign_globals(path: Path) -> None:
     foreign = [name for name in names if not name.startswith(allowed)]
     if foreign:
         remedy = "refused"
-        if any(name.startswith("models.") for name in foreign):  # the package of YOLOv5's and YOLOv7's own repositories
-            remedy += f"; if it is a model of YOLOv5 or YOLOv7, run `python -m compress.convert {path} --output …` first"
+        if any(name.startswith("models.") for name in foreign):  # what YOLOv5's and YOLOv7's own repositories are
+            remedy = f"if it is of YOLOv5 or YOLOv7, `python -m compress.convert {path} --output NEW.pt` reads it"
         raise CheckpointError(
             f"{path} is not a plain model: opening it would import {', '.join(sorted(foreign)[:3])}; {remedy}"
         )

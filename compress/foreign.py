@@ -1,8 +1,8 @@
 """Checkpoints of other repositories, read without their code and without running anything that they hold.
 
-A pickle names classes and functions and says what to call. Here no name is ever imported: each becomes a stand-in class,
-whose instances keep the state that was stored and can do nothing. The few calls that rebuild plain data (tensors, ordered
-dictionaries, sets, sizes) have replacements of our own; a pickle that asks for any other call is refused.
+A pickle names classes and functions and says what to call. Here no name is ever imported: each becomes a stand-in
+class, whose instances keep the state that was stored and can do nothing. The few calls that rebuild plain data
+(tensors, ordered dictionaries, sets, sizes) have replacements of our own; a pickle that asks for any other is refused.
 
 Formats: `torch.save`'s zip archive and the stream of pickles that PyTorch wrote before version 1.6.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
@@ -40,7 +41,7 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """A pickle that wants something to be run."""
 
 
@@ -51,12 +52,12 @@ class _Kind(type):
 
     def __call__(cls, *args: Any) -> Any:
         if cls.kind not in _CALLS:
-            raise _Refused(cls.kind)
+            raise _RefusedError(cls.kind)
         replacement = _CALLS[cls.kind]
-        return cls.__new__(cls) if replacement is None else replacement(*args)
+        return StandIn.__new__(cls) if replacement is None else replacement(*args)  # type: ignore[arg-type]
 
     def __setattr__(cls, name: str, value: object) -> None:
-        raise _Refused(f"{cls.kind}.{name} = …")
+        raise _RefusedError(f"{cls.kind}.{name} = …")
 
 
 class StandIn(metaclass=_Kind):
@@ -67,6 +68,7 @@ class StandIn(metaclass=_Kind):
     state: dict[str, Any]
 
     def __new__(cls, *_: Any, **__: Any) -> StandIn:
+        """Return an instance without state, whatever the arguments."""
         self = object.__new__(cls)
         self.state = {}
         return self
@@ -158,7 +160,7 @@ def read_foreign(path: Path) -> Foreign:
         raise CheckpointError(f"{path} does not exist: check the path")
     try:
         return _read_zip(path) if zipfile.is_zipfile(path) else _read_legacy(path)
-    except _Refused as error:
+    except _RefusedError as error:
         raise CheckpointError(f"{path} is not a plain model: opening it would run {error}; refused") from None
     except CheckpointError:
         raise
@@ -168,35 +170,30 @@ def read_foreign(path: Path) -> Foreign:
 
 
 def _read_zip(path: Path) -> Foreign:
-    with zipfile.ZipFile(path) as archive:
-        pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        if len(pickles) != 1:
-            raise ValueError("the archive holds no data.pkl")
-        root = pickles[0].removesuffix("data.pkl")
-        # torch never compresses; so no archive grows beyond its own size in memory.
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise ValueError("its archive is compressed, which torch.save never does")
-        if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
-            raise ValueError("it was written on a big-endian machine")
-        content = _Unpickler(io.BytesIO(archive.read(pickles[0])), {}).load()
-
-    def read(storage: Storage) -> bytes:
-        with zipfile.ZipFile(path) as archive:
-            return archive.read(f"{root}data/{storage.key}")
-
-    return Foreign(path, content, read)
+    archive = zipfile.ZipFile(io.BytesIO(path.read_bytes()))
+    pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise ValueError("the archive holds no data.pkl")
+    root = pickles[0].removesuffix("data.pkl")
+    # torch never compresses; so no archive grows beyond its own size in memory.
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+        raise ValueError("its archive is compressed, which torch.save never does")
+    if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
+        raise ValueError("it was written on a big-endian machine")
+    content = _load(io.BytesIO(archive.read(pickles[0])), {})
+    return Foreign(path, content, lambda storage: archive.read(f"{root}data/{storage.key}"))
 
 
 def _read_legacy(path: Path) -> Foreign:
     data = path.read_bytes()
     stream = io.BytesIO(data)
     storages: dict[str, Storage] = {}
-    if _Unpickler(stream, storages).load() != _LEGACY_MAGIC or _Unpickler(stream, storages).load() != _LEGACY_PROTOCOL:
+    if _load(stream, storages) != _LEGACY_MAGIC or _load(stream, storages) != _LEGACY_PROTOCOL:
         raise ValueError("it has no head of a known format")
-    _Unpickler(stream, storages).load()  # facts about the machine that wrote it
-    content = _Unpickler(stream, storages).load()
+    _load(stream, storages)  # facts about the machine that wrote it
+    content = _load(stream, storages)
     places: dict[str, tuple[int, int]] = {}
-    for key in _Unpickler(stream, storages).load():
+    for key in _load(stream, storages):
         (numel,) = struct.unpack("<q", stream.read(8))
         start, size = stream.tell(), numel * storages[key].itemsize
         if numel != storages[key].numel or start + size > len(data):
@@ -204,6 +201,17 @@ def _read_legacy(path: Path) -> Foreign:
         places[key] = (start, start + size)
         stream.seek(start + size)
     return Foreign(path, content, lambda storage: data[slice(*places[storage.key])])
+
+
+def _load(stream: io.BytesIO, storages: dict[str, Storage]) -> Any:
+    """Read the pickle that starts where the stream is, and stop behind it."""
+    start, size = stream.tell(), stream.getbuffer().nbytes
+    for operation, argument, _ in pickletools.genops(stream):
+        # Python's unpickler makes a table of that many places at once: no honest pickle has more of them than bytes.
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > size:
+            raise ValueError("its memo is larger than the file")
+    stream.seek(start)
+    return _Unpickler(stream, storages).load()
 
 
 class _Unpickler(pickle.Unpickler):
@@ -242,7 +250,7 @@ def _integers(values: Any) -> tuple[int, ...]:
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> TensorRef:
     if not isinstance(storage, Storage):
         raise ValueError("a tensor without data")
-    return TensorRef(storage, *_integers((offset,)), _integers(size), _integers(stride))
+    return TensorRef(storage, _integers((offset,))[0], _integers(size), _integers(stride))
 
 
 # What may be called while a checkpoint is read, and what is done instead. None: an empty stand-in is made, because the
