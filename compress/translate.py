@@ -130,7 +130,7 @@ class _Translator:
         needed = self.ancestors(inputs)
         for index in sorted(needed):
             self.translate(index)
-        edge = sum(row.layer < backbone for row in self.rows)
+        edge = max(1, sum(row.layer < backbone for row in self.rows))  # Ultralytics looks at its first row
         sources = [self.output(index, len(self.layers) - 1) for index in inputs]
         self.rows.append(Row(sources, "Detect", ["nc"], self.place(len(self.layers) - 1), len(self.layers) - 1))
         unused = [self.place(index) for index in range(len(self.layers) - 1) if index not in needed]
@@ -215,9 +215,7 @@ class _Translator:
         """Return the one activation of all layers."""
         if len(self.activations) != 1:
             found = ", ".join(f"{kind} in {place}" for kind, place in self.activations.items())
-            raise CheckpointError(
-                f"its layers have several activations, of which a model can have one: {found or 'none'}"
-            )
+            raise CheckpointError(f"its layers must have one activation, they have: {found or 'none'}")
         return next(iter(self.activations))
 
     def read(self, index: int, count: int = 1) -> list[int]:
