@@ -21,7 +21,16 @@ if TYPE_CHECKING:
     from compress.foreign import Foreign, StandIn
     from compress.translate import Row, Translation
 
-_YOLOV7 = {"SPPCSPC", "RepConv", "MP", "SP", "ReOrg", "IDetect", "IAuxDetect"}  # kinds that YOLOv5 does not have
+_YOLOV7 = {
+    "SPPCSPC",
+    "DownC",
+    "RepConv",
+    "MP",
+    "SP",
+    "ReOrg",
+    "IDetect",
+    "IAuxDetect",
+}  # kinds that YOLOv5 does not have
 
 
 def convert(model: Path, nc: int | None = None) -> tuple[nn.Module, dict[str, Any]]:
@@ -123,7 +132,7 @@ def _build(translation: Translation, names: dict[int, str]) -> nn.Module:
     channels = next((ref.size[1] for name, ref in first.weights.items() if name.endswith("conv.weight")), 3)
     cfg = {
         "nc": len(names),
-        "channels": channels // 4 if first.kind == "Focus" else channels,
+        "channels": channels // 4 if first.spread else channels,
         "activation": translation.activation,
         "backbone": rows[: translation.backbone],
         "head": rows[translation.backbone :],
@@ -143,6 +152,8 @@ def _load(model: Any, translation: Translation, foreign: Foreign) -> tuple[int, 
     """
     import torch
 
+    from compress.translate import spread
+
     tensors = parameters = 0
     for layer, row in zip(model.model[:-1], translation.rows, strict=False):
         places = layer.state_dict()
@@ -151,11 +162,14 @@ def _load(model: Any, translation: Translation, foreign: Foreign) -> tuple[int, 
             raise CheckpointError(f"{row.origin} and {row.kind} differ in their tensors: {', '.join(odd[:4])}")
         values: dict[str, Tensor] = {}
         for name, ref in row.weights.items():
-            if tuple(ref.size) != tuple(places[name].shape):
-                raise CheckpointError(
-                    f"{row.origin}: {name} has the shape {list(ref.size)}, its place has {list(places[name].shape)}"
-                )
             values[name] = foreign.tensor(ref).to(places[name].dtype)
+            if row.spread and name == "conv.weight":
+                values[name] = spread(values[name])
+            if values[name].shape != places[name].shape:
+                raise CheckpointError(
+                    f"{row.origin}: {name} has the shape {list(values[name].shape)}, "
+                    f"its place has {list(places[name].shape)}"
+                )
             if not bool(torch.isfinite(values[name]).all()):
                 raise CheckpointError(f"{row.origin}: {name} holds numbers that are not finite")
         _match_epsilon(layer, row, values)
@@ -168,9 +182,9 @@ def _load(model: Any, translation: Translation, foreign: Foreign) -> tuple[int, 
 def _check_strides(model: Any, network: StandIn, foreign: Foreign) -> None:
     from compress.foreign import TensorRef
 
-    ref, ours = network.state.get("stride"), [int(stride) for stride in model.stride]
-    theirs = [int(stride) for stride in foreign.tensor(ref)] if isinstance(ref, TensorRef) else ours
-    if theirs[: len(ours)] != ours:
+    ref, ours = network.state.get("stride"), model.stride.tolist()
+    theirs = foreign.tensor(ref).flatten().tolist()[: len(ours)] if isinstance(ref, TensorRef) else ours
+    if theirs != ours:
         raise CheckpointError(f"its head has the strides {theirs}, the translated layers have {ours}")
 
 

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress.errors import CheckpointError
 from compress.foreign import StandIn, TensorRef
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Weights = dict[str, TensorRef]
 HEADS = ("Detect", "IDetect", "IAuxDetect")
@@ -38,6 +41,7 @@ class Row:
         layer: index of that layer.
         weights: by the names that the row's module gives them.
         eps: epsilon of each batch norm, by its name.
+        spread: its convolution was one on space-to-depth, and its weight has to go through `spread`.
     """
 
     sources: list[int]
@@ -48,6 +52,7 @@ class Row:
     repeats: int = 1
     weights: Weights = field(default_factory=dict)
     eps: dict[str, float] = field(default_factory=dict)
+    spread: bool = False
 
     def spelled(self, index: int) -> list[Any]:
         """Return the row as a model YAML spells it; the row before is -1."""
@@ -89,7 +94,8 @@ def weights_of(module: Any, name: str = "", depth: int = 0) -> Iterator[tuple[st
     tensors: Weights = {}
     for group in ("_parameters", "_buffers"):
         content = module.state.get(group)
-        tensors |= {k: v for k, v in (content or {}).items() if isinstance(v, TensorRef)}
+        if isinstance(content, dict):
+            tensors |= {str(key): value for key, value in content.items() if isinstance(value, TensorRef)}
     yield name, module, tensors
     for child, inner in modules(module).items():
         yield from weights_of(inner, f"{name}.{child}" if name else str(child), depth + 1)
@@ -106,6 +112,16 @@ def translate(layers: list[StandIn], backbone: int) -> Translation:
         CheckpointError: a layer without a rule, a fused layer, or a connection to nowhere; each is named.
     """
     return _Translator(layers).run(backbone)
+
+
+def spread(weight: Tensor) -> Tensor:
+    """Return the weight, on the image itself, of a convolution on space-to-depth: (o, 4c, k, k) to (o, c, 2k, 2k).
+
+    Both repositories order the four groups of channels alike: pixels at (0, 0), (1, 0), (0, 1), (1, 1) of each 2 × 2.
+    """
+    out, channels, k, _ = weight.shape
+    parts = weight.reshape(out, 2, 2, channels // 4, k, k)  # out, column, row, channel, kernel rows, kernel columns
+    return parts.permute(0, 3, 4, 2, 5, 1).reshape(out, channels // 4, 2 * k, 2 * k)
 
 
 class _Translator:
@@ -188,13 +204,11 @@ class _Translator:
                     "convert the checkpoint that the training left"
                 )
 
-    def add(
-        self, sources: list[int], kind: str, args: list[Any], index: int, module: Any = None, prefix: str = ""
-    ) -> int:
+    def add(self, sources: list[int], kind: str, args: list[Any], index: int, module: Any = None) -> int:
         """Append a row that takes over the weights of `module`, and return its index."""
         row = Row(sources, kind, args, self.place(index), index)
         for name, inner, tensors in weights_of(module) if module is not None else ():
-            path = f"{prefix}{name}.".removeprefix(".")
+            path = f"{name}." if name else ""
             row.weights |= {f"{path}{key}": ref for key, ref in tensors.items()}
             if kind_of(inner) == "BatchNorm2d":
                 row.eps[path] = _number(inner, "eps", float, self.place(index))
@@ -228,12 +242,17 @@ class _Translator:
     def conv(self, layer: StandIn, sources: list[int], index: int) -> int:
         return self.add(sources, "Conv", self.conv_args(layer, index), index, layer)
 
-    def focus(self, conv: StandIn, source: int, index: int, module: StandIn, prefix: str) -> None:
-        """Append a Focus: every second pixel in four groups of channels, then a convolution."""
-        args = self.conv_args(conv, index)
-        if len(args) > 5:
-            raise CheckpointError(f"{self.place(index)} has a dilated convolution, which a Focus cannot have")
-        self.add([source], "Focus", args, index, module, prefix)
+    def focus(self, conv: StandIn, source: int, index: int) -> None:
+        """Append the one convolution that equals space-to-depth and a convolution."""
+        channels, kernel, stride, *more = self.conv_args(conv, index)
+        padding, groups, dilation = [*more, *[kernel // 2, 1, 1][len(more) :]]
+        if (groups, dilation) != (1, 1):
+            raise CheckpointError(f"{self.place(index)} has a grouped or dilated convolution on space-to-depth")
+        inputs = _weight(modules(conv)["conv"], self.place(index)).size[1]
+        if inputs % 4:
+            raise CheckpointError(f"{self.place(index)} reads {inputs} channels of space-to-depth, no multiple of 4")
+        row = self.add([source], "Conv", [channels, 2 * kernel, 2 * stride, 2 * padding], index, conv)
+        self.rows[row].spread = True
 
     def conv_args(self, layer: StandIn, index: int) -> list[Any]:
         """Return the arguments of a Conv: channels, kernel, stride, and what differs from the defaults."""
@@ -254,8 +273,8 @@ class _Translator:
 
 def _conv(t: _Translator, layer: StandIn, index: int) -> None:
     source = t.sources(index)[0]
-    if source in t.reorganised:  # YOLOv7's ReOrg and a convolution are one Focus; both order the channels alike
-        t.focus(layer, t.output(t.reorganised[source], index), index, layer, "conv.")
+    if source in t.reorganised:
+        t.focus(layer, t.output(t.reorganised[source], index), index)
     else:
         t.conv(layer, t.read(index), index)
 
@@ -266,7 +285,7 @@ def _reorg(t: _Translator, _: StandIn, index: int) -> None:
 
 
 def _focus(t: _Translator, layer: StandIn, index: int) -> None:
-    t.focus(modules(layer)["conv"], t.read(index)[0], index, layer, "")
+    t.focus(modules(layer)["conv"], t.read(index)[0], index)
 
 
 def _c3(t: _Translator, layer: StandIn, index: int) -> None:
@@ -314,6 +333,14 @@ def _sppcspc(t: _Translator, layer: StandIn, index: int) -> None:
     row = t.conv(parts["cv6"], [row], index)
     side = t.conv(parts["cv2"], source, index)
     t.conv(parts["cv7"], [t.add([row, side], "Concat", [1], index)], index)
+
+
+def _down_c(t: _Translator, layer: StandIn, index: int) -> None:
+    place, parts, source = t.place(index), modules(layer), t.read(index)
+    row = t.conv(parts["cv2"], [t.conv(parts["cv1"], source, index)], index)
+    pool = [_square(parts["mp"], name, place) for name in ("kernel_size", "stride")]
+    side = t.conv(parts["cv3"], [t.add(source, "nn.MaxPool2d", pool, index)], index)
+    t.add([row, side], "Concat", [1], index)
 
 
 def _pool(t: _Translator, layer: StandIn, index: int) -> None:
@@ -376,6 +403,7 @@ _RULES: dict[str, Callable[[_Translator, StandIn, int], None]] = {
     "SPP": _spp,
     "SPPF": _sppf,
     "SPPCSPC": _sppcspc,
+    "DownC": _down_c,
     "MP": _pool,
     "SP": _pool,
     "MaxPool2d": _pool,

@@ -93,6 +93,16 @@ class SPPCSPC(nn.Module):
         return self.cv7(torch.cat([a, self.cv2(x)], 1))
 
 
+class DownC(nn.Module):
+    def __init__(self, cin: int, cout: int) -> None:
+        super().__init__()
+        self.cv1, self.cv2, self.cv3 = Conv(cin, cin), Conv(cin, cout // 2, 3, 2), Conv(cin, cout // 2)
+        self.mp = nn.MaxPool2d(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.cv2(self.cv1(x)), self.cv3(self.mp(x))], 1)
+
+
 def _space_to_depth(x: Tensor) -> Tensor:
     return torch.cat([x[:, :, i::2, j::2] for j in (0, 1) for i in (0, 1)], 1)
 
@@ -256,6 +266,7 @@ COMMON = (
     SPP,
     SPPF,
     SPPCSPC,
+    DownC,
     ReOrg,
     Focus,
     MP,

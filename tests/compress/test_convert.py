@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import random
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,10 @@ from compress import convert, manifest
 from compress.checkpoint import build_model, load_detector, load_model, plans_of, structure_hash
 from compress.errors import CheckpointError, EspalierError, RunError, run_app
 from compress.foreign import read_foreign
+from compress.oracle import check_oracle
 from compress.prune import plan_pruning
 from compress.settings import Budget, Prune
-from compress.surgery import apply_plan, check_oracle
+from compress.surgery import apply_plan
 from compress.translate import modules, translate
 from original import Rows
 from step import losses
@@ -222,6 +225,24 @@ def test_a_repeated_width_gives_a_repconv_its_identity(tmp_path: Path) -> None:
     assert worst_difference(reference, model, report, torch.rand(1, 3, 64, 64)) < 1e-5
 
 
+def test_yolov7_e6_halves_maps_in_two_ways(tmp_path: Path) -> None:
+    reference = stand_in([*TINY[:3], [-1, 1, "DownC", [32]], *TINY[4:]])
+    model, report = convert.convert(original.save(reference, tmp_path / "model.pt"))
+    assert [row["kind"] for row in report["layers"] if "DownC" in row["from"]] == [
+        *("Conv", "Conv", "nn.MaxPool2d", "Conv", "Concat")
+    ]
+    assert worst_difference(reference, model, report, torch.rand(1, 3, 64, 64)) < 1e-5
+
+
+def test_names_may_be_a_dictionary(tmp_path: Path) -> None:
+    """As they are since YOLOv5 v6.2."""
+
+    def name(model: Any) -> None:
+        model.names = {0: "a", 1: "b", 2: "c"}
+
+    assert convert.convert(tiny(tmp_path, name))[1]["classes"] == {0: "a", 1: "b", 2: "c"}
+
+
 def test_another_epsilon_moves_into_gamma(tmp_path: Path) -> None:
     reference = stand_in(TINY)
     for module in reference.modules():
@@ -296,7 +317,7 @@ def other_act(model: original.Model) -> None:
         (lambda m: setattr(m.model[1].conv, "stride", (1, 2)), "'stride' must be one whole number for both directions"),
         (
             lambda m: setattr(m, "stride", torch.tensor([4.0, 8.0, 16.0])),
-            "strides [4, 8, 16], the translated layers have",
+            "strides [4.0, 8.0, 16.0], the translated layers have",
         ),
         (
             lambda m: m.model[0].conv.weight.data.fill_(float("nan")),
@@ -365,6 +386,27 @@ def test_other_files_are_told_apart(tmp_path: Path, content: object, text: str) 
 
 def test_an_ultralytics_checkpoint_needs_no_conversion(dense: Path) -> None:
     assert refusal(dense) == f"{dense} is an Ultralytics checkpoint already: every command opens it as it is"
+
+
+def test_a_changed_byte_ends_in_a_conversion_or_in_one_line(tmp_path: Path) -> None:
+    rows = [[-1, 1, "Focus", [16, 3]], *TINY[1:3], [-1, 1, "SPPCSPC", [16]], [-1, 1, "RepConv", [16, 3, 1]], *TINY[3:]]
+    with zipfile.ZipFile(tiny(tmp_path, rows=rows)) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    generator = random.Random(0)
+    outcomes = set()
+    for _ in range(50):
+        with zipfile.ZipFile(tmp_path / "changed.pt", "w") as archive:
+            for name, content in files.items():
+                changed = bytearray(content)
+                if name.endswith("data.pkl"):
+                    changed[generator.randrange(len(changed))] = generator.randrange(256)
+                archive.writestr(name, bytes(changed))
+        try:
+            convert.convert(tmp_path / "changed.pt")
+            outcomes.add("converted")
+        except CheckpointError as error:
+            outcomes.add("damaged" if "damaged" in str(error) else "refused")
+    assert {"converted", "damaged"} <= outcomes
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ from torch import nn
 
 from compress.checkpoint import build_model, load_model, read_architecture
 from compress.errors import CheckpointError
+from compress.oracle import check_oracle
 from compress.prune import plan_pruning
 from compress.settings import Budget, Prune
-from compress.surgery import apply_plan, check_oracle
+from compress.surgery import apply_plan
 from step import losses
 from topologies import randomised
 
