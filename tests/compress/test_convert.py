@@ -19,7 +19,7 @@ from compress.errors import CheckpointError, EspalierError, RunError, run_app
 from compress.foreign import read_foreign
 from compress.oracle import check_oracle
 from compress.prune import plan_pruning
-from compress.settings import Budget, Prune
+from compress.settings import Prune
 from compress.surgery import apply_plan
 from compress.translate import modules, translate
 from original import Rows
@@ -470,10 +470,3 @@ def test_a_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         run_app(lambda: command.main(arguments, prog_name="convert"))
     assert stop.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_budget_of_a_device_applies_to_a_converted_yolov7(tmp_path: Path) -> None:
-    model, _ = convert.convert(original.save(stand_in(original.yolov7(), 1 / 8), tmp_path / "model.pt"))
-    planned = plan_pruning(model, Prune(percent=0.3, importance="l1", budget=Budget(multiple_of=4, min_width=4)), 64)
-    assert check_oracle(planned.graph, apply_plan(model, planned.plan), planned.choice.keep) < 1e-4
-    assert {name for name in planned.graph.frozen() if "model.119" not in name} == set()

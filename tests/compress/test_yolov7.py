@@ -77,15 +77,12 @@ def test_backbone_and_neck_have_the_published_parameters(name: str) -> None:
         if type(module).__name__ == "RepConv":
             assert module.bn is None  # the original's has no identity, because its widths differ
             folded += module.conv2.conv.weight.numel() + module.c2  # the 1×1 branch, and its second bias
-    count = sum(weight.numel() for weight in body.parameters()) - folded
+    whole = sum(weight.numel() for weight in body.parameters())
+    assert name != "yolov7" or whole == 37_620_125 - 457_725
+    count = whole - folded
     assert count == PRINTED[name]
     assert round((count + head(PYRAMIDS[name], 80)) / 1e6, 1) == PAPER_M[name]
     assert model.stride.tolist() == [8.0, 16.0, 32.0, 64.0][: len(PYRAMIDS[name])]
-
-
-def test_yolov7_has_the_published_parameters_before_fusing() -> None:
-    model: Any = build_model("yolov7.yaml")
-    assert sum(weight.numel() for weight in model.model[:-1].parameters()) == 37_620_125 - 457_725
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -122,8 +119,8 @@ def test_it_trains(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_pruned_everywhere(name: str) -> None:
-    model = randomised(build_model(narrow(name, 1 / 4), nc=3))
-    settings = Prune(percent=0.4, importance="random", budget=Budget(multiple_of=4, min_width=4))
+    model = randomised(build_model(narrow(name), nc=3))
+    settings = Prune(percent=0.4, importance="random", budget=Budget(multiple_of=2, min_width=2))
     planned = plan_pruning(model, settings, imgsz(name) // 2)
     pruned = apply_plan(model, planned.plan)
     assert check_oracle(planned.graph, pruned, planned.choice.keep) < 1e-4
