@@ -18,6 +18,7 @@ from compress.manifest import sha256_json, write_bytes_atomic
 if TYPE_CHECKING:
     from torch import nn
 
+MODELS = Path(__file__).parents[1] / "configs" / "models"
 PLANS = "espalier_plans"  # attribute of a pruned model: its plans, oldest first, as plain dicts
 
 
@@ -60,6 +61,8 @@ def load_training_args(path: str | Path) -> dict[str, Any]:
 def build_model(cfg: str | dict[str, Any], nc: int | None = None) -> nn.Module:
     """Build an untrained model of the task that its head tells, from a YAML of Ultralytics' form, with `nc` classes.
 
+    A name that is neither on disk nor one of Ultralytics' own, such as yolov7.yaml, is looked for in configs/models.
+
     Raises:
         CheckpointError: the YAML is missing or does not describe a model.
     """
@@ -67,12 +70,29 @@ def build_model(cfg: str | dict[str, Any], nc: int | None = None) -> nn.Module:
 
     with quiet():
         try:
-            content: Any = copy.deepcopy(cfg) if isinstance(cfg, dict) else tasks.yaml_model_load(cfg)
+            content: Any = copy.deepcopy(cfg) if isinstance(cfg, dict) else read_architecture(cfg)
             kind = getattr(tasks, _model_class(str(content["head"][-1][2])))
             return kind(content, nc=nc, verbose=False).eval()
         except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError, OSError) as error:
             name = cfg if isinstance(cfg, str) else cfg.get("yaml_file", "the model YAML")
             raise CheckpointError(f"{name} does not describe a model of Ultralytics' form: {error}") from None
+
+
+def read_architecture(cfg: str) -> dict[str, Any]:
+    """Return the content of a model YAML: a path, one of Ultralytics' own names, or a name in configs/models.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    from ultralytics.nn.tasks import yaml_model_load
+
+    try:
+        return yaml_model_load(cfg)
+    except FileNotFoundError:
+        own = MODELS / cfg
+        if not own.is_file():
+            raise
+        return yaml_model_load(str(own))
 
 
 def _model_class(head: str) -> str:
@@ -182,8 +202,11 @@ def _refuse_foreign_globals(path: Path) -> None:
     allowed = ("torch.", "ultralytics.", "numpy.", "pathlib.", "builtins.getattr", "torchvision.transforms.")
     foreign = [name for name in names if not name.startswith(allowed)]
     if foreign:
+        remedy = "refused"
+        if any(name.startswith("models.") for name in foreign):  # what YOLOv5's and YOLOv7's own repositories are
+            remedy = f"if it is of YOLOv5 or YOLOv7, `python -m compress.convert {path} --output NEW.pt` reads it"
         raise CheckpointError(
-            f"{path} is not a plain model: opening it would import {', '.join(sorted(foreign)[:3])}; refused"
+            f"{path} is not a plain model: opening it would import {', '.join(sorted(foreign)[:3])}; {remedy}"
         )
 
 

@@ -22,7 +22,7 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import DEFAULT_CFG_DICT, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
-from compress.checkpoint import load_model, plans_of
+from compress.checkpoint import load_model, plans_of, read_architecture
 from compress.errors import CheckpointError, EspalierError, PlanError, SettingsError
 from compress.fade import START, Fade, remaining
 from compress.graph import build_graph
@@ -75,6 +75,8 @@ class PlanTrainer(DetectionTrainer):
         Raises:
             PlanError: the data set has another number of classes than the pruned model.
         """
+        if isinstance(cfg, str):
+            cfg = read_architecture(cfg)
         if weights is None or not plans_of(weights):
             return super().get_model(cfg, weights, verbose)
         classes = len(weights.names)  # type: ignore[arg-type]

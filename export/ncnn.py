@@ -142,6 +142,7 @@ def _trace(network: Any, model: Path, imgsz: int) -> Any:
 
     import torch
     from ultralytics.nn.modules.block import CBFuse
+    from ultralytics.nn.modules.conv import Index
 
     head = network.model[-1]
     branch = head.one2one if head.end2end else head.one2many
@@ -155,6 +156,9 @@ def _trace(network: Any, model: Path, imgsz: int) -> Any:
         if isinstance(module, CBFuse):
             fuse: Any = module
             fuse.forward = partial(_fuse, module)
+        elif isinstance(module, Index) and module.index == ():
+            passing: Any = module
+            passing.forward = _pass_on  # the trace would hold an alias, which ncnn does not have
     images = torch.zeros(1, network.yaml.get("channels", 3), imgsz, imgsz)
     with torch.no_grad(), warnings.catch_warnings():
         # pnnx reads TorchScript and nothing else, deprecated or not; parity checks the trace.
@@ -163,6 +167,10 @@ def _trace(network: Any, model: Path, imgsz: int) -> Any:
             return torch.jit.trace(network, images, check_trace=False)
         except (RuntimeError, ValueError, TypeError) as error:
             raise ExportError(f"{model.name} cannot be traced: {_last_line(str(error))}") from None
+
+
+def _pass_on(x: Any) -> Any:
+    return x
 
 
 def _fuse(module: Any, maps: list[Any]) -> Any:
