@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from compress.errors import SettingsError
 
 Importance = Literal["bn", "l1", "l2", "taylor", "random"]
-Runtime = Literal["torch", "onnxruntime", "ncnn"]
+Runtime = Literal["torch", "onnxruntime", "ncnn", "tensorrt"]
 Section = TypeVar("Section", bound="Strict")
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 
@@ -141,7 +141,7 @@ class Quantize(Strict):
 
 
 class ExportTrt(Strict):
-    """A TensorRT engine."""
+    """A TensorRT engine; a pipeline builds one on its own machine where `benchmark.runtimes` asks for tensorrt."""
 
     precision: Literal["fp32", "tf32", "fp16", "bf16", "int8"] = "fp16"
     rest: Literal["fp32", "fp16"] = Field(default="fp32", description="what int8 leaves in float computes in this")
@@ -189,6 +189,7 @@ class Run(Strict):
     finetune: Finetune
     export: Export = Export()
     ncnn: ExportNcnn = ExportNcnn()
+    trt: ExportTrt = ExportTrt()
     benchmark: Benchmark = Benchmark()
 
 

@@ -15,7 +15,9 @@ from compress.errors import ExportError
 from export import qdq
 
 Half = Literal["fp16", "bf16"]
-_BF16_OPSET = 22
+QDQ_OPSET, _BF16_OPSET = 19, 22  # the first with Q/DQ nodes of 16-bit floats, and with bf16 convolutions
+_QDQ = ("QuantizeLinear", "DequantizeLinear")
+_LEAST_SCALE = 2.0**-24  # the least fp16 above 0
 # Inputs that the ONNX specification wants as float32, whatever the type of the others.
 _FLOAT_INPUTS = {"Resize": (1, 2), "Upsample": (1,)}
 # Nodes whose type is written in an attribute, or whose values are coordinates.
@@ -25,20 +27,22 @@ _FLOAT_NODES = frozenset(("ConstantOfShape", "EyeLike", "NonMaxSuppression", "Ra
 def convert(graph: Any, precision: Half) -> Any:
     """Return a copy of an fp32 graph that computes in 16 bits up to its last convolutions.
 
-    What follows them, the decoding of the head, stays in fp32: 16 bits cannot tell neighbouring pixels apart at 640 px
-    (fp16 has steps of 0.5 there, bf16 of 4). So does what computes with shapes. Inputs and outputs stay fp32.
+    In a quantized graph that is what its int8 layers leave over. What follows them, the decoding of the head, stays in
+    fp32: 16 bits cannot tell neighbouring pixels apart at 640 px (fp16 has steps of 0.5 there, bf16 of 4). So does what
+    computes with shapes. Inputs and outputs stay fp32.
 
     Args:
         graph: an ONNX model as `export.onnx` writes it.
         precision: fp16 or bf16.
 
     Raises:
-        ExportError: the graph is quantized, has no convolution, or a weight does not fit into fp16.
+        ExportError: the graph is quantized with an old opset, has no convolution, or a weight does not fit into fp16.
     """
     import onnx
 
-    if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in graph.graph.node):
-        raise ExportError("the graph is quantized: its precision is int8 already")
+    opset = max(item.version for item in graph.opset_import if item.domain in ("", "ai.onnx"))
+    if opset < QDQ_OPSET and any(node.op_type in _QDQ for node in graph.graph.node):
+        raise ExportError(f"16-bit scales of Q/DQ nodes need opset {QDQ_OPSET}, the graph has {opset}: export it again")
     if not qdq.layers_of(graph):
         raise ExportError(f"the graph has no convolution that could compute in {precision}: use fp32")
     made = copy.deepcopy(graph)
@@ -48,7 +52,6 @@ def convert(graph: Any, precision: Half) -> Any:
     in_float = qdq.behind_layers(made) | _of_shapes(made, nodes)
     _Casts(made, kinds, half, precision).apply(nodes, in_float)
     del made.graph.value_info[:]  # they name the types of before
-    opset = max(item.version for item in made.opset_import if item.domain in ("", "ai.onnx"))
     # Before that set ONNX has no bf16 convolution: TensorRT takes it all the same, shape inference does not.
     onnx.checker.check_model(made, full_check=precision == "fp16" or opset >= _BF16_OPSET)
     return made
@@ -66,6 +69,7 @@ class _Casts:
         self.precision = precision
         self.floats = {name for name, kind in kinds.items() if kind == self.float_type}
         self.weights = {item.name: item for item in model.graph.initializer}
+        self.scales = {node.input[1] for node in model.graph.node if node.op_type in _QDQ}
         self.halved: set[str] = set()  # tensors that a node in 16 bits returns
         self.made: dict[tuple[str, int], str] = {}
         self.ordered: list[Any] = []
@@ -108,7 +112,7 @@ class _Casts:
             label = self.precision if kind == self.half else "fp32"
             other = f"{name}_{label}"
             if name in self.weights:
-                self.graph.initializer.append(_narrow(self.weights[name], other, self.precision))
+                self.graph.initializer.append(_narrow(self.weights[name], other, self.precision, name in self.scales))
             else:
                 self.ordered.append(self._cast(name, other, kind))
             self.made[name, kind] = other
@@ -126,8 +130,8 @@ class _Casts:
                 attribute.i = self.half
 
 
-def _narrow(weight: Any, name: str, precision: str) -> Any:
-    """Return a weight in 16 bits.
+def _narrow(weight: Any, name: str, precision: str, is_scale: bool) -> Any:
+    """Return a weight in 16 bits; a scale stays above 0.
 
     Raises:
         ExportError: it is too large for fp16.
@@ -136,6 +140,8 @@ def _narrow(weight: Any, name: str, precision: str) -> Any:
     from onnx import helper, numpy_helper
 
     values = numpy_helper.to_array(weight)
+    if is_scale:
+        values = np.maximum(values, np.float32(_LEAST_SCALE))
     if precision == "fp16":
         if np.abs(values).max(initial=0.0) > np.finfo(np.float16).max:
             raise ExportError(f"the weight {weight.name} is too large for fp16 (65504): use bf16 or fp32")

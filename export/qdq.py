@@ -163,6 +163,7 @@ def quantize(
         },
     )
     quantizer.quantize_model()
+    quantizer.model.topological_sort()  # it appends its nodes at the end, where ONNX does not allow them
     return quantizer.model.model
 
 

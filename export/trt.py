@@ -7,7 +7,7 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,18 +16,16 @@ import typer
 
 from compress import manifest
 from compress.errors import ExportError, run_app
-from compress.settings import Export, ExportTrt, Quantize, parse
+from compress.settings import ExportTrt, parse
 from export import stage, trt_builder, trt_target, trtexec
-from export.trt_target import Target
+from export.trt_onnx import TOLERANCE, checkpoint_imgsz, load_onnx, make_onnx, profiles_of
+from export.trt_target import Local, Target
 
 STAGE = "trt"
 ENGINE, SIDECAR, LAYERS, LOG, SCRIPT = ".engine", ".engine.json", ".layers.json", ".build.log", ".trtexec.sh"
 # What an engine depends on beside its ONNX file; a change of any makes it stale.
 _IDENTITY = ("flavour", "version", "gpu", "compute_capability", "l4t", "jetpack")
-_OLDEST, _COMPATIBLE_SINCE, _BF16_SINCE, _HALF_QDQ_OPSET = (8, 5), (8, 6), (10,), 19
-# TF32 has the mantissa of fp16, and bf16 has three bits fewer, which parity knows no closer tolerance for than int8's.
-_TOLERANCE = {"fp32": "fp32", "tf32": "fp16", "fp16": "fp16", "bf16": "int8", "int8": "int8"}
-Range = tuple[int, int, int]
+_OLDEST, _COMPATIBLE_SINCE, _BF16_SINCE = (8, 5), (8, 6), (10,)
 
 
 def export_stage(
@@ -39,6 +37,7 @@ def export_stage(
     data: Path | None = None,
     calibration: Path | None = None,
     cache: Path | None = None,
+    name: str | None = None,
 ) -> dict[str, Any]:
     """Build `output/NAME.engine` as a stage: skipped when finished and unchanged, built again when stale.
 
@@ -53,6 +52,7 @@ def export_stage(
         data: data set YAML; images of its val split prove the ONNX file of a checkpoint.
         calibration: data set YAML whose train split calibrates int8; `data` when not given.
         cache: folder of timing caches, one for each version and GPU.
+        name: NAME; the model file's own when not given.
 
     Returns:
         The sidecar: hashes, facts of the target, settings, profiles, inputs, outputs, layers by precision, parity.
@@ -63,23 +63,26 @@ def export_stage(
         ExportError: the ONNX file is not one or does not fit the settings, parity fails, the target cannot be reached
             or lacks TensorRT, memory or space, or the build fails.
     """
+    name = name or model.stem
     parents = _parents(model, data, calibration)
     facts = probe(target, settings.flavour)
     check_support(settings, facts)
-    config = {**settings.model_dump(mode="json"), "name": model.stem, **{key: facts[key] for key in _IDENTITY}}
-    sidecar = output / f"{model.stem}{SIDECAR}"
+    config = {**settings.model_dump(mode="json"), "name": name, **{key: facts[key] for key in _IDENTITY}}
+    engine, onnx = output / f"{name}{ENGINE}", output / f"{name}.onnx"
     with manifest.lock(output):
         if manifest.is_finished(output, STAGE, config, parents):
             print(f"{STAGE}: finished before, unchanged: {output}")
-            return manifest.read_json(sidecar)
+            return manifest.read_json(engine.with_suffix(SIDECAR))
         for change in _changes(output, config, parents):
-            print(f"{STAGE}: {model.stem}{ENGINE} is stale, it is built again: {change}")
+            print(f"{STAGE}: {engine.name} is stale, it is built again: {change}")
         manifest.begin(output, STAGE, config, parents)
-        onnx, parity = make_onnx(model, settings, facts, output, data, calibration)
-        record = build(onnx, model.stem, settings, target, facts, output, cache, model, parity)
-        endings = [ENGINE, SIDECAR, LAYERS, LOG]
-        manifest.finish(output, STAGE, config, parents, [onnx.name, *(model.stem + item for item in endings)], record)
-    print(f"{STAGE}: {output / (model.stem + ENGINE)} ({summary(record)})")
+        parity = make_onnx(model, onnx, settings, facts["strongly_typed"], data, calibration)
+        more = {"model_sha256": parents["model"], "parity": parity, "engine_parity": None}
+        prove = _prover(model, settings, target, facts, data)
+        record = build(onnx, engine, settings, target, facts, cache=cache, more=more, prove=prove)
+        files = [engine, onnx, *(engine.with_suffix(ending) for ending in (SIDECAR, LAYERS, LOG))]
+        manifest.finish(output, STAGE, config, parents, [path.name for path in files], record)
+    print(f"{STAGE}: {engine} ({summary(record)})")
     return record
 
 
@@ -118,148 +121,68 @@ def check_support(settings: ExportTrt, facts: dict[str, Any]) -> None:
         raise ExportError(f"TensorRT {version} has no bf16, 10.0 has: use --precision fp16")
 
 
-def make_onnx(
-    model: Path, settings: ExportTrt, facts: dict[str, Any], output: Path, data: Path | None, calibration: Path | None
-) -> tuple[Path, dict[str, Any] | None]:
-    """Write `output/NAME.onnx` in the types that the target's network takes; return it with its parity record.
-
-    A strongly typed network computes in the types of the ONNX file, so this file has them; a weakly typed one is given
-    fp32, or Q/DQ nodes.
-
-    Raises:
-        ExportError: see `export_stage`.
-    """
-    import onnx
-
-    path = output / f"{model.stem}.onnx"
-    if model.suffix == ".onnx":
-        graph, parity = load_onnx(model), None
-        _check_precision(model, graph, settings)
-    else:
-        _check_static(settings)
-        assert data is not None  # `_parents` asked for it
-        graph, parity = _export(model, settings, output, data, calibration or data)
-    half = settings.rest if settings.precision == "int8" else settings.precision
-    if facts["strongly_typed"] and half in ("fp16", "bf16") and not _is_half(graph):
-        from export.half import convert
-
-        graph = convert(graph, half)
-        parity = _prove_half(model, graph, half, settings, output, data) if parity else None
-    manifest.write_bytes_atomic(path, graph.SerializeToString(deterministic=True))
-    onnx.checker.check_model(str(path))
-    return path, parity
-
-
-def load_onnx(path: Path) -> Any:
-    """Open an ONNX file.
-
-    Raises:
-        ExportError: it is missing, cut short, not ONNX, or keeps its weights in other files.
-    """
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    if not path.is_file():
-        raise ExportError(f"{path} does not exist: check the path")
-    try:
-        graph = onnx.load(path, load_external_data=False)
-        onnx.checker.check_model(graph)
-    except (DecodeError, onnx.checker.ValidationError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ExportError(f"{path} is not an ONNX file, or is damaged ({reason}): export it again") from None
-    if any(item.data_location == onnx.TensorProto.EXTERNAL for item in graph.graph.initializer):
-        raise ExportError(f"{path} keeps its weights in other files: save it as one file")
-    return graph
-
-
-def profiles_of(name: str, graph: Any, batch: str | None, imgsz: str | None) -> dict[str, list[list[int]]]:
-    """Return the optimisation profile of a graph's image input, {input: [min, opt, max]}; empty for a static graph.
-
-    Args:
-        name: of the file, for messages.
-        graph: an ONNX model.
-        batch: N or MIN:OPT:MAX.
-        imgsz: px, or MIN:OPT:MAX.
-
-    Raises:
-        ExportError: the graph has not one image input, has a dynamic shape and no range is given, or the other way
-            round.
-    """
-    weights = {item.name for item in graph.graph.initializer}
-    inputs = [item for item in graph.graph.input if item.name not in weights]
-    dimensions = [[part.dim_value or None for part in item.type.tensor_type.shape.dim] for item in inputs]
-    if len(inputs) != 1 or len(dimensions[0]) != 4 or dimensions[0][1] is None:
-        raise ExportError(f"{name} must have one input (n, 3, height, width), it has {dimensions}: export it again")
-    (shape,) = dimensions
-    wanted = [_fit(name, "batch", shape[0], batch), (shape[1],) * 3]
-    wanted += [_fit(name, "imgsz", size, imgsz) for size in shape[2:]]
-    if None not in shape:
-        return {}
-    return {inputs[0].name: [list(point) for point in zip(*wanted, strict=True)]}
-
-
-def parse_range(text: str, option: str) -> Range:
-    """Return (min, opt, max) of `N` or `MIN:OPT:MAX`.
-
-    Raises:
-        ExportError: the text is neither, or its numbers do not rise.
-    """
-    numbers = [int(part) for part in re.findall(r"[1-9]\d{0,5}", text)]
-    if not re.fullmatch(r"[1-9]\d{0,5}(:[1-9]\d{0,5}:[1-9]\d{0,5})?", text) or sorted(numbers) != numbers:
-        raise ExportError(f"--{option} must be a number or MIN:OPT:MAX in rising order, got {text!r}")
-    low, best, high = numbers if len(numbers) == 3 else numbers * 3
-    return low, best, high
-
-
 def build(
     onnx: Path,
-    name: str,
+    output: Path,
     settings: ExportTrt,
     target: Target,
     facts: dict[str, Any],
-    output: Path,
-    cache: Path | None,
-    model: Path | None = None,
-    parity: dict[str, Any] | None = None,
+    *,
+    cache: Path | None = None,
+    more: dict[str, Any] | None = None,
+    prove: Callable[[Path], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Build `output/NAME.engine` from an ONNX file in the target's types, with layer report, log and sidecar.
+    """Build an engine from an ONNX file in the target's types, with layer report, log and sidecar.
 
-    Engine and sidecar get their names last: a build that fails leaves the log.
+    Engine and sidecar get their names last: of a build that fails only the log is left.
+
+    Args:
+        onnx: the ONNX file, see `trt_onnx.make_onnx`.
+        output: the engine's path, NAME.engine.
+        settings: precision, shapes, compatibility …
+        target: where it is built.
+        facts: what `probe` returned.
+        cache: folder of timing caches.
+        more: further entries of the sidecar.
+        prove: compares the engine with PyTorch and returns a parity record; null where it cannot run.
 
     Returns:
         The sidecar.
 
     Raises:
-        ExportError: the shapes do not fit, or the build fails.
+        ExportError: the shapes do not fit, the build fails, or the engine does not equal PyTorch: it is then kept as
+            NAME.rejected.engine.
     """
     graph = load_onnx(onnx)
-    request = make_request(onnx.name, graph, settings, facts, name)
+    request = make_request(onnx.name, graph, settings, facts)
     timing = _timing_cache(cache, facts)
-    with _job(output, name) as job:
+    with _job(output) as job:
         shutil.copyfile(onnx, job / request["onnx"])
         if timing is not None and timing.is_file():
             shutil.copyfile(timing, job / request["timing_cache"])
         manifest.write_json(job / trt_builder.REQUEST, request)
         print(
-            f"{STAGE}: building {name}{ENGINE} on {target.name} ({facts['flavour']} {facts['version']}, "
-            f"{settings.precision}), on a small device for minutes",
+            f"{STAGE}: building {output.name} on {target.name} ({facts['flavour']} {facts['version']}, "
+            f"{settings.precision}); a small device takes minutes",
             flush=True,
         )
         result = trt_target.run(target, job)
-        built = result["built"]
-        record = _sidecar(job / request["engine"], onnx, graph, settings, request, {**facts, **result["facts"]}, built)
-        record["model_sha256"] = manifest.sha256_file(model) if model is not None else None
-        record["parity"] = parity
         if timing is not None and (job / request["timing_cache"]).is_file():
             timing.parent.mkdir(parents=True, exist_ok=True)
             manifest.write_bytes_atomic(timing, (job / request["timing_cache"]).read_bytes())
-        manifest.write_json(output / f"{name}{LAYERS}", built["layers"])
-        (job / request["engine"]).replace(output / f"{name}{ENGINE}")
-    manifest.write_json(output / f"{name}{SIDECAR}", record)
+        built, engine = result["built"], job / request["engine"]
+        hashes = {"onnx_sha256": manifest.sha256_file(onnx), "engine_sha256": manifest.sha256_file(engine)}
+        record = {**sidecar(graph, settings, request, result["facts"], built, hashes), **(more or {})}
+        manifest.write_json(job / f"{engine.name}.json", record)
+        if prove is not None:
+            record["engine_parity"] = _prove_engine(engine, output, prove)
+        manifest.write_json(output.with_suffix(LAYERS), built["layers"])
+        engine.replace(output)
+    manifest.write_json(output.with_suffix(SIDECAR), record)
     return record
 
 
-def make_request(onnx: str, graph: Any, settings: ExportTrt, facts: dict[str, Any], name: str) -> dict[str, Any]:
+def make_request(onnx: str, graph: Any, settings: ExportTrt, facts: dict[str, Any]) -> dict[str, Any]:
     """Return what `trt_builder.py` is asked for; see its `build`.
 
     Raises:
@@ -285,7 +208,6 @@ def make_request(onnx: str, graph: Any, settings: ExportTrt, facts: dict[str, An
         "version_compatible": settings.version_compatible,
         "hardware_compatible": settings.hardware_compatible,
         "dla": settings.dla,
-        "name": name,
     }
 
 
@@ -306,16 +228,17 @@ def write_script(
         ExportError: as `export_stage`, as far as the ONNX file goes.
     """
     check_support(settings, facts)
-    output.mkdir(parents=True, exist_ok=True)
     _parents(model, data, calibration)
-    if model.resolve() == (output / f"{model.stem}.onnx").resolve():
-        raise ExportError(f"{model} is in --output, where its typed copy goes: choose another --output")
-    onnx, _ = make_onnx(model, settings, facts, output, data, calibration)
-    request = make_request(onnx.name, load_onnx(onnx), settings, facts, model.stem)
+    onnx = output / f"{model.stem}.onnx"
+    if model.resolve() == onnx.resolve():
+        raise ExportError(f"{model} lies in --output, where its copy in the target's types goes: choose another")
+    output.mkdir(parents=True, exist_ok=True)
+    make_onnx(model, onnx, settings, facts["strongly_typed"], data, calibration)
+    request = make_request(onnx.name, load_onnx(onnx), settings, facts)
     own = {"onnx": onnx.name, "engine": f"{model.stem}{ENGINE}"}
     if request["timing_cache"] is not None:
         own["timing_cache"] = f"{model.stem}.timing.cache"
-    path = output / f"{model.stem}{SCRIPT}"
+    path = onnx.with_suffix(SCRIPT)
     manifest.write_bytes_atomic(path, trtexec.script(facts["flavour"], facts["version"], {**request, **own}).encode())
     path.chmod(0o755)
     print(f"{STAGE}: {path} (for {facts['flavour']} {facts['version']}; nothing was built)")
@@ -370,101 +293,43 @@ def _changes(output: Path, config: dict[str, Any], parents: dict[str, str]) -> l
     return changes or ["a file of it is missing or has changed"]
 
 
-def _export(
-    model: Path, settings: ExportTrt, output: Path, data: Path, calibration: Path
-) -> tuple[Any, dict[str, Any]]:
-    """Return the ONNX graph of a checkpoint, fp32 or with Q/DQ nodes, and the record that proves it."""
-    from compress.dataset import images
-    from export.onnx import export_checked
-    from export.quantize import export_int8
-
-    imgsz = parse_range(settings.imgsz or "640", "imgsz")[0]
-    path = output / f"{model.stem}.onnx"
-    if settings.precision == "int8":
-        opset = max(settings.opset, _HALF_QDQ_OPSET) if settings.rest == "fp16" else settings.opset
-        quantize = Quantize(target="tensorrt", opset=opset, parity_images=settings.parity_images)
-        record = export_int8(model, path, data, calibration, imgsz, quantize)
-    else:
-        chosen = images(data, "val")[: settings.parity_images]
-        record = export_checked(model, path, chosen, imgsz, Export(opset=settings.opset))
-    return load_onnx(path), record
-
-
-def _prove_half(
-    model: Path, graph: Any, half: str, settings: ExportTrt, output: Path, data: Path | None
-) -> dict[str, Any] | None:
-    """Compare a 16-bit graph with PyTorch, as far as onnxruntime can run it on a CPU: it has no bf16 convolution."""
-    from compress.dataset import images
-    from export import parity
-
-    if half == "bf16" or data is None:
-        return None
-    path, chosen = output / f"{model.stem}.onnx", images(data, "val")[: settings.parity_images]
-    imgsz = parse_range(settings.imgsz or "640", "imgsz")[0]
-    return stage.prove(
-        path,
-        lambda place: manifest.write_bytes_atomic(place, graph.SerializeToString(deterministic=True)),
-        lambda place: parity.compare(model, place, chosen, imgsz, precision=_TOLERANCE[settings.precision]),
-        "use --precision fp32 or tf32",
-    )
-
-
-def _check_static(settings: ExportTrt) -> None:
-    ranges = [parse_range(text, name) for name, text in (("imgsz", settings.imgsz), ("batch", settings.batch)) if text]
-    if any(low != high for low, _, high in ranges) or settings.batch not in (None, "1"):
-        raise ExportError(
-            "a checkpoint is exported for batch 1 and one image size: for others give the dynamic .onnx file of it"
-        )
-
-
-def _check_precision(path: Path, graph: Any, settings: ExportTrt) -> None:
-    """Check that the types of an ONNX file do not contradict the precision that is asked for."""
-    quantized = any(node.op_type == "QuantizeLinear" for node in graph.graph.node)
-    if settings.precision == "int8":
-        if not quantized:
-            raise ExportError(
-                f"{path.name} has no Q/DQ nodes, which int8 needs: make it with export.quantize --target tensorrt, or "
-                "give the checkpoint with --data"
-            )
-        opset = max(item.version for item in graph.opset_import if item.domain in ("", "ai.onnx"))
-        if settings.rest == "fp16" and opset < _HALF_QDQ_OPSET:
-            raise ExportError(f"--rest fp16 needs opset {_HALF_QDQ_OPSET}, {path.name} has {opset}: export it again")
-    elif quantized:
-        raise ExportError(f"{path.name} is quantized: use --precision int8")
-    elif _is_half(graph) and settings.precision in ("fp32", "tf32"):
-        raise ExportError(f"{path.name} has 16-bit weights: use --precision fp16 or bf16, or give the fp32 file")
-
-
-def _is_half(graph: Any) -> bool:
-    import onnx
-
-    kinds = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
-    return any(item.data_type in kinds for item in graph.graph.initializer)
-
-
-def _fit(name: str, option: str, size: int | None, text: str | None) -> Range:
-    """Return the range of one dimension of the input, after checking what was asked for against the file."""
-    if size is None:
-        if text is None:
-            raise ExportError(f"{name} has a dynamic {option}: give --{option} N or --{option} MIN:OPT:MAX")
-        return parse_range(text, option)
-    if text is not None and parse_range(text, option) != (size,) * 3:
-        raise ExportError(
-            f"{name} was exported for {option} {size}, --{option} is {text}: leave it out, or export again"
-        )
-    return size, size, size
-
-
 @contextmanager
-def _job(output: Path, name: str) -> Iterator[Path]:
-    """Yield a job folder beside the results; its log is kept, whatever happens."""
-    with tempfile.TemporaryDirectory(dir=output, prefix=".job.") as folder:
+def _job(output: Path) -> Iterator[Path]:
+    """Yield a job folder beside the engine; its log is kept, whatever happens."""
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".job.") as folder:
         job = Path(folder)
         try:
             yield job
         finally:
             if (job / trt_builder.LOG).is_file():
-                (job / trt_builder.LOG).replace(output / f"{name}{LOG}")
+                (job / trt_builder.LOG).replace(output.with_suffix(LOG))
+
+
+def _prover(
+    model: Path, settings: ExportTrt, target: Target, facts: dict[str, Any], data: Path | None
+) -> Callable[[Path], dict[str, Any]] | None:
+    """Return what compares an engine with PyTorch; null where there is no PyTorch model, or no GPU on this machine."""
+    if model.suffix != ".pt" or data is None or not isinstance(target, Local) or facts["gpu"] is None:
+        return None
+    from compress.dataset import images
+    from export import parity
+
+    chosen, imgsz = images(data, "val")[: settings.parity_images], checkpoint_imgsz(settings)
+    return lambda engine: parity.compare(model, engine, chosen, imgsz, precision=TOLERANCE[settings.precision])
+
+
+def _prove_engine(engine: Path, output: Path, prove: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    from export import parity
+
+    record = prove(engine)
+    if not record["passed"]:
+        rejected = output.with_suffix(f".rejected{ENGINE}")
+        engine.replace(rejected)
+        raise ExportError(
+            f"{output.name} does not equal PyTorch on {parity.summary(record)}: {', '.join(parity.failures(record))}; "
+            f"kept as {rejected.name}: use a wider --precision"
+        )
+    return record
 
 
 def _timing_cache(cache: Path | None, facts: dict[str, Any]) -> Path | None:
@@ -475,21 +340,30 @@ def _timing_cache(cache: Path | None, facts: dict[str, Any]) -> Path | None:
     return cache / f"{re.sub(r'[^A-Za-z0-9.]+', '-', key)}.timing"
 
 
-def _sidecar(
-    engine: Path,
-    onnx: Path,
+def sidecar(
     graph: Any,
     settings: ExportTrt,
     request: dict[str, Any],
     facts: dict[str, Any],
     built: dict[str, Any],
+    hashes: dict[str, str],
 ) -> dict[str, Any]:
+    """Return what stands beside an engine; `benchmark.runners.tensorrt_runner` checks it before it loads the engine.
+
+    Args:
+        graph: the ONNX model.
+        settings: what was asked for.
+        request: what the builder was asked for.
+        facts: of the machine that built it.
+        built: what the builder returned.
+        hashes: sha256 of the engine and of the ONNX file.
+    """
     entries = {item.key: item.value for item in graph.metadata_props}
     precisions = Counter(layer["precision"] for layer in built["layers"] if layer["precision"] is not None)
     return {
         "schema": manifest.SCHEMA,
-        "engine": {"bytes": built["bytes"], "sha256": manifest.sha256_file(engine)},
-        "onnx_sha256": manifest.sha256_file(onnx),
+        "engine_bytes": built["bytes"],
+        **hashes,
         "calibration_sha256": entries.get("espalier_calibration_sha256"),
         "facts": {key: value for key, value in facts.items() if key != "free_bytes"},
         "settings": settings.model_dump(mode="json"),

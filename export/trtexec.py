@@ -53,8 +53,12 @@ def _precision(flavour: str, version: str, request: dict[str, Any]) -> list[str]
     if is_strongly_typed(flavour, version):
         always = flavour == "tensorrt_rtx" or version_tuple(version) >= _ALWAYS_STRONGLY_TYPED_SINCE
         return options if always else [*options, "--stronglyTyped"]
-    if precision in ("fp16", "bf16", "int8"):
-        options.append(f"--{precision}")
+    if precision in ("fp32", "tf32"):
+        return options
+    options.append(f"--{precision}")
     if precision == "int8" and request["rest"] == "fp16":
         options.append("--fp16")
+    if names := request["float_nodes"]:
+        kept = ",".join(f"{name}:fp32" for name in names)
+        options += ["--precisionConstraints=prefer", f"--layerPrecisions={kept}", f"--layerOutputTypes={kept}"]
     return options

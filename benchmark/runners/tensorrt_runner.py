@@ -140,7 +140,7 @@ def read_sidecar(engine: Path) -> dict[str, Any]:
     path = engine.with_name(engine.name + SIDECAR)
     try:
         sidecar = json.loads(path.read_text(encoding="utf-8"))
-        size, digest = sidecar["engine"]["bytes"], sidecar["engine"]["sha256"]
+        size, digest = sidecar["engine_bytes"], sidecar["engine_sha256"]
         assert {"facts", "settings", "inputs", "precisions", "names", "end2end"} <= set(sidecar)
         assert sidecar["facts"]["flavour"] in ("tensorrt", "tensorrt_rtx")
     except (OSError, ValueError, KeyError, TypeError, AssertionError):
@@ -165,8 +165,8 @@ def reasons_against(sidecar: dict[str, Any], here: dict[str, Any]) -> list[str]:
     reasons = []
     if built["flavour"] != here["flavour"]:
         return [f"built by {built['flavour']}, this is {here['flavour']}"]
-    older = settings["version_compatible"] and _numbers(here["version"]) >= _numbers(built["version"])
-    if built["version"] != here["version"] and not older:
+    may_be_later = settings["version_compatible"] and _numbers(here["version"]) > _numbers(built["version"])
+    if built["version"] != here["version"] and not may_be_later:
         reasons.append(f"built by {built['flavour']} {built['version']}, this is {here['version']}")
     if built["flavour"] == "tensorrt" and built["gpu"] != here["gpu"]:
         ampere = _numbers(here["compute_capability"] or "0") >= _AMPERE
