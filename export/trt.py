@@ -375,11 +375,18 @@ def sidecar(
         "precisions": dict(precisions.most_common()),
         "loaded": built["loaded"],
         "build_seconds": built["seconds"],
-        "names": _literal(entries.get("names")),
+        "names": _names(_literal(entries.get("names"))),
         "stride": _literal(entries.get("stride")),
         "task": entries.get("task"),
         "end2end": bool(_literal(entries.get("end2end"))),
     }
+
+
+def _names(found: Any) -> dict[str, str] | None:
+    """Return class names by number, as JSON keeps them."""
+    if isinstance(found, (list, tuple)):
+        found = dict(enumerate(found))
+    return {str(number): str(name) for number, name in found.items()} if isinstance(found, dict) else None
 
 
 def _literal(text: str | None) -> Any:

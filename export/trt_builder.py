@@ -286,8 +286,14 @@ def _parse(trt: Any, network: Any, logger: Any, path: Path) -> None:
     parser = trt.OnnxParser(network, logger)
     if parser.parse_from_file(str(path)):
         return
-    reasons = [parser.get_error(i).desc() for i in range(parser.num_errors)]
-    raise BuildError("parse", "; ".join(reasons[:3]) or "the parser gave no reason")
+    reasons = [_reason(parser.get_error(i)) for i in range(min(parser.num_errors, 3))]
+    raise BuildError("parse", "; ".join(reasons) or "the parser gave no reason")
+
+
+def _reason(error: Any) -> str:
+    if hasattr(error, "node_name"):  # since TensorRT 10
+        return f"node {error.node_name()} ({error.node_operator()}): {error.desc()}"
+    return f"node {error.node()}: {error.desc()}"
 
 
 def _set_precision(trt: Any, network: Any, config: Any, request: dict[str, Any], found: dict[str, Any]) -> None:

@@ -70,12 +70,12 @@ def load_onnx(path: Path) -> Any:
         raise ExportError(f"{path} does not exist: check the path")
     try:
         graph = onnx.load(path, load_external_data=False)
+        if any(item.data_location == onnx.TensorProto.EXTERNAL for item in graph.graph.initializer):
+            raise ExportError(f"{path} keeps its weights in other files: save it as one file")
         onnx.checker.check_model(graph)
     except (DecodeError, onnx.checker.ValidationError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ExportError(f"{path} is not an ONNX file, or is damaged ({reason}): export it again") from None
-    if any(item.data_location == onnx.TensorProto.EXTERNAL for item in graph.graph.initializer):
-        raise ExportError(f"{path} keeps its weights in other files: save it as one file")
     return graph
 
 
