@@ -69,6 +69,7 @@ def read_names(package: Path) -> tuple[str, dict[str, list[str]]]:
     """
     symbols: set[str] = set()
     libraries: set[str] = set()
+    message = ""
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "LD_LIBRARY_PATH": folder, "PYTHONPATH": str(package.parent)}
         for _ in range(40):
@@ -82,8 +83,9 @@ def read_names(package: Path) -> tuple[str, dict[str, list[str]]]:
             if done.returncode == 0:
                 found = json.loads(done.stdout)
                 return found["version"], found["names"]
-            library = re.search(r"ImportError: (lib[\w.+-]+\.so[.\d]*): cannot open", done.stderr)
-            symbol = re.search(r"undefined symbol: (\w+)", done.stderr)
+            message = done.stderr
+            library = re.search(r"ImportError: (lib[\w.+-]+\.so[.\d]*): cannot open", message)
+            symbol = re.search(r"undefined symbol: (\w+)", message)
             if library:
                 libraries.add(library[1])
             elif symbol and symbol[1] not in symbols:
@@ -92,7 +94,7 @@ def read_names(package: Path) -> tuple[str, dict[str, list[str]]]:
                 break
             for name in libraries:
                 _compile(Path(folder) / name, symbols)
-    raise RuntimeError(f"{package} cannot be imported: {done.stderr.strip().splitlines()[-1]}")
+    raise RuntimeError(f"{package} cannot be imported: {message.strip().splitlines()[-1]}")
 
 
 def _compile(library: Path, symbols: set[str]) -> None:
