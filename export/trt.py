@@ -25,7 +25,7 @@ STAGE = "trt"
 ENGINE, SIDECAR, LAYERS, LOG, SCRIPT = ".engine", ".engine.json", ".layers.json", ".build.log", ".trtexec.sh"
 # What an engine depends on beside its ONNX file; a change of any makes it stale.
 _IDENTITY = ("flavour", "version", "gpu", "compute_capability", "l4t", "jetpack")
-_OLDEST, _COMPATIBLE_SINCE, _BF16_SINCE = (8, 5), (8, 6), (10,)
+_OLDEST, _COMPATIBLE_SINCE, _BF16_SINCE, _DLA_QDQ_SINCE = (8, 5), (8, 6), (10,), (10,)
 
 
 def export_stage(
@@ -117,6 +117,8 @@ def check_support(settings: ExportTrt, facts: dict[str, Any]) -> None:
         raise ExportError(f"TensorRT {version} is too old: 8.5 (JetPack 5.1) or newer is needed")
     if (settings.version_compatible or settings.hardware_compatible) and numbers < _COMPATIBLE_SINCE:
         raise ExportError(f"TensorRT {version} builds no compatible engines, 8.6 does: leave that option out")
+    if settings.dla is not None and settings.precision == "int8" and numbers < _DLA_QDQ_SINCE:
+        raise ExportError(f"TensorRT {version} runs no Q/DQ nodes on a DLA: use --precision fp16, or leave out --dla")
     if settings.precision == "bf16" and numbers < _BF16_SINCE:
         raise ExportError(f"TensorRT {version} has no bf16, 10.0 has: use --precision fp16")
 
@@ -296,6 +298,8 @@ def _changes(output: Path, config: dict[str, Any], parents: dict[str, str]) -> l
 @contextmanager
 def _job(output: Path) -> Iterator[Path]:
     """Yield a job folder beside the engine; its log is kept, whatever happens."""
+    for left in output.parent.glob(".job.*"):  # by a start that was killed
+        stage.remove(left)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".job.") as folder:
         job = Path(folder)
         try:
@@ -359,6 +363,8 @@ def sidecar(
         hashes: sha256 of the engine and of the ONNX file.
     """
     entries = {item.key: item.value for item in graph.metadata_props}
+    arguments = _literal(entries.get("args")) or {}
+    suppression = {key: arguments.get(key) for key in ("conf", "iou", "max_det")} if arguments.get("nms") else None
     precisions = Counter(layer["precision"] for layer in built["layers"] if layer["precision"] is not None)
     return {
         "schema": manifest.SCHEMA,
@@ -378,7 +384,9 @@ def sidecar(
         "names": _names(_literal(entries.get("names"))),
         "stride": _literal(entries.get("stride")),
         "task": entries.get("task"),
-        "end2end": bool(_literal(entries.get("end2end"))),
+        "keypoints": _literal(entries.get("kpt_shape")),
+        "end2end": bool(_literal(entries.get("end2end"))) or suppression is not None,
+        "suppression": suppression,
     }
 
 

@@ -39,18 +39,21 @@ def make_onnx(
     Raises:
         ExportError: the file is not one or does not fit the settings, or parity fails.
     """
+    from export.half import QDQ_OPSET, convert
+
     if model.suffix == ".onnx":
         graph, parity = load_onnx(model), None
         _check_precision(model, graph, settings)
     else:
         _check_static(settings)
         assert data is not None, "a checkpoint comes with data"
-        parity = _export(model, output, settings, data, calibration or data)
+        # 16-bit scales need a later opset, which the parser of a weakly typed TensorRT does not know yet.
+        half_scales = strongly_typed and settings.rest == "fp16"
+        opset = max(settings.opset, QDQ_OPSET) if half_scales else settings.opset
+        parity = _export(model, output, settings, opset, data, calibration or data)
         graph = load_onnx(output)
     half = settings.rest if settings.precision == "int8" else settings.precision
     if strongly_typed and half in ("fp16", "bf16") and _half_of(graph) is None:
-        from export.half import convert
-
         graph = convert(graph, half)
         parity = _prove_half(model, graph, half, settings, output, data) if parity else None
     manifest.write_bytes_atomic(output, graph.SerializeToString(deterministic=True))
@@ -118,20 +121,20 @@ def parse_range(text: str, option: str) -> Range:
     return low, best, high
 
 
-def _export(model: Path, output: Path, settings: ExportTrt, data: Path, calibration: Path) -> dict[str, Any]:
+def _export(
+    model: Path, output: Path, settings: ExportTrt, opset: int, data: Path, calibration: Path
+) -> dict[str, Any]:
     """Write the ONNX file of a checkpoint, fp32 or with Q/DQ nodes, and return the record that proves it."""
     from compress.dataset import images
-    from export.half import QDQ_OPSET
     from export.onnx import export_checked
     from export.quantize import export_int8
 
     imgsz = checkpoint_imgsz(settings)
     if settings.precision == "int8":
-        opset = max(settings.opset, QDQ_OPSET) if settings.rest == "fp16" else settings.opset
         quantize = Quantize(target="tensorrt", opset=opset, parity_images=settings.parity_images)
         return export_int8(model, output, data, calibration, imgsz, quantize)
     chosen = images(data, "val")[: settings.parity_images]
-    return export_checked(model, output, chosen, imgsz, Export(opset=settings.opset))
+    return export_checked(model, output, chosen, imgsz, Export(opset=opset))
 
 
 def _prove_half(

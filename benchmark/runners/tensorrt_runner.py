@@ -126,8 +126,11 @@ def describe(session: Session) -> dict[str, Any]:
         "providers": [sidecar["facts"]["gpu"]],
         "memory_format": None,
         "input_shape": [size if size > 0 else None for size in tensor["shape"]],
+        "task": sidecar.get("task"),
         "classes": len(names) if names is not None else None,
+        "keypoints": sidecar.get("keypoints"),
         "end2end": bool(sidecar["end2end"]),
+        "suppression": sidecar.get("suppression"),
     }
 
 

@@ -172,7 +172,7 @@ def test_what_goes_in_comes_out_of_the_engine(
 
 def test_an_engine_describes_itself(cuda: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, "tensorrt 10.3.0")
-    assert tensorrt_runner.describe(tensorrt_runner.load(str(write_engine(tmp_path)), 1)) == {
+    assert tensorrt_runner.describe(tensorrt_runner.load(str(write_engine(tmp_path, task="segment")), 1)) == {
         "runtime": "tensorrt",
         "version": "tensorrt 10.3.0",
         "threads": None,
@@ -181,8 +181,11 @@ def test_an_engine_describes_itself(cuda: FakeCuda, tmp_path: Path, monkeypatch:
         "providers": ["Orin"],
         "memory_format": None,
         "input_shape": [None, 3, 2, 2],
+        "task": "segment",
         "classes": 2,
+        "keypoints": None,
         "end2end": False,
+        "suppression": None,
     }
 
 

@@ -317,6 +317,7 @@ def test_an_unchanged_engine_is_kept_and_a_stale_one_built_again(
         ({"version": "8.2.1"}, {}, "TensorRT 8.2.1 is too old: 8.5"),
         ({"version": "8.5.2"}, {"version_compatible": True}, "TensorRT 8.5.2 builds no compatible engines, 8.6 does"),
         ({"version": "8.6.2"}, {"precision": "bf16"}, "TensorRT 8.6.2 has no bf16, 10.0 has: use --precision fp16"),
+        ({"version": "8.6.2"}, {"precision": "int8", "dla": 0}, "TensorRT 8.6.2 runs no Q/DQ nodes on a DLA"),
         ({"flavour": "tensorrt_rtx"}, {"hardware_compatible": True}, "TensorRT-RTX has no such option"),
         ({"flavour": "tensorrt_rtx"}, {"dla": 0}, "TensorRT-RTX has no DLA"),
     ],
@@ -391,6 +392,65 @@ def test_an_engine_that_can_run_here_is_compared_with_pytorch(
         trt.export_stage(detector, wanted, Local(), tmp_path / "out", data=data)
     assert (tmp_path / "out" / "tiny.rejected.engine").read_bytes() == b"engine"
     assert not (tmp_path / "out" / "tiny.engine").exists()
+
+
+@pytest.mark.parametrize(("strongly_typed", "opset"), [(True, 19), (False, 17)])
+def test_a_checkpoint_is_quantized_for_tensorrt(
+    strongly_typed: bool, opset: int, device: Any, detector: Path, data: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    from export import quantize
+
+    def export_int8(model: Path, output: Path, *arguments: Any) -> dict[str, Any]:
+        *_, imgsz, wanted = arguments
+        assert (wanted.target, wanted.opset, imgsz) == ("tensorrt", opset, IMGSZ)
+        dense = export_onnx(model, tmp_path / "dense.onnx", imgsz=imgsz, opset=wanted.opset, simplify=False)
+        write_quantized(dense, output)
+        return {"passed": True, "precision": "int8"}
+
+    monkeypatch.setattr(quantize, "export_int8", export_int8)
+    device(strongly_typed=strongly_typed)
+    wanted = settings(precision="int8", rest="fp16", imgsz=str(IMGSZ), parity_images=1)
+    monkeypatch.setattr(trt_onnx, "_prove_half", lambda *_: {"passed": True, "precision": "int8, then fp16"})
+    record = trt.export_stage(detector, wanted, Ssh("jetson"), tmp_path / "out", data=data)
+    assert record["parity"]["precision"] == ("int8, then fp16" if strongly_typed else "int8")
+    sent = onnx.load_model_from_string(device()[-1]["job"]["model.onnx"])
+    half = TensorProto.FLOAT16 in {item.data_type for item in sent.graph.initializer}
+    assert half is strongly_typed
+
+
+def test_what_a_killed_start_left_is_cleared(device: Any, graph: Path, tmp_path: Path) -> None:
+    trt_onnx.make_onnx(graph, tmp_path / "m.onnx", settings(), True, None, None)
+    (tmp_path / ".job.old").mkdir()
+    (tmp_path / ".job.old" / "model.engine").write_bytes(b"half")
+    trt.build(tmp_path / "m.onnx", tmp_path / "m.engine", settings(), Ssh("jetson"), DEVICE)
+    assert not (tmp_path / ".job.old").exists()
+
+
+def test_a_pipeline_that_measures_tensorrt_needs_a_gpu_and_builds_engines(
+    device: Any, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from compress import run
+    from compress.settings import load_run
+    from export import onnx as exporter
+
+    pipeline = load_run(root / "configs/pipelines/demo.yaml", ["benchmark.runtimes=[torch, tensorrt]"])
+    device(gpu=None)
+    with pytest.raises(SettingsError, match="names tensorrt, but this machine has no NVIDIA GPU"):
+        run._check_tensorrt(pipeline.trt)
+    device(gpu="Orin")
+    run._check_tensorrt(pipeline.trt)
+    built = {}
+
+    def export_stage(model: Path, wanted: ExportTrt, target: Any, output: Path, **options: Any) -> dict[str, Any]:
+        built[options["name"]] = (model, wanted.imgsz, target, output)
+        return {"engine_parity": {"passed": True}}
+
+    monkeypatch.setattr(exporter, "export_stage", lambda *_: {"dense": {}})
+    monkeypatch.setattr(trt, "export_stage", export_stage)
+    records = run.export({"dense": tmp_path / "model.pt"}, tmp_path / "data.yaml", pipeline, tmp_path)
+    assert records == {"dense": {}, "dense, tensorrt": {"passed": True}}
+    place = tmp_path / "trt" / "dense"
+    assert built == {"dense": (tmp_path / "model.pt", str(pipeline.imgsz), Local(), place)}
 
 
 # --- input -----------------------------------------------------------------------------------------------------------
