@@ -57,6 +57,41 @@ def convert(graph: Any, precision: Half) -> Any:
     return made
 
 
+def rounded(graph: Any) -> Any:
+    """Return an fp32 graph that rounds to bf16 wherever `graph` computes in it: what a CPU can run in its place.
+
+    Args:
+        graph: what `convert` returned for bf16.
+    """
+    import onnx
+    from onnx import helper, numpy_helper
+
+    bf16, fp32 = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
+    made = copy.deepcopy(graph)
+    del made.graph.node[:], made.graph.initializer[:]
+    narrow = set()
+    for item in graph.graph.initializer:
+        if item.data_type == bf16:
+            narrow.add(item.name)
+            bits = np.frombuffer(item.raw_data, "<u2").astype(np.uint32) << np.uint32(16)
+            item = numpy_helper.from_array(bits.view(np.float32).reshape(item.dims), item.name)
+        made.graph.initializer.append(item)
+    for node in graph.graph.node:
+        to = next((attribute.i for attribute in node.attribute if attribute.name == "to"), None)
+        narrows = to == bf16 if node.op_type == "Cast" else bool(narrow & set(node.input))
+        copied = made.graph.node.add()
+        copied.CopyFrom(node)
+        if not narrows:
+            continue
+        for position, name in enumerate(node.output):
+            copied.output[position] = f"{name}/narrow" if to else f"{name}/wide"
+            if not to:
+                made.graph.node.append(helper.make_node("Cast", [f"{name}/wide"], [f"{name}/narrow"], to=bf16))
+            made.graph.node.append(helper.make_node("Cast", [f"{name}/narrow"], [name], to=fp32))
+            narrow.add(name)
+    return made
+
+
 class _Casts:
     """The casts between the part in 16 bits and the part in fp32, each made once."""
 

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from compress.errors import ExportError
 from export import qdq
-from export.half import convert, to_bfloat16
+from export.half import convert, rounded, to_bfloat16
 from export.onnx import export_onnx
 
 IMGSZ = 64
@@ -149,6 +149,35 @@ def test_a_quantized_graph_gets_narrow_scales_that_stay_above_zero() -> None:
     assert float(numpy_helper.to_array(scale)) == 2.0**-24
     kinds = {item.name: item.data_type for item in made.graph.initializer}
     assert kinds == {"s_fp16": TensorProto.FLOAT16, "w_fp16": TensorProto.FLOAT16, "z0": TensorProto.INT8}
+
+
+def test_a_graph_that_rounds_stands_for_one_in_bf16() -> None:
+    """1 + 2**-9 rounds to 1 as input, and so does the half of 2 + 2**-8 behind the first convolution."""
+    model = small(
+        [conv("x", "y"), conv("y", "z"), helper.make_node("Mul", ["z", "s"], ["d"], name="decode")],
+        {
+            "w": np.array([[[[1.0]], [[2.0**-9]]], [[[0.0]], [[1.0]]]], np.float32),
+            "s": np.array([1 + 2.0**-9], np.float32),
+        },
+        ["d"],
+    )
+    made = rounded(convert(model, "bf16"))
+    onnx.checker.check_model(made, full_check=True)
+    image = np.full((1, 2, 4, 4), 1 + 2.0**-9, np.float32)
+    assert run(model, image, "x")[0, 0, 0, 0] > 1.007
+    # In channel 0 1 + 2**-9 becomes 1 again after each convolution; what decodes is not rounded.
+    np.testing.assert_array_equal(run(made, image, "x"), np.full((1, 2, 4, 4), 1 + 2.0**-9, np.float32))
+
+
+def test_a_detector_that_rounds_to_bf16_is_further_away_than_one_in_fp16(graph: Any) -> None:
+    blocks = np.random.default_rng(0).random((1, 3, 8, 8), dtype=np.float32)
+    image = np.kron(blocks, np.ones((1, 1, IMGSZ // 8, IMGSZ // 8), np.float32))
+    expected = run(graph, image)
+    errors = [
+        np.abs(run(made, image)[:, 4:] - expected[:, 4:]).mean()
+        for made in (convert(graph, "fp16"), rounded(convert(graph, "bf16")))
+    ]
+    assert 2 * errors[0] < errors[1] < 0.1
 
 
 def test_what_cannot_be_narrow_is_named() -> None:

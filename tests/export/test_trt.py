@@ -358,12 +358,15 @@ def test_a_build_that_fails_leaves_the_log_alone(
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"tiny.build.log", "tiny.onnx", manifest.STARTED}
 
 
-def test_a_checkpoint_is_proven_before_it_is_built(device: Any, detector: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("precision", "judged"), [("fp16", "fp16"), ("bf16", "int8")])
+def test_a_checkpoint_is_proven_before_it_is_built(
+    precision: str, judged: str, device: Any, detector: Path, data: Path, tmp_path: Path
+) -> None:
     device(strongly_typed=True, version="11.4.0")
-    wanted = settings(precision="fp16", imgsz=str(IMGSZ), parity_images=2)
+    wanted = settings(precision=precision, imgsz=str(IMGSZ), parity_images=2)
     record = trt.export_stage(detector, wanted, Ssh("jetson"), tmp_path / "out", data=data)
     assert record["parity"]["passed"] is True
-    assert record["parity"]["precision"] == "fp16"
+    assert record["parity"]["precision"] == judged
     assert record["engine_parity"] is None  # it runs elsewhere
     assert record["names"] == {"0": "circle", "1": "square", "2": "star"}
 
