@@ -251,8 +251,8 @@ def summary(record: dict[str, Any]) -> str:
     """Say in a line what a sidecar says: version, target, precision and what the layers really compute in."""
     facts, layers = record["facts"], record["precisions"]
     named = ", ".join(f"{count} {precision}" for precision, count in layers.items()) or "not reported"
-    loaded = "loaded and inspected" if record["loaded"] else "not loaded: no GPU there"
     place = facts["gpu"] or "no GPU"
+    loaded = "loaded and inspected" if record["loaded"] else f"not loaded there ({place})"
     return (
         f"{facts['flavour']} {facts['version']}, {place}, {record['settings']['precision']}; layers by precision: "
         f"{named}; {loaded}"
@@ -454,6 +454,8 @@ def main(
     place = trt_target.parse_target(target, python)
     yaml = None if data is None else resolve(data)
     source = None if calibration is None else resolve(calibration, labels=False)
+    if trt_version is not None and not script:
+        raise ExportError("--trt-version goes with --script: an engine is built by the version that the target has")
     if script:
         facts = probe(place, flavour) if trt_version is None else _facts_of(flavour, trt_version)
         write_script(model, settings, facts, output, yaml, source)

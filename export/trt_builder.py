@@ -186,6 +186,9 @@ def build(trt: Any, request: dict[str, Any], folder: Path, found: dict[str, Any]
         if cache:
             _write(folder / request["timing_cache"], config.get_timing_cache().serialize())
         text = _inspect(trt, logger, serialized, request) if found["gpu"] else None
+        # An RTX engine may be meant for another GPU than this one; any other is for this one alone.
+        if text is None and found["gpu"] and found["flavour"] == "tensorrt":
+            raise _explain(logger, "the engine cannot be loaded where it was built")
     layers = read_layers(text or logger.layers)
     return {
         "seconds": round(time.time() - start, 3),

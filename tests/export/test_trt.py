@@ -555,3 +555,15 @@ def test_the_script_for_a_version_builds_nothing(graph: Path, tmp_path: Path) ->
         trt.write_script(output / "tiny.onnx", settings(), trt._facts_of("auto", "8.6.1"), output)
     with pytest.raises(ExportError, match=r"--trt-version must be a version such as 10.3, got 'new'"):
         trt._facts_of("auto", "new")
+
+
+def test_the_command_says_what_does_not_go_together(graph: Path, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    arguments = ["--model", str(graph), "--output", str(tmp_path / "out"), "--trt-version", "10.3"]
+    result = CliRunner().invoke(trt.app, arguments)
+    assert str(result.exception) == (
+        "--trt-version goes with --script: an engine is built by the version that the target has"
+    )
+    assert CliRunner().invoke(trt.app, [*arguments, "--script", "--precision", "bf16"]).exit_code == 0
+    assert "--bf16" in (tmp_path / "out" / "tiny.trtexec.sh").read_text()

@@ -216,6 +216,25 @@ def test_without_a_gpu_tensorrt_has_no_builder(use: Any, tmp_path: Path, monkeyp
     assert failure == {"kind": "gpu", "message": "TensorRT 11.4.0.106 finds no NVIDIA GPU and driver"}
 
 
+@pytest.mark.parametrize(("version", "fails"), [("tensorrt 10.3.0", True), ("tensorrt_rtx 1.7.1.116", False)])
+def test_only_an_rtx_engine_may_be_for_another_gpu(version: str, fails: bool, use: Any, tmp_path: Path) -> None:
+    trt = use(StandIn(version))
+    trt.runtime.deserialize_cuda_engine.return_value = None
+    result = ask(tmp_path)
+    if fails:
+        message = "the engine cannot be loaded where it was built"
+        assert result["failure"] == {"kind": "build", "message": message}
+    else:
+        assert result["built"]["loaded"] is False
+
+
+def test_what_an_engine_was_loaded_as_is_what_is_reported(use: Any, tmp_path: Path) -> None:
+    trt = use(StandIn("tensorrt 11.4.0.106"))
+    (layer,) = ask(tmp_path)["built"]["layers"]
+    assert (layer["name"], layer["precision"], layer["outputs"]) == ("conv", "fp16", ["fp32"])
+    trt.runtime.deserialize_cuda_engine.assert_called_once_with(b"engine")
+
+
 def test_a_full_disk_is_a_disk_failure(use: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import errno
 
