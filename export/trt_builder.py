@@ -427,6 +427,6 @@ def _write(path: Path, content: Any) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_file():
         sys.exit(f"usage: python3 {sys.argv[0]} FOLDER/{REQUEST}")
     sys.exit(main(Path(sys.argv[1])))
