@@ -148,7 +148,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     model: Annotated[
         list[Path],
-        typer.Option("--model", "--models", help="model: .pt, .onnx or a folder NAME_ncnn_model; may repeat"),
+        typer.Option("--model", "--models", help="model: .pt, .onnx, .engine or a folder NAME_ncnn_model; may repeat"),
     ],
     data: Annotated[str, typer.Option(help="data set YAML or 'shapes'")],
     output: Annotated[Path, typer.Option(help="folder for accuracy.json and the manifest")],

@@ -409,7 +409,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def main(
     models: Annotated[
-        list[Path], typer.Option("--models", "--model", help="models: .pt, .onnx or folders NAME_ncnn_model")
+        list[Path], typer.Option("--models", "--model", help="models: .pt, .onnx, .engine or folders NAME_ncnn_model")
     ],
     output: Annotated[Path, typer.Option(help=f"folder for {RESULT} and the manifest")],
     more: Annotated[list[Path] | None, typer.Argument(metavar="MODEL", help="more models")] = None,

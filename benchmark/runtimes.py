@@ -13,10 +13,16 @@ RUNNERS = {
     "torch": "benchmark.runners.torch_runner",
     "onnxruntime": "benchmark.runners.onnxruntime_runner",
     "ncnn": "benchmark.runners.ncnn_runner",
+    "tensorrt": "benchmark.runners.tensorrt_runner",
 }
 NCNN_SUFFIX = "_ncnn_model"  # Ultralytics' ending of such a folder
-SUFFIXES = {".pt": "torch", ".onnx": "onnxruntime", NCNN_SUFFIX: "ncnn"}
-KINDS = {"torch": "a .pt file", "onnxruntime": "an .onnx file", "ncnn": f"a folder NAME{NCNN_SUFFIX}"}
+SUFFIXES = {".pt": "torch", ".onnx": "onnxruntime", NCNN_SUFFIX: "ncnn", ".engine": "tensorrt"}
+KINDS = {
+    "torch": "a .pt file",
+    "onnxruntime": "an .onnx file",
+    "tensorrt": "an .engine file",
+    "ncnn": f"a folder NAME{NCNN_SUFFIX}",
+}
 
 
 def suffix(model: Path) -> str | None:

@@ -16,7 +16,7 @@ from compress import checkpoint, manifest
 from compress.errors import SettingsError, run_app
 from compress.finetune import finetune
 from compress.prune import plan_pruning, print_plan, prune
-from compress.settings import Run, load_run
+from compress.settings import ExportTrt, Run, load_run
 from compress.sparsify import sparsify
 from compress.train import Common, train
 
@@ -73,18 +73,36 @@ def check(settings: Run, data: Path) -> None:
         trained = checkpoint.build_model(model.yaml, nc=classes)
         trained.load(model, verbose=False)  # type: ignore[operator]  (Ultralytics' load: the widths that training gives)
         model = trained
+    if "tensorrt" in settings.benchmark.runtimes:
+        _check_tensorrt(settings.trt)
     # Which widths can be reached does not depend on which channels matter.
     plan_pruning(model, settings.prune.model_copy(update={"importance": "random"}), settings.imgsz)
 
 
+def _check_tensorrt(settings: ExportTrt) -> None:
+    from export import trt
+
+    facts = trt.probe(trt.Local(), settings.flavour)
+    trt.check_support(settings, facts)
+    if facts["gpu"] is None:
+        raise SettingsError("benchmark.runtimes names tensorrt, but this machine has no NVIDIA GPU: leave it out")
+
+
 def export(models: dict[str, Path], data: Path, settings: Run, folder: Path) -> dict[str, Any]:
-    """Export every model to ONNX, and to ncnn if that is measured too; prove each against PyTorch on real images."""
-    from export import ncnn, onnx
+    """Export every model to ONNX, and to what else is measured; prove each against PyTorch on real images."""
+    from export import ncnn, onnx, trt
 
     records = onnx.export_stage(models, data, settings.imgsz, settings.export, folder)
     if "ncnn" in settings.benchmark.runtimes:
         others = ncnn.export_stage(models, data, settings.imgsz, settings.ncnn, folder / "ncnn")
         records |= {f"{name}, ncnn": record for name, record in others.items()}
+    if "tensorrt" in settings.benchmark.runtimes:
+        wanted = settings.trt.model_copy(update={"imgsz": str(settings.imgsz)})
+        for name, model in models.items():
+            record = trt.export_stage(
+                model, wanted, trt.Local(), folder / "trt" / name, data=data, cache=trt.default_cache(), name=name
+            )
+            records[f"{name}, tensorrt"] = record["engine_parity"]
     return records
 
 
@@ -104,6 +122,9 @@ def benchmark(
     if "ncnn" in wanted.runtimes:
         for name in models:
             artefacts[name]["ncnn"] = exported / "ncnn" / f"{name}_ncnn_model"
+    if "tensorrt" in wanted.runtimes:
+        for name in models:
+            artefacts[name]["tensorrt"] = exported / "trt" / name / f"{name}.engine"
     output = folder / "06_benchmark"
     inputs = {f"{name}.{runtime}": path for name, files in artefacts.items() for runtime, path in files.items()}
     config = {**wanted.model_dump(mode="json"), "imgsz": settings.imgsz, "seed": settings.seed, "data": str(data)}

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from compress.errors import SettingsError
 
 Importance = Literal["bn", "l1", "l2", "taylor", "random"]
-Runtime = Literal["torch", "onnxruntime", "ncnn"]
+Runtime = Literal["torch", "onnxruntime", "ncnn", "tensorrt"]
 Section = TypeVar("Section", bound="Strict")
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 
@@ -140,6 +140,30 @@ class Quantize(Strict):
     seed: int = Field(default=0, description="of the choice of calibration images")
 
 
+class ExportTrt(Strict):
+    """A TensorRT engine; a pipeline builds one on its own machine where `benchmark.runtimes` asks for tensorrt."""
+
+    precision: Literal["fp32", "tf32", "fp16", "bf16", "int8"] = "fp16"
+    rest: Literal["fp32", "fp16"] = Field(default="fp32", description="what int8 leaves in float computes in this")
+    flavour: Literal["auto", "tensorrt", "tensorrt_rtx"] = "auto"
+    batch: str | None = Field(default=None, description="N, or MIN:OPT:MAX for a dynamic ONNX file")
+    imgsz: str | None = Field(default=None, description="px, or MIN:OPT:MAX for a dynamic ONNX file")
+    workspace: int | None = Field(default=None, ge=1, description="MiB that the builder and the engine may use")
+    version_compatible: bool = Field(default=False, description="later versions of TensorRT can load it")
+    hardware_compatible: bool = Field(default=False, description="every GPU from Ampere on can load it")
+    dla: int | None = Field(default=None, ge=0, description="DLA core; what it cannot do falls back to the GPU")
+    opset: int = Field(default=17, ge=13, le=22)
+    parity_images: int = Field(default=16, ge=1, description="real images on which the ONNX file must equal PyTorch")
+
+    @model_validator(mode="after")
+    def _fits(self) -> ExportTrt:
+        if self.rest == "fp16" and self.precision != "int8":
+            raise ValueError(f"rest goes with precision int8 only, precision is {self.precision}")
+        if self.dla is not None and self.precision not in ("fp16", "int8"):
+            raise ValueError(f"a DLA computes in fp16 or int8 only, precision is {self.precision}")
+        return self
+
+
 class Benchmark(Strict):
     """Latency and accuracy of the dense and the pruned model."""
 
@@ -165,6 +189,7 @@ class Run(Strict):
     finetune: Finetune
     export: Export = Export()
     ncnn: ExportNcnn = ExportNcnn()
+    trt: ExportTrt = ExportTrt()
     benchmark: Benchmark = Benchmark()
 
 

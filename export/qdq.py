@@ -68,7 +68,7 @@ def layers_of(graph: Any) -> dict[str, list[str]]:
 
 def carriers_of(graph: Any, scheme: Scheme) -> list[str]:
     """Return the nodes beside layers that pass 8-bit values on: not in an attention, not behind the last layers."""
-    behind = _behind_layers(graph)
+    behind = behind_layers(graph)
     return [
         node.name
         for node in graph.graph.node
@@ -163,6 +163,7 @@ def quantize(
         },
     )
     quantizer.quantize_model()
+    quantizer.model.topological_sort()  # it appends its nodes at the end, where ONNX does not allow them
     return quantizer.model.model
 
 
@@ -210,7 +211,7 @@ def _activation(conv: Any, readers: dict[str, list[Any]]) -> list[Any]:
     return []
 
 
-def _behind_layers(graph: Any) -> set[str]:
+def behind_layers(graph: Any) -> set[str]:
     """Return the names of the nodes from which no layer follows any more: the decoding of the head."""
     producers = {name: node for node in graph.graph.node for name in node.output}
     layers = {name for members in layers_of(graph).values() for name in members}

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("torch", "torchvision", "ultralytics", "onnx", "onnxruntime", "plotly")
+HEAVY = ("torch", "torchvision", "ultralytics", "onnx", "onnxruntime", "plotly", "tensorrt", "tensorrt_rtx")
+PROGRAMS = ("worker.py", "trt_builder.py")  # started by our own code, not by a person
 RUN = f"""
 import runpy, sys
 module = sys.argv[1]
@@ -23,7 +24,7 @@ COMMANDS = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for package in ("compress", "export", "benchmark")
     for path in (ROOT / package).glob("**/*.py")
-    if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8") and path.name != "worker.py"
+    if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8") and path.name not in PROGRAMS
 )
 
 

@@ -43,7 +43,7 @@ def violations(path: Path, source: str) -> set[str]:
         return set() if path.name == "run.py" else {name for name in names if _top(name) in ("export", "benchmark")}
     if path.parts[:2] == ("benchmark", "runners"):
         runtime = path.stem.removesuffix("_runner")
-        known = {*sys.stdlib_module_names, "numpy", runtime}
+        known = {*sys.stdlib_module_names, "numpy", runtime, f"{runtime}_rtx"}  # both flavours of TensorRT
         return {name for name in names if _top(name) not in known and not _is_checkpoint_of_torch(name, runtime)}
     inner = {name for name in names if name.startswith("compress.")}
     return {name for name in inner if name.split(".")[1] not in SHARED_BY_ALL}

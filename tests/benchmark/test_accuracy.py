@@ -165,7 +165,7 @@ def test_images_without_labels_are_an_error(model: Path, data: Path, tmp_path: P
     ("name", "content", "message"),
     [
         ("missing.pt", None, "does not exist"),
-        ("model.engine", b"engine", "must be a .pt file, an .onnx file or a folder NAME_ncnn_model"),
+        ("model.tflite", b"flat", "must be a .pt file, an .onnx file, an .engine file or a folder NAME_ncnn_model"),
         ("broken.onnx", b"not a graph", "cannot be opened by onnxruntime"),
     ],
 )

@@ -309,7 +309,7 @@ def test_models_of_one_name_keep_their_folders(folder: Path) -> None:
         (["a.onnx", "--device", "cpp"], "unknown device 'cpp': choose one of cpu"),
         (["a.onnx", "--mode", "quik"], "unknown mode 'quik': choose one of quick, "),
         (["a.onnx", "--runtime", "torch"], "a.onnx must be a .pt file to run in torch"),
-        (["a.txt"], "a.txt must be a .pt file, an .onnx file or a folder NAME_ncnn_model"),
+        (["a.txt"], "a.txt must be a .pt file, an .onnx file, an .engine file or a folder NAME_ncnn_model"),
         (["b.onnx"], "b.onnx does not exist"),
     ],
 )

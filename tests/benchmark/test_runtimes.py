@@ -27,7 +27,8 @@ def test_every_runtime_has_a_runner_an_ending_and_words() -> None:
         ("yolov8n.pt", "torch", "yolov8n"),
         ("yolov8n.v2.onnx", "onnxruntime", "yolov8n.v2"),
         ("yolov8n_ncnn_model", "ncnn", "yolov8n"),
-        ("yolov8n.engine", None, "yolov8n"),
+        ("yolov8n.engine", "tensorrt", "yolov8n"),
+        ("yolov8n.tflite", None, "yolov8n"),
         ("ncnn_model", None, "ncnn_model"),
     ],
 )
@@ -38,12 +39,12 @@ def test_a_name_tells_the_runtime(name: str, runtime: str | None, stem: str) -> 
 def test_a_path_that_does_not_fit_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.onnx").mkdir()
     (tmp_path / "a_ncnn_model").write_text("")
-    (tmp_path / "a.engine").write_text("")
+    (tmp_path / "a.tflite").write_text("")
     for name, message in (
         ("a.onnx", r"a\.onnx is a folder: check the path"),
         ("a_ncnn_model", "a_ncnn_model is a file: check the path"),
         ("b.onnx", r"b\.onnx does not exist: check the path"),
-        ("a.engine", r"a\.engine must be a \.pt file, an \.onnx file or a folder NAME_ncnn_model"),
+        ("a.tflite", r"a\.tflite must be a \.pt file, an \.onnx file, an \.engine file or a folder NAME_ncnn_model"),
     ):
         with pytest.raises(BenchmarkError, match=message):
             runtimes.runner_of(tmp_path / name)
