@@ -120,7 +120,8 @@ def build_graph(model: nn.Module, imgsz: int, channels: int = 3) -> Graph:
         GraphError: torch.export cannot capture the model.
     """
     program = capture(model, imgsz, channels)
-    walk = Walk(program)
+    aliases = _aliases(model)
+    walk = Walk(program, aliases)
     for node in program.graph.nodes:
         if node.op == "placeholder" and not walk.is_weight(node):
             walk.results[node.name] = walk.fixed_like(node)
@@ -128,8 +129,15 @@ def build_graph(model: nn.Module, imgsz: int, channels: int = 3) -> Graph:
             walk.results[node.name] = RULES.get(operation_name(node), freeze_all)(walk, node)
     _tie_attention(walk, program)
     _freeze_outputs(walk, program)
-    graph = _collect(walk, program, {name: tuple(t.shape) for name, t in program.state_dict.items()})
+    shapes = {name: tuple(t.shape) for name, t in program.state_dict.items()}
+    graph = _collect(walk, program, shapes, aliases)
     return freeze_what_breaks(graph, model)
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """Return the first name of every weight, by each of its names."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(value), name) for name, value in model.state_dict(keep_vars=True).items()}
 
 
 def _tie_attention(walk: Walk, program: ExportedProgram) -> None:
@@ -162,7 +170,9 @@ def _freeze_outputs(walk: Walk, program: ExportedProgram) -> None:
             walk.ledger.freeze(described, "output of the model")
 
 
-def _collect(walk: Walk, program: ExportedProgram, shapes: dict[str, tuple[int, ...]]) -> Graph:
+def _collect(
+    walk: Walk, program: ExportedProgram, shapes: dict[str, tuple[int, ...]], aliases: dict[str, str]
+) -> Graph:
     """Turn slots into units, units into groups, and rewrite all arrays in terms of (group, unit)."""
     ledger = walk.ledger
     roots = np.array([ledger.find(slot) for slot in range(len(ledger.parent))], dtype=np.int64)
@@ -199,7 +209,8 @@ def _collect(walk: Walk, program: ExportedProgram, shapes: dict[str, tuple[int, 
     descriptions = {
         name: (group_of[slots], unit_of[slots]) for name, slots in walk.results.items() if isinstance(slots, np.ndarray)
     }
-    parameters = frozenset(program.graph_signature.inputs_to_parameters.values())
+    names = program.graph_signature.inputs_to_parameters.values()
+    parameters = frozenset(aliases.get(name, name) for name in names)
     return Graph(groups, _unique(axes), dict(ledger.positions), shapes, parameters, program, descriptions)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,8 @@ def oracle_error(graph: Graph, pruned: nn.Module, keep: list[np.ndarray], image:
     """Return the largest relative difference between the pruned model and the dense one with its channels zeroed.
 
     Every removed channel is set to zero after each operation of the dense model; the pruned model must then return
-    the same raw maps, of every head. Differences are relative to the largest magnitude of each output.
+    the same raw maps, of every head. Differences are relative to the largest magnitude of each output, and infinite where one
+    of the two is not finite.
 
     Args:
         graph: of the dense model.
@@ -46,7 +48,8 @@ def oracle_error(graph: Graph, pruned: nn.Module, keep: list[np.ndarray], image:
         if ours.shape != reference.shape:
             raise SurgeryError(f"output {number} has shape {tuple(ours.shape)}, it must be {tuple(reference.shape)}")
         scale = reference.abs().max().clamp(min=1e-12)
-        worst = max(worst, float((ours - reference).abs().max() / scale))
+        relative = float((ours - reference).abs().max() / scale)
+        worst = max(worst, relative if math.isfinite(relative) else math.inf)  # max() passes over NaN
     return worst
 
 
@@ -115,8 +118,9 @@ def masked_outputs(graph: Graph, image: Tensor, keep: list[np.ndarray]) -> list[
             value = node.target(*arguments[0], **arguments[1])
             if node.name in graph.descriptions and isinstance(value, torch.Tensor) and not (mask := kept(node)).all():
                 # In place where the operation itself is: later readers of its input see the change in both.
-                multiply = value.mul_ if operation_name(node).endswith("_") else value.mul
-                value = multiply(torch.from_numpy(mask).to(value))
+                # Filled, not multiplied: what a division by a removed channel left there may not be finite.
+                fill = value.masked_fill_ if operation_name(node).endswith("_") else value.masked_fill
+                value = fill(torch.from_numpy(~mask).to(value.device), 0)
             values[node] = value
         else:
             return [_select(values[o], kept(o)) for o in _output_nodes(graph, node)]

@@ -172,11 +172,13 @@ def prelu(walk: Walk, node: Node) -> Result:
     *("to", "_to_copy", "type_as", "exp", "neg", "abs", "sqrt", "rsqrt", "square", "log", "reciprocal"),
     *("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
     *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d"),
+    *("adaptive_max_pool1d", "max_pool2d_with_indices"),
     *("upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_linear1d", "upsample_nearest1d"),
 )
 def same_channels(walk: Walk, node: Node) -> Result:
-    """Activations, pooling over space, resizing: channel i of the result comes from channel i."""
-    return walk.slots(node.args[0])
+    """Activations, pooling over space, resizing: channel i of the result, or of each result, comes from channel i."""
+    slots = walk.slots(node.args[0])
+    return [slots] * len(walk.shapes(node)) if isinstance(node.meta.get("val"), (list, tuple)) else slots
 
 
 @rule("pad", "constant_pad_nd")

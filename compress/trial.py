@@ -1,8 +1,9 @@
 """Trial cuts: a module that does not survive the loss of channels keeps them.
 
-The exported graph shows that a module reshapes 64 channels into 8 rows, not whether it counts them anew or has the
-number 64 in its code. So where modules reshape or split, channels are cut on trial: what cannot run afterwards, or
-computes something else than the masked dense model, is frozen, and everything around it still is pruned.
+The exported graph shows that a module reshapes 64 channels into 8 rows or divides by 64, not whether it counts them
+anew or has the number in its code. So where a stranger's module or a reshape is at work, channels are cut on trial: what
+cannot run afterwards, or computes something else than the masked dense model, is frozen, and everything around it still
+is pruned.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from compress.slots import FIXED
 from compress.walk import modules_of, operation_name
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from compress.graph import Graph
 
@@ -38,30 +39,31 @@ def freeze_what_breaks(graph: Graph, model: nn.Module) -> Graph:
         model: the model, which stays as it is.
     """
     untried = _untried_modules(graph)
-    suspects = sorted({index for groups in untried.values() for index in groups if not graph.groups[index].frozen})
+    suspects = {index for groups in untried.values() for index in groups if not graph.groups[index].frozen}
     while suspects:
-        broken = _broken(graph, model, suspects)
-        if broken is None:
+        failed = _failing_module(graph, model, suspects)
+        if failed is None and _is_equal(graph, model, suspects):
             break
-        kind, place = broken
-        frozen = untried.get(kind, set()) & set(suspects)
-        if not frozen:  # it computes something else, or breaks what comes after it: try ties one by one
-            frozen = _breaking_alone(graph, model, suspects)
-            if not frozen:
-                frozen = set(suspects)
-        graph = _freeze(graph, frozen, f"{place} does not work with fewer channels")
-        suspects = [index for index in suspects if not graph.groups[index].frozen]
+        kind, name = failed or ("", "")
+        reason = f"{name} does not run with fewer channels"
+        guilty = untried.get(kind, set()) & suspects
+        if not guilty:  # it computes something else, or breaks what comes after it: try one tie after the other
+            reason = "the model computes something else with fewer channels"
+            guilty = _guilty_alone(graph, model, suspects) or suspects
+        graph = _freeze(graph, guilty, reason)
+        suspects = {index for index in suspects if not graph.groups[index].frozen}
     return graph
 
 
 def _untried_modules(graph: Graph) -> dict[str, set[int]]:
-    """Return the groups that pass reshapes, by the class of the modules that reshape them."""
+    """Return the groups that untried modules reshape, or that strangers' modules touch, by the class of the module."""
     found: dict[str, set[int]] = defaultdict(set)
     for node in graph.program.graph.nodes:
-        if node.op != "call_function" or operation_name(node) not in _RESHAPES:
+        if node.op != "call_function" or not modules_of(node):
             continue
-        _, kind = modules_of(node)[-1] if modules_of(node) else ("", "")
-        if kind.startswith("ultralytics.") and kind.rpartition(".")[2] in _TRIED:
+        package, _, name = (kind := modules_of(node)[-1][1]).rpartition(".")
+        library = package.startswith(("torch.nn.", "ultralytics."))
+        if library and (operation_name(node) not in _RESHAPES or name in _TRIED):
             continue
         for described in (node, *node.all_input_nodes):
             groups = graph.descriptions.get(described.name, (np.array([]), None))[0]
@@ -70,79 +72,79 @@ def _untried_modules(graph: Graph) -> dict[str, set[int]]:
     return found
 
 
-def _broken(graph: Graph, model: nn.Module, groups: list[int]) -> tuple[str, str] | None:
-    """Cut half of each group and of what is tied to it; return class and name of what breaks, or None."""
+def _cut_half(graph: Graph, model: nn.Module, groups: set[int]) -> tuple[nn.Module, list[np.ndarray]]:
+    """Return the model without half of each group and of what is tied to it, and what it keeps."""
     from compress.budget import Choice
     from compress.checkpoint import structure_hash
-    from compress.errors import SurgeryError
-    from compress.oracle import ORACLE_TOLERANCE, noise, oracle_error
     from compress.plan import make_plan
     from compress.surgery import apply_plan
 
     keep = _half(graph, groups)
     plan = make_plan(graph, Choice(keep, [""] * len(keep)), structure_hash(model), "trial", "random")
-    pruned = apply_plan(model, plan)
-    image = noise(graph, model)
-    failed = _failing_module(pruned, image)
-    if failed:
-        return failed
+    return apply_plan(model, plan), keep
+
+
+def _is_equal(graph: Graph, model: nn.Module, groups: set[int]) -> bool:
+    """Tell whether a trial cut of these groups passes the oracle."""
+    from compress.errors import SurgeryError
+    from compress.oracle import ORACLE_TOLERANCE, noise, oracle_error
+
+    pruned, keep = _cut_half(graph, model, groups)
     try:
-        error = oracle_error(graph, pruned, keep, image)
+        return oracle_error(graph, pruned, keep, noise(graph, model)) <= ORACLE_TOLERANCE
     except SurgeryError:
-        error = np.inf
-    return None if error <= ORACLE_TOLERANCE else ("", "a module")
+        return False
 
 
-def _half(graph: Graph, groups: list[int]) -> list[np.ndarray]:
-    """Return which units stay: half of each group, others in each, so that mixed-up channels are noticed."""
+def _half(graph: Graph, groups: set[int]) -> list[np.ndarray]:
+    """Return which units stay: about half of each group, and of each tie another share and other units.
+
+    Channels that were mixed up, and widths that must be equal although nothing ties them, are noticed then.
+    """
     generator = np.random.default_rng(0)
-    ties = {graph.groups[index].tie for index in groups}
+    ties = sorted({graph.groups[index].tie for index in groups})
     members: dict[int, list[int]] = defaultdict(list)
     for index, group in enumerate(graph.groups):
         members[group.tie].append(index)
     keep = [np.ones(group.width, dtype=bool) for group in graph.groups]
     for tie in ties:
         parts = int(np.gcd.reduce([graph.groups[index].width for index in members[tie]]))
-        for index in members[tie] if parts > 1 else []:
+        gone = int(generator.integers(max(parts // 4, 1), 3 * parts // 4 + 1)) if parts > 1 else 0
+        for index in members[tie]:
             width = graph.groups[index].width
-            removed = generator.permutation(width)[: width // parts * (parts // 2)]
+            removed = generator.permutation(width)[: width // parts * gone]
             keep[index][removed] = False
     return keep
 
 
-def _failing_module(model: nn.Module, image: Tensor) -> tuple[str, str] | None:
-    """Run a model; return the full class name and the name of the module that raises, or None."""
+def _failing_module(graph: Graph, model: nn.Module, groups: set[int]) -> tuple[str, str] | None:
+    """Cut on trial and run; return the full class name and the name of the module that raises, or None."""
     import torch
 
     from compress.capture import training_head
+    from compress.oracle import noise
 
-    stack: list[nn.Module] = []
-    names = {module: name for name, module in model.named_modules()}
-    handles = [
-        handle
-        for module in names
-        for handle in (
-            module.register_forward_pre_hook(lambda module, _: stack.append(module)),
-            module.register_forward_hook(lambda *_: stack.pop() and None),
-        )
-    ]
+    pruned, _ = _cut_half(graph, model, groups)
+    running: list[nn.Module] = []
+    for module in pruned.modules():
+        module.register_forward_pre_hook(lambda module, _: running.append(module))
+        module.register_forward_hook(lambda *_: running.pop() and None)
     try:
-        with torch.inference_mode(), training_head(model):
-            model(image)
+        with torch.inference_mode(), training_head(pruned):
+            pruned(noise(graph, model))
     except Exception:  # whatever a stranger's forward raises when sizes do not fit
-        module: Any = stack[-1] if stack else model
-        return f"{type(module).__module__}.{type(module).__qualname__}", names[module] or type(model).__name__
-    finally:
-        for handle in handles:
-            handle.remove()
+        failed: Any = running[-1] if running else pruned
+        name = next(name for name, module in pruned.named_modules() if module is failed)
+        return f"{type(failed).__module__}.{type(failed).__qualname__}", name or type(failed).__name__
     return None
 
 
-def _breaking_alone(graph: Graph, model: nn.Module, groups: list[int]) -> set[int]:
-    ties: dict[int, list[int]] = defaultdict(list)
+def _guilty_alone(graph: Graph, model: nn.Module, groups: set[int]) -> set[int]:
+    """Return those groups whose trial cut, with what is tied to them and nothing else, is not equal."""
+    ties: dict[int, set[int]] = defaultdict(set)
     for index in groups:
-        ties[graph.groups[index].tie].append(index)
-    return {index for members in ties.values() if _broken(graph, model, members) for index in members}
+        ties[graph.groups[index].tie].add(index)
+    return {index for members in ties.values() if not _is_equal(graph, model, members) for index in members}
 
 
 def _freeze(graph: Graph, groups: set[int], reason: str) -> Graph:

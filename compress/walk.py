@@ -23,11 +23,13 @@ _SPLITS = {
 class Walk:
     """One pass over an exported program: what the rules see of it."""
 
-    def __init__(self, program: ExportedProgram) -> None:
+    def __init__(self, program: ExportedProgram, aliases: dict[str, str]) -> None:
+        """Begin a walk; `aliases` gives the first name of every weight that has several."""
         self.ledger = Ledger()
         self.results: dict[str, Any] = {}
         signature = program.graph_signature
-        self._tensors = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        self._tensors = {node: aliases.get(name, name) for node, name in names.items()}
         self._stored = set(program.state_dict)
 
     def slots(self, node: Any) -> Any:

@@ -305,5 +305,5 @@ RECIPES: dict[type[nn.Module], tuple[set[str], str | None]] = {
     Swin: ({"block.mlp.0"}, "layer norm over channels in block.norm1"),
     Attention: ({"enter.conv", "block.q[0:8]", "block.q[8:16]", "block.v[0:8]", "block.v[8:16]"}, None),
     Hourglass: ({"enter.conv", "block.a", "block.b"}, None),
-    Wide: ({"enter.conv"}, "block does not work with fewer channels"),
+    Wide: ({"enter.conv"}, "block does not run with fewer channels"),
 }

@@ -1,0 +1,87 @@
+"""What a module cannot do without is found by cutting it on trial."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from compress.graph import build_graph
+from topologies import Block, randomised
+
+
+class Counting(nn.Module):
+    """Divides by the number of channels that it finds, so that it computes something else when one is gone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x / x.shape[1]
+
+
+class Chopping(nn.Module):
+    """Hands on 8 · 16 · 16 numbers in a shape of its own: the layer after it is the one that fails."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(1, -1, 16, 16) if x.shape[1] == 8 else x.reshape(1, 1, -1)
+
+
+class Between(nn.Module):
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.a, self.blocks, self.b, self.head = Block(3, 8), nn.Sequential(*blocks), Block(8, 8), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.b(self.blocks(self.a(x))))
+
+
+def frozen(model: nn.Module) -> dict[str, str]:
+    return {name: why for name, why in build_graph(randomised(model), 16).frozen().items() if name != "head"}
+
+
+def test_a_module_that_counts_its_channels_keeps_them() -> None:
+    assert frozen(Between(Counting())) == {"a.conv": "the model computes something else with fewer channels"}
+
+
+def test_a_module_that_breaks_the_layer_after_it_keeps_its_channels() -> None:
+    found = frozen(Between(Chopping()))
+    assert list(found) == ["a.conv"]
+    assert "fewer channels" in found["a.conv"]
+
+
+def test_strangers_modules_that_survive_are_cut() -> None:
+    class Doubling(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * x
+
+    assert frozen(Between(Doubling(), Doubling())) == {}
+
+
+def test_only_the_guilty_of_two_modules_is_frozen() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.counting, self.head = Block(3, 8), Block(8, 6), Counting(), nn.Conv2d(6, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.counting(self.b(self.a(x))))
+
+    assert list(frozen(Two())) == ["b.conv"]
+
+
+def test_the_model_stays_as_it_was() -> None:
+    model = Between(Counting())
+    before = {name: value.clone() for name, value in randomised(model).state_dict().items()}
+    build_graph(model, 16)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_known_modules_are_not_tried(monkeypatch) -> None:
+    """A trial costs two runs of the model."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("compress.trial._cut_half", refuse)
+    from compress.checkpoint import build_model
+
+    build_graph(build_model("yolo26n.yaml", nc=3), 64)
+    build_graph(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)).eval(), 16)
