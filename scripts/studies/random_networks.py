@@ -3,7 +3,10 @@
 A network is a recipe: steps that each read tensors made before and make new ones. Hypothesis draws recipes and, when
 one fails, shrinks it to the few steps that matter:
 
-    Recipe(steps=(Conv(3, 4, 1)[0], Chunk(2)[1]), heads=(ConvHead(2)[2], ConvHead(2)[3]))
+    Recipe(
+        steps=(Step("Conv", (3, 4, 1, "silu"), (0,)), Step("Chunk", (2,), (1,))),
+        heads=(Step("ConvHead", (2,), (2,)), Step("ConvHead", (2,), (3,))),
+    )
 
 reads: tensor 0 is the image, a convolution of it is tensor 1, its halves are tensors 2 and 3, each has its own head.
 """
@@ -39,9 +42,6 @@ class Step:
     kind: str
     arguments: tuple[Any, ...]
     sources: tuple[int, ...]
-
-    def __repr__(self) -> str:
-        return f"{self.kind}({', '.join(map(repr, self.arguments))})[{', '.join(map(str, self.sources))}]"
 
 
 @dataclass(frozen=True)
@@ -440,6 +440,12 @@ HEADS: dict[str, Operation] = {
     "Anchors": Operation(Anchors),
 }
 OPERATIONS |= HEADS
+# What makes structure is drawn more often than what only passes channels on, or freezes them.
+_STRUCTURE = (
+    *("Conv", "Plain", "Grouped", "Depthwise", "Transposed", "Tokens", "Scale", "Gate", "C2f", "Add", "Mul", "Cat"),
+    *("Chunk", "Shuffle", "Again", "Tied"),
+)
+_KINDS = tuple(name for name in OPERATIONS if name not in HEADS) + _STRUCTURE * 2
 
 
 # --------------------------------------------------------------------------------------------------------- strategies
@@ -493,7 +499,7 @@ class _Builder:
 
 
 def _draw_step(draw: st.DrawFn, builder: _Builder) -> Step | None:
-    kind = draw(st.sampled_from([name for name in OPERATIONS if name not in HEADS]))
+    kind = draw(st.sampled_from(_KINDS))
     operation = OPERATIONS[kind]
     # Counted from the newest, which makes deep networks rather than broad ones.
     first = len(builder.tensors) - 1 - draw(st.integers(0, min(3, len(builder.tensors) - 2)))
