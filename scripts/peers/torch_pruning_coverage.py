@@ -34,12 +34,12 @@ SETTINGS = {
     "pruner": "BasePruner, GroupMagnitudeImportance(p=2), global_pruning=False; head and last classifier ignored",
     "pruning_ratio": 0.3,
     "cpu_limit_s": 100,
-    "wall_limit_s": 900,
+    "wall_limit_s": 3600,
     "ok": "it runs, in inference and with its head in training mode, and its outputs have their shapes",
     "prunable_params": "share of parameters that a group of its graph makes or reads",
     "oracle_error": "largest relative difference from the dense model with every removed weight set to zero",
 }
-_SAFETY_S = 3600  # the process limits itself; this is for one that cannot even start
+_SAFETY_S = 4 * 3600  # the process limits itself; this is for one that cannot even start
 
 
 def main() -> int:

@@ -29,14 +29,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from compress.graph import training_head
+from compress.capture import training_head
 from compress.manifest import write_bytes_atomic
 from scripts.studies import zoo
 
 PRUNING_RATIO = 0.3
 ROUND_TO = 8
 CPU_LIMIT_S = 100
-WALL_LIMIT_S = 900
+WALL_LIMIT_S = 3600
 
 
 def main(name: str, path: Path) -> None:
@@ -70,7 +70,7 @@ def main(name: str, path: Path) -> None:
 
 @contextmanager
 def limited() -> Iterator[None]:
-    """End this process where the block takes more than 100 s of CPU time, or 900 s on a busy machine."""
+    """End this process where the block takes more than 100 s of CPU time, or an hour on a busy machine."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     resource.setrlimit(resource.RLIMIT_CPU, (round(time.process_time()) + CPU_LIMIT_S, hard))

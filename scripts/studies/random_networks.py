@@ -59,10 +59,11 @@ class Network(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.recipe = recipe
-        self.steps = nn.ModuleList()
+        self.steps, self.heads = nn.ModuleList(), nn.ModuleList()
         for step in recipe.steps:
-            self.steps.append(_build(step, self.steps))
-        self.heads = nn.ModuleList(_build(step, self.steps) for step in recipe.heads)
+            self.steps.append(build(step, self.steps))
+        for step in recipe.heads:
+            self.heads.append(build(step, self.steps))
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -75,13 +76,16 @@ class Network(nn.Module):
         """Return the result of every head."""
         tensors = [image]
         for step, module in zip(self.recipe.steps, self.steps, strict=True):
-            tensors.extend(_run(module, step, tensors))
-        return [_run(module, step, tensors)[0] for step, module in zip(self.recipe.heads, self.heads, strict=True)]
+            tensors.extend(run(step, module, self.steps, tensors))
+        pairs = zip(self.recipe.heads, self.heads, strict=True)
+        return [run(step, module, self.steps, tensors)[0] for step, module in pairs]
 
 
-def _build(step: Step, before: Sequence[nn.Module]) -> nn.Module:
-    if step.kind == "Again":  # the very same layer
-        return before[step.arguments[0]]
+Modules = Sequence[nn.Module] | nn.ModuleList
+
+
+def build(step: Step, before: Modules) -> nn.Module:
+    """Return a step's own module, given those of the steps before it."""
     if step.kind == "Tied":  # another layer with the same weight
         module = Conv(*step.arguments[1:])
         module.conv.weight = before[step.arguments[0]].conv.weight  # type: ignore[union-attr]
@@ -89,7 +93,10 @@ def _build(step: Step, before: Sequence[nn.Module]) -> nn.Module:
     return OPERATIONS[step.kind].make(*step.arguments)
 
 
-def _run(module: nn.Module, step: Step, tensors: list[Tensor]) -> list[Tensor]:
+def run(step: Step, module: nn.Module, modules: Modules, tensors: list[Tensor]) -> list[Tensor]:
+    """Return what a step makes of the tensors before it."""
+    if step.kind == "Again":  # the very layer of an earlier step, called once more
+        module = modules[step.arguments[0]]
     made = module(*(tensors[source] for source in step.sources))
     return [made] if isinstance(made, Tensor) else list(made)
 
@@ -223,6 +230,18 @@ class Computed(nn.Module):
         return F.conv2d(x, self.weight * self.factor)
 
 
+class Fixed(nn.Module):
+    """A view by a number of channels that is kept as an attribute."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Keep the shape."""
+        return x.flatten(2).softmax(-1).view(1, self.channels, *x.shape[2:])
+
+
 class Anchors(nn.Module):
     """Maps of several sizes, one after another over their positions, then one layer that reads all."""
 
@@ -278,7 +297,10 @@ class Operation:
 
 
 def _new_channels(*more: st.SearchStrategy[Any]) -> Callable[[list[Shape]], st.SearchStrategy[tuple[Any, ...]]]:
-    return lambda shapes: st.tuples(st.just(shapes[0][1]), st.sampled_from(_CHANNELS), *more)
+    # As many as before is drawn more often: only such layers can be added to what they read, or called again.
+    return lambda shapes: st.tuples(
+        st.just(shapes[0][1]), st.sampled_from((max(2, shapes[0][1]), *_CHANNELS, max(2, shapes[0][1]))), *more
+    )
 
 
 def _grouped(shapes: list[Shape]) -> st.SearchStrategy[tuple[Any, ...]] | None:
@@ -385,6 +407,7 @@ OPERATIONS: dict[str, Operation] = {
     "Tokens": Operation(Tokens, _new_channels(st.booleans()), fresh=False),
     "Scale": Operation(Scale, lambda s: st.tuples(st.just(s[0][1]), st.booleans())),
     "Gate": Operation(Gate, lambda s: st.tuples(st.just(s[0][1]), st.sampled_from([2, 4]))),
+    "Fixed": Operation(Fixed, _channels(), fresh=False),
     "Attention": Operation(Attention, _channels(), fresh=False),
     "C2f": Operation(C2f, _new_channels(st.just(1), st.booleans())),
     "Computed": Operation(Computed, _new_channels()),
@@ -428,8 +451,8 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "Relu_": _plain(lambda x: x.relu_()),
     "Silu_": _plain(lambda x: F.silu(x, inplace=True)),
-    "Again": Operation(nn.Identity),  # the layer of an earlier step, see `recipes`
-    "Tied": Operation(Conv),
+    "Again": Operation(nn.Identity),  # see `run`
+    "Tied": Operation(Conv),  # see `build`
     **{name: _plain(function) for name, function in _UNARY.items()},
 }  # fmt: skip
 IN_PLACE = ("Relu_", "Silu_")
@@ -445,7 +468,16 @@ _STRUCTURE = (
     *("Conv", "Plain", "Grouped", "Depthwise", "Transposed", "Tokens", "Scale", "Gate", "C2f", "Add", "Mul", "Cat"),
     *("Chunk", "Shuffle", "Again", "Tied"),
 )
-_KINDS = tuple(name for name in OPERATIONS if name not in HEADS) + _STRUCTURE * 2
+# Not drawn until what they found is mended.
+WITHHELD = {
+    "Shuffle": "halves are interleaved, so they would have to lose the same places; nothing binds them",
+    "adaptive_max": "aten.adaptive_max_pool2d has two results and its rule describes one, so its channels are lost",
+    "Fixed": "a width that a module keeps as a number goes into its view as it was",
+    "Tied": "a weight with two names is counted twice in Graph.params, and its second name as if it were not cut",
+    "Div": "the oracle divides by removed channels, which are zero, and takes the NaN that reaches outputs for equal",
+    "rsqrt": "as Div",
+}
+_KINDS = tuple(kind for kind in (*OPERATIONS, *_STRUCTURE, *_STRUCTURE) if kind not in HEADS and kind not in WITHHELD)
 
 
 # --------------------------------------------------------------------------------------------------------- strategies
@@ -487,9 +519,9 @@ class _Builder:
         return tuple(self.tensors[number].shape)
 
     def add(self, step: Step) -> None:
-        module = _build(step, self.modules).eval()
+        module = build(step, self.modules).eval()
         with torch.no_grad():
-            made = _run(module, step, self.tensors)
+            made = run(step, module, self.modules, self.tensors)
         if OPERATIONS[step.kind].fresh:
             self.fresh.add(len(self.tensors))
         self.steps.append(step)
@@ -507,17 +539,7 @@ def _draw_step(draw: st.DrawFn, builder: _Builder) -> Step | None:
     if kind in IN_PLACE and first not in builder.fresh:
         return None
     if kind in ("Again", "Tied"):
-        earlier = [
-            number
-            for number, step in enumerate(builder.steps)
-            if step.kind in ("Conv", "Grouped", "Depthwise") and step.arguments[0] == shape[1]
-        ]
-        if not earlier:
-            return None
-        number = draw(st.sampled_from(earlier))
-        if kind == "Again":
-            return Step(kind, (number,), (first,))
-        return Step(kind, (number, *builder.steps[number].arguments), (first,))
+        return _draw_reuse(draw, builder, kind)
     sources = [first]
     if operation.fits is not None:
         others = [n for n in range(1, len(builder.tensors)) if operation.fits(shape, builder.shape(n))]
@@ -528,6 +550,20 @@ def _draw_step(draw: st.DrawFn, builder: _Builder) -> Step | None:
             return None
     arguments = operation.arguments([builder.shape(n) for n in sources])
     return None if arguments is None else Step(kind, draw(arguments), tuple(sources))
+
+
+def _draw_reuse(draw: st.DrawFn, builder: _Builder, kind: str) -> Step | None:
+    """Draw an earlier layer, and a tensor that it can read."""
+    fitting = [
+        (number, source)
+        for number, step in enumerate(builder.steps)
+        for source in range(1, len(builder.tensors))
+        if step.kind in ("Conv", "Grouped", "Depthwise") and step.arguments[0] == builder.shape(source)[1]
+    ]
+    if not fitting:
+        return None
+    number, source = draw(st.sampled_from(fitting))
+    return Step(kind, (number,) if kind == "Again" else (number, *builder.steps[number].arguments), (source,))
 
 
 def random_choice(graph: Graph, seed: int) -> Choice:
