@@ -1,6 +1,6 @@
 """Prune every model of docs/coverage.md with Torch-Pruning 1.6.1: docs/results/coverage_torch_pruning.json.
 
-Each model has a process of its own that ends after 100 s of CPU time (or 900 s of wall time, should the machine be
+Each model has a process of its own that ends after 100 s of CPU time (or an hour of wall time, should the machine be
 busy). Rows that the record already has are kept; --again measures the named models anew.
 
 The peer is no dependency of this project. It needs nothing that is not there, so install it alone:

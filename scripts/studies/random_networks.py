@@ -470,9 +470,8 @@ _STRUCTURE = (
 )
 # Not drawn until what they found is mended.
 WITHHELD = {
-    "Shuffle": "halves are interleaved, so they would have to lose the same places; nothing binds them",
+    "Attention": "its view asks for as many values as inputs; trial cuts halve both, so they find no fault in it",
     "adaptive_max": "aten.adaptive_max_pool2d has two results and its rule describes one, so its channels are lost",
-    "Fixed": "a width that a module keeps as a number goes into its view as it was",
     "Tied": "a weight with two names is counted twice in Graph.params, and its second name as if it were not cut",
     "Div": "the oracle divides by removed channels, which are zero, and takes the NaN that reaches outputs for equal",
     "rsqrt": "as Div",

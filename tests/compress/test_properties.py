@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scripts.studies.properties import check_network
 from scripts.studies.random_networks import Recipe, recipes
 
-NETWORKS, PLANS = 16, 5
+NETWORKS, PLANS = 24, 5
 
 
 @settings(
