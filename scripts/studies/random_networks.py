@@ -359,6 +359,15 @@ def _binary(function: Callable[[Tensor, Tensor], Tensor], fits: Any = _same_or_g
     return _plain(function, fits=fits, most=2)
 
 
+def _in_place(name: str) -> Callable[[Tensor], Tensor]:
+    return lambda x: getattr(F, name)(x * 2, inplace=True)
+
+
+def _tokens_attend(x: Tensor) -> Tensor:
+    tokens = x.flatten(2).transpose(1, 2).unsqueeze(1)
+    return F.scaled_dot_product_attention(tokens, tokens, tokens)[:, 0].transpose(1, 2).reshape(x.shape) * 1
+
+
 _UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     **{name: getattr(F, name) for name in (*_ACTIVATIONS, "hardsigmoid", "hardtanh", "softplus")},
     "sigmoid": torch.sigmoid,
@@ -375,6 +384,33 @@ _UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "pow": lambda x: x.tanh().pow(2),
     "neg": lambda x: 1 - (-x),
     "max_pool": lambda x: F.max_pool2d(x, 3, 1, 1),
+    **{name: getattr(F, name) for name in ("selu", "celu", "hardshrink", "logsigmoid", "softsign")},
+    "square": lambda x: x.tanh().square(),
+    "log": lambda x: torch.log(torch.exp(-torch.abs(x))),
+    "std": lambda x: x * x.std((2, 3), keepdim=True, correction=0),
+    "var": lambda x: x + x.var((2, 3), keepdim=True, correction=0),
+    "type_as": lambda x: x.type_as(x) * 2,
+    "expand_as": lambda x: x.mean((2, 3), keepdim=True).expand_as(x) * 1,
+    "select": lambda x: x[:, :, 0].unsqueeze(2) + x,
+    "stack": lambda x: torch.stack((x, x.relu()), 2).sum(2),
+    "unbind": lambda x: torch.stack(x.unbind(3), 3) * 2,
+    "movedim": lambda x: x.movedim(1, -1).sigmoid().movedim(-1, 1) * 1,
+    "unflatten": lambda x: x.unflatten(0, (1, 1)).flatten(0, 1) * 2,
+    "max": lambda x: x.flatten(2).max(2)[0].view(1, -1, 1, 1) * 1,
+    "min": lambda x: x.flatten(2).min(2)[0].view(1, -1, 1, 1) * 1,
+    "log_softmax": lambda x: x.flatten(2).log_softmax(-1).view(x.shape),
+    "max_pool1d": lambda x: F.max_pool1d(x.flatten(2), 3, 1, 1).view(x.shape) * 1,
+    "avg_pool1d": lambda x: F.avg_pool1d(x.flatten(2), 3, 1, 1).view(x.shape) * 1,
+    "max_pool3d": lambda x: F.max_pool3d(x.unsqueeze(2), (1, 3, 3), 1, (0, 1, 1)).squeeze(2) * 1,
+    "avg_pool3d": lambda x: F.avg_pool3d(x.unsqueeze(2), (1, 3, 3), 1, (0, 1, 1)).squeeze(2) * 1,
+    "adaptive_avg_pool1d": lambda x: F.adaptive_avg_pool1d(x.flatten(2), 1).unsqueeze(-1) * 1,
+    "adaptive_avg_pool3d": lambda x: F.adaptive_avg_pool3d(x.unsqueeze(2), 1).squeeze(2) * 1,
+    "attention": _tokens_attend,
+    **{f"{name}_": _in_place(name) for name in ("elu", "hardswish", "hardtanh", "leaky_relu", "mish", "relu6")},
+    "tanh_": lambda x: (x * 2).tanh_(),
+    "sigmoid_": lambda x: (x * 2).sigmoid_(),
+    "mul_": lambda x: (x * 2).mul_(x),
+    "sub_": lambda x: (x * 2).sub_(x),
     "avg_pool": lambda x: F.avg_pool2d(x, 3, 1, 1),
     "pad": lambda x: F.pad(x, (1, 1, 1, 1))[:, :, 1:-1, 1:-1] * 2,
     "softmax": lambda x: x.flatten(2).softmax(-1).view(x.shape),
@@ -476,7 +512,7 @@ WITHHELD = {
     "Div": "the oracle divides by removed channels, which are zero, and takes the NaN that reaches outputs for equal",
     "rsqrt": "as Div",
 }
-_KINDS = tuple(kind for kind in (*OPERATIONS, *_STRUCTURE, *_STRUCTURE) if kind not in HEADS and kind not in WITHHELD)
+_KINDS = tuple(kind for kind in (*OPERATIONS, *_STRUCTURE * 3) if kind not in HEADS and kind not in WITHHELD)
 
 
 # --------------------------------------------------------------------------------------------------------- strategies
