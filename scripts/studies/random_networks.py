@@ -511,6 +511,8 @@ WITHHELD = {
     "Tied": "a weight with two names is counted twice in Graph.params, and its second name as if it were not cut",
     "Div": "the oracle divides by removed channels, which are zero, and takes the NaN that reaches outputs for equal",
     "rsqrt": "as Div",
+    "log": "as Div",
+    "softsign": "as Div",
 }
 _KINDS = tuple(kind for kind in (*OPERATIONS, *_STRUCTURE * 3) if kind not in HEADS and kind not in WITHHELD)
 
