@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from benchmark.runners import ncnn_runner
 from benchmark.runners.ncnn_runner import BIN, METADATA, PARAM
 from compress.errors import ExportError
 
@@ -45,8 +46,6 @@ def write_bundle(model: Path, output: Path) -> Path:
     """
     import tempfile
 
-    from benchmark.runners import ncnn_runner
-
     check_bundle(output)
     try:
         metadata = ncnn_runner.load(str(model), threads=1).metadata
@@ -60,8 +59,12 @@ def write_bundle(model: Path, output: Path) -> Path:
     # Beside the output, so that the finished folder only has to be renamed.
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
         folder = Path(scratch) / output.name
-        shutil.copytree(TEMPLATES, folder, ignore=shutil.ignore_patterns("__pycache__"))
-        (folder / "model").mkdir()
+        (folder / "model").mkdir(parents=True)
+        # Not copytree, whose error no longer tells that the disk is full.
+        for path in (path for path in TEMPLATES.rglob("*") if path.is_file()):
+            copy = folder / path.relative_to(TEMPLATES)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
         for name in (PARAM, BIN, METADATA):
             shutil.copyfile(model / name, folder / "model" / name)
         (folder / "model" / CONSTANTS).write_text(constants(metadata), encoding="utf-8", newline="\n")

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Build the program of a deploy bundle, for this machine or for others: BUNDLE/bin/TARGET/detect.
 # usage: bash scripts/build_bundle.sh BUNDLE [x86_64|aarch64 …]
+#        bash scripts/build_bundle.sh --headers    only ncnn's headers, for the tests that compile without linking
 #
 # ncnn is built from its source package on the package index, once for each version and target, into the user's cache.
-# NCNN_VERSION: another version than that of requirements.lock. NCNN_SOURCE: a folder or archive with ncnn's source
-# instead. JOBS: how many compilers at once (default: one for each core). AARCH64_ROOT: see the bundle's README.
+# NCNN_VERSION: another version than that of requirements.lock. NCNN_SOURCE: the source package itself, a file.
+# JOBS: how many compilers at once (default: one for each core). AARCH64_ROOT: see the bundle's README.
 set -euo pipefail
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -20,22 +21,39 @@ AARCH64=(-DNCNN_ARM82FP16FML=OFF -DNCNN_ARM86SVE=OFF)
 main() {
     [[ $# -gt 0 ]] || fail "give the folder of a bundle: bash scripts/build_bundle.sh BUNDLE [x86_64|aarch64 …]"
     local bundle=${1%/} targets=("${@:2}") target
+    if [[ "$bundle" == --headers ]]; then
+        command -v cmake >/dev/null || fail "cmake is missing: sudo apt install cmake"
+        open_cache
+        make_headers
+        return
+    fi
     [[ -f "$bundle/cpp/CMakeLists.txt" ]] || fail "$bundle is not a bundle: write one with python -m export.ncnn --bundle"
     [[ ${#targets[@]} -gt 0 ]] || targets=("$(uname -m)")
     for target in "${targets[@]}"; do
         check_tools "$target"
     done
-    version=${NCNN_VERSION:-$(sed -n 's/^ncnn==\([0-9.]*\).*/\1/p' "$repository/requirements.lock")}
-    # A path is not something that can be compared with another build: it is built again.
-    [[ -n "${NCNN_SOURCE:-}" ]] && version=own-$(realpath "$NCNN_SOURCE" | cksum | cut -d' ' -f1)
-    cache=${XDG_CACHE_HOME:-$HOME/.cache}/espalier/ncnn-$version
-    mkdir -p "$cache"
-    exec 9>"$cache/lock"
-    flock -n 9 || { echo "build_bundle: waiting for another build of ncnn" >&2; flock 9; }
+    open_cache
     for target in "${targets[@]}"; do
         build_ncnn "$target"
         build_program "$bundle" "$target"
     done
+}
+
+# open_cache: set $version and $cache, and keep others out of it.
+open_cache() {
+    version=${NCNN_VERSION:-$(sed -n 's/^ncnn==\([0-9.]*\).*/\1/p' "$repository/requirements.lock")}
+    if [[ -n "${NCNN_SOURCE:-}" ]]; then
+        [[ -f "$NCNN_SOURCE" ]] || fail "NCNN_SOURCE=$NCNN_SOURCE is not a file"
+        version=$(sha256sum <"$NCNN_SOURCE" | cut -c1-16)
+    fi
+    if [[ -n "${AARCH64_ROOT:-}" ]]; then
+        AARCH64_ROOT=$(realpath "$AARCH64_ROOT")
+        export AARCH64_ROOT
+    fi
+    cache=${XDG_CACHE_HOME:-$HOME/.cache}/espalier/ncnn-$version
+    mkdir -p "$cache"
+    exec 9>"$cache/lock"
+    flock -n 9 || { echo "build_bundle: waiting for another build of ncnn" >&2; flock 9; }
 }
 
 fail() {
@@ -78,6 +96,20 @@ build_ncnn() {
     rm -rf "$installed.build"
 }
 
+# make_headers: ncnn's headers in $cache/include, whole or not at all.
+make_headers() {
+    local partial=$cache/include.partial
+    if [[ ! -d "$cache/include" ]]; then
+        fetch_source
+        rm -rf "$partial" && mkdir "$partial"
+        configure "$cache/source" "$partial/build" "$(uname -m)" "${COMMON[@]}"
+        cp "$cache"/source/src/*.h "$partial"/build/src/*.h "$partial"
+        rm -rf "$partial/build"
+        mv "$partial" "$cache/include"
+    fi
+    echo "build_bundle: $cache/include"
+}
+
 # build_program BUNDLE TARGET
 build_program() {
     local bundle=$1 target=$2 options=() build
@@ -116,10 +148,6 @@ fetch_source() {
     [[ -d "$cache/source" ]] && return
     local python=$repository/.venv/bin/python index
     [[ -x "$python" ]] || python=python3
-    if [[ -d "${NCNN_SOURCE:-}" ]]; then
-        ln -s "$(realpath "$NCNN_SOURCE")" "$cache/source"
-        return
-    fi
     # Not `pip download`: the package names the day on which its metadata is made as its version, which pip refuses.
     index=${PIP_INDEX_URL:-$("$python" -m pip config get global.index-url 2>/dev/null || echo https://pypi.org/simple)}
     rm -rf "$cache/source.partial"
@@ -127,4 +155,4 @@ fetch_source() {
     mv "$cache/source.partial" "$cache/source"
 }
 
-main "$@"
+main "$@"; exit  # at once: this file may have changed meanwhile

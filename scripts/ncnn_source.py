@@ -20,9 +20,6 @@ from pathlib import Path
 def find(page: str, version: str) -> tuple[str, str]:
     """Return the link and the sha256 of a version's source package on a project page (PEP 503).
 
-    >>> find('<a href="../x/ncnn-1.0.2.tar.gz#sha256=' + 64 * "a" + '">', "1.0.2") == ("../x/ncnn-1.0.2.tar.gz", 64 * "a")
-    True
-
     Raises:
         LookupError: it has none.
     """
@@ -74,9 +71,8 @@ def main() -> None:
         unpack(Path(source).read_bytes() if Path(source).is_file() else download(source, index), Path(folder))
     except (LookupError, OSError) as error:
         host = urllib.parse.urlsplit(index).hostname or index
-        print(
-            f"error: ncnn's source {source} ({host}): {error}; download it and name it: NCNN_SOURCE=FILE", file=sys.stderr
-        )
+        remedy = "download it and name it: NCNN_SOURCE=FILE"
+        print(f"error: ncnn's source {source} ({host}): {error}; {remedy}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -8,15 +8,9 @@
 #include "image.h"
 #include "model_files.h"
 #include "net.h"
+#include "timing.h"
 
 namespace espalier {
-
-// What the three parts of one detection took.
-struct Timing {
-    double preprocess_ms = 0.0;
-    double inference_ms = 0.0;
-    double postprocess_ms = 0.0;
-};
 
 // One model on the CPU. Functions that can fail return what is wrong in one line, or nothing; none throws, because
 // ncnn's Android libraries make their users compile without exceptions.

@@ -173,6 +173,14 @@ std::string read_image(const std::string& path, Image& image) {
     return "";
 }
 
+const char* jpeg_reader() {
+#ifdef ESPALIER_LIBJPEG
+    return "libjpeg";
+#else
+    return "stb_image";
+#endif
+}
+
 std::string find_images(const std::string& path, std::vector<std::string>& images) {
     std::error_code error;
     if (!std::filesystem::is_directory(path, error)) {

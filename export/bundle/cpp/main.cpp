@@ -89,7 +89,7 @@ std::string parse(int count, char** arguments, Options& options) {
 
 // Detects on every image; returns what is wrong, or nothing.
 std::string run(const espalier::Detector& detector, const Options& options, const std::vector<std::string>& paths,
-                std::vector<espalier::ImageResult>& results, std::vector<espalier::Timing>& timings) {
+                espalier::Report& report) {
     int warmup = options.warmup;
     for (const std::string& path : paths) {
         espalier::Image image;
@@ -105,11 +105,11 @@ std::string run(const espalier::Detector& detector, const Options& options, cons
                 return error;
             }
             if (i >= 0) {
-                timings.push_back(timing);
+                report.timings.push_back(timing);
             }
         }
         warmup = 0;
-        results.push_back(std::move(result));
+        report.images.push_back(std::move(result));
     }
     return "";
 }
@@ -149,14 +149,17 @@ int main(int count, char** arguments) {
         detector.settings().iou = static_cast<float>(options.iou);
     }
 
-    std::vector<espalier::ImageResult> results;
-    std::vector<espalier::Timing> timings;
-    error = run(detector, options, paths, results, timings);
+    espalier::Report report;
+    report.runtime = "ncnn " NCNN_VERSION_STRING;
+    report.precision = detector.precision();
+    report.jpeg_reader = espalier::jpeg_reader();
+    report.threads = options.threads;
+    report.labels = detector.labels();
+    error = run(detector, options, paths, report);
     if (!error.empty()) {
         return fail(error);
     }
-    const std::string json = espalier::to_json(detector, options.threads, results, timings);
-    if (std::fputs(json.c_str(), stdout) < 0 || std::fflush(stdout) != 0) {
+    if (std::fputs(espalier::to_json(report).c_str(), stdout) < 0 || std::fflush(stdout) != 0) {
         return fail("the output cannot be written: free some space");
     }
     return 0;

@@ -96,21 +96,22 @@ double percentile(std::vector<double> samples, double share) {
     return samples[below] + (position - static_cast<double>(below)) * (samples[above] - samples[below]);
 }
 
-std::string to_json(const Detector& detector, int threads, const std::vector<ImageResult>& results,
-                    const std::vector<Timing>& timings) {
-    std::string json = "{\n  \"runtime\": \"ncnn " NCNN_VERSION_STRING "\",\n  \"precision\": " +
-                       quoted(detector.precision()) + formatted(",\n  \"threads\": %d,\n  \"images\": [", threads);
+std::string to_json(const Report& report) {
+    std::string json = "{\n  \"runtime\": " + quoted(report.runtime) + ",\n  \"precision\": " +
+                       quoted(report.precision) + ",\n  \"jpeg_reader\": " + quoted(report.jpeg_reader) +
+                       formatted(",\n  \"threads\": %d,\n  \"images\": [", report.threads);
     const char* separator = "\n";
-    for (const ImageResult& result : results) {
-        json += separator + image_json(result, detector.labels());
+    for (const ImageResult& image : report.images) {
+        json += separator + image_json(image, report.labels);
         separator = ",\n";
     }
-    json += formatted("\n  ],\n  \"latency_ms\": {\n    \"samples\": %zu,\n    \"preprocess\": ", timings.size());
-    json += statistics(timings, [](const Timing& timing) { return timing.preprocess_ms; }) + ",\n    \"inference\": ";
-    json += statistics(timings, [](const Timing& timing) { return timing.inference_ms; }) + ",\n    \"postprocess\": ";
-    json += statistics(timings, [](const Timing& timing) { return timing.postprocess_ms; }) + ",\n    \"total\": ";
-    json += statistics(timings, [](const Timing& timing) {
-        return timing.preprocess_ms + timing.inference_ms + timing.postprocess_ms;
+    const std::vector<Timing>& all = report.timings;
+    json += formatted("\n  ],\n  \"latency_ms\": {\n    \"samples\": %zu", all.size());
+    json += ",\n    \"preprocess\": " + statistics(all, [](const Timing& part) { return part.preprocess_ms; });
+    json += ",\n    \"inference\": " + statistics(all, [](const Timing& part) { return part.inference_ms; });
+    json += ",\n    \"postprocess\": " + statistics(all, [](const Timing& part) { return part.postprocess_ms; });
+    json += ",\n    \"total\": " + statistics(all, [](const Timing& part) {
+        return part.preprocess_ms + part.inference_ms + part.postprocess_ms;
     });
     return json + "\n  }\n}\n";
 }

@@ -4,7 +4,8 @@
 #include <string>
 #include <vector>
 
-#include "detector.h"
+#include "head.h"
+#include "timing.h"
 
 namespace espalier {
 
@@ -15,14 +16,23 @@ struct ImageResult {
     std::vector<Detection> detections;
 };
 
+struct Report {
+    std::string runtime;
+    std::string precision;
+    std::string jpeg_reader;
+    int threads = 1;
+    std::vector<std::string> labels;  // by class
+    std::vector<ImageResult> images;
+    std::vector<Timing> timings;
+};
+
 // A JSON string with its quotes; bytes that are not UTF-8 become U+FFFD.
 std::string quoted(const std::string& text);
 
 // The value below which a share (0 to 1) of the samples lies, linear between two neighbours; 0 without samples.
 double percentile(std::vector<double> samples, double share);
 
-// The images and their boxes in px, best first, and over all timings p50, p90, p99 and mean in ms.
-std::string to_json(const Detector& detector, int threads, const std::vector<ImageResult>& results,
-                    const std::vector<Timing>& timings);
+// The images and their boxes in px, and p50, p90, p99 and mean over all timings, in ms.
+std::string to_json(const Report& report);
 
 }  // namespace espalier
