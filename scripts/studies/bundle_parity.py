@@ -3,7 +3,7 @@
 usage: python scripts/studies/bundle_parity.py --data D.yaml --model M.pt … [--target aarch64 …] [--imgsz 320]
 
 Both get the same image files. On a machine of another kind, the aarch64 program runs in qemu (Debian, Ubuntu:
-qemu-user-static), which is exact but tells nothing about latency. Programs are built by scripts/build_bundle.sh; see the
+qemu-user-static), which is exact but tells nothing about latency. scripts/build_bundle.sh builds the programs; see the
 README of a bundle for JPEG files on aarch64. Every finished row is on disk at once; rows of other models, sizes and
 targets stay. Exit code 1 where a row misses its limits.
 """
