@@ -94,12 +94,17 @@ def in_python(
 
 @pytest.mark.parametrize("reg_max", [16, 1])
 @pytest.mark.parametrize("end2end", [False, True])
-@pytest.mark.parametrize("most", [300, 40])
-def test_the_head_is_decoded_as_in_python(core: Callable[..., bytes], reg_max: int, end2end: bool, most: int) -> None:
-    levels = random_head(5, reg_max, 160)
-    expected = in_python(levels, 160, (480, 641), end2end, most)
+@pytest.mark.parametrize(
+    ("most", "imgsz"),
+    [(300, 160), pytest.param(40, 160, id="more than are wanted"), pytest.param(300, 96, id="fewer anchors than that")],
+)
+def test_the_head_is_decoded_as_in_python(
+    core: Callable[..., bytes], reg_max: int, end2end: bool, most: int, imgsz: int
+) -> None:
+    levels = random_head(5, reg_max, imgsz)
+    expected = in_python(levels, imgsz, (480, 641), end2end, most)
     stdin = b"".join(values.tobytes() for level in levels for values in level)
-    words = (5, reg_max, int(end2end), 0.25, 0.7, most, 641, 480, 160, 8, 16, 32)
+    words = (5, reg_max, int(end2end), 0.25, 0.7, most, 641, 480, imgsz, 8, 16, 32)
     found = np.frombuffer(core("decode", *words, stdin=stdin), np.float32).reshape(-1, 6)
     assert len(expected) > 30  # something was decoded …
     assert len(found) == len(expected)

@@ -149,12 +149,17 @@ std::vector<Candidate> all_classes(const std::vector<Candidate>& anchors, const 
 }  // namespace
 
 std::vector<Detection> decode(const std::vector<Level>& levels, const HeadSettings& settings) {
-    const auto most = static_cast<std::size_t>(settings.max_detections);
+    auto most = static_cast<std::size_t>(settings.max_detections);
     std::vector<Candidate> found = candidates(levels, settings);
     if (!settings.end2end) {
         found.resize(std::min(found.size(), MAX_CANDIDATES));
         return suppress(boxes_of(found, settings.reg_max), settings.iou, most);
     }
+    std::size_t anchors = 0;
+    for (const Level& level : levels) {
+        anchors += static_cast<std::size_t>(level.width) * static_cast<std::size_t>(level.height);
+    }
+    most = std::min(most, anchors);
     found.resize(std::min(found.size(), most));
     found = all_classes(found, settings);
     found.resize(std::min(found.size(), most));
