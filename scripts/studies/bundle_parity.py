@@ -2,10 +2,13 @@
 
 usage: python scripts/studies/bundle_parity.py --data D.yaml --model M.pt … [--target aarch64 …] [--imgsz 320]
 
-Both get the same image files. On a machine of another kind, the aarch64 program runs in qemu (Debian, Ubuntu:
-qemu-user-static), which is exact but tells nothing about latency. scripts/build_bundle.sh builds the programs; see the
-README of a bundle for JPEG files on aarch64. Every finished row is on disk at once; rows of other models, sizes and
-targets stay. Exit code 1 where a row misses its limits.
+Both get the same image files. scripts/build_bundle.sh builds the programs; see the README of a bundle for JPEG files on
+aarch64. On a machine of another kind, the aarch64 program runs in qemu (Debian, Ubuntu: qemu-user-static), which is
+exact but tells nothing about latency. Sums differ with the vector units of a CPU, above all in fp16; so with
+--python-root, the root folder of an aarch64 system, the Python runner runs on the emulated CPU too.
+
+Every finished row is on disk at once; rows of other models, sizes and targets stay. Exit code 1 where a row misses its
+limits.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import json
 import platform
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,26 +37,55 @@ IOU = 0.7
 MIN_IOU, MAX_SCORE_ERROR = 0.99, 1e-3
 # Raspberry Pi 4, without fp16 arithmetic, and Raspberry Pi 5, with it.
 CPUS = {"aarch64": ("cortex-a72", "cortex-a76")}
-KEYS = ("model", "head", "precision", "data", "imgsz", "target", "cpu", "jpeg_reader")
+KEYS = ("model", "head", "precision", "data", "imgsz", "target", "cpu", "jpeg_reader", "python_machine")
+# What another Python runs: it needs numpy, ncnn and the file of the runner.
+RUNNER = """
+import sys
+runners, folder, scratch = sys.argv[1:]
+sys.path.insert(0, runners)
+import numpy as np
+import ncnn_runner
+session = ncnn_runner.load(folder, 1)
+outputs = [ncnn_runner.infer(session, image)[0] for image in np.load(f"{scratch}/inputs.npy")]
+np.save(f"{scratch}/outputs.npy", np.stack(outputs))
+"""
 
 
-def in_python(folder: Path, files: list[Path], imgsz: int) -> list[np.ndarray]:
-    """Return per image the (n, 6) detections of the Python runner, in px of the image: decoded, suppressed, moved."""
+def in_python(folder: Path, files: list[Path], imgsz: int, python: list[str] | None = None) -> list[np.ndarray]:
+    """Return per image the (n, 6) detections of the Python runner, in px of the image: decoded, suppressed, moved.
+
+    Args:
+        folder: the model, NAME_ncnn_model.
+        files: images.
+        imgsz: side of the square input, px.
+        python: how to start another Python than this one for the runner; its letterboxed input and what becomes of its
+            output are this one's.
+    """
     import torch
     from ultralytics.utils.nms import non_max_suppression
     from ultralytics.utils.ops import scale_boxes
     from ultralytics.utils.patches import imread
 
-    session = ncnn_runner.load(str(folder), 1)
-    end2end = session.metadata["end2end"]
+    inputs = [parity.letterbox(file, imgsz) for file in files]
     found = []
-    for file in files:
-        output = torch.from_numpy(ncnn_runner.infer(session, parity.letterbox(file, imgsz))[0])
-        rows: Any = non_max_suppression(output, LOWEST, IOU, end2end=end2end)[0]
+    for file, output in zip(files, _infer(folder, inputs, python), strict=True):
+        end2end = output.shape[-1] == 6
+        rows: Any = non_max_suppression(torch.from_numpy(output), LOWEST, IOU, end2end=end2end)[0]
         image: Any = imread(str(file))
         rows[:, :4] = scale_boxes((imgsz, imgsz), rows[:, :4], image.shape[:2])
         found.append(rows.numpy())
     return found
+
+
+def _infer(folder: Path, inputs: list[np.ndarray], python: list[str] | None) -> list[np.ndarray]:
+    if python is None:
+        session = ncnn_runner.load(str(folder), 1)
+        return [ncnn_runner.infer(session, image)[0] for image in inputs]
+    with tempfile.TemporaryDirectory() as scratch:
+        np.save(Path(scratch) / "inputs.npy", np.stack(inputs))
+        script = Path(ncnn_runner.__file__).parent, folder, scratch
+        subprocess.run([*python, "-c", RUNNER, *map(str, script)], check=True)  # noqa: S603  (a Python that was named)
+        return list(np.load(Path(scratch) / "outputs.npy"))
 
 
 def in_program(command: list[str], bundle: Path, files: list[Path]) -> tuple[list[np.ndarray], dict[str, Any]]:
@@ -94,11 +127,21 @@ def compare(expected: list[np.ndarray], found: list[np.ndarray]) -> dict[str, An
     }
 
 
-def commands(target: str, program: Path) -> dict[str | None, list[str]]:
-    """Return how the program of a target is started here, by the CPU that is emulated; None: this machine's own."""
+def starts(target: str, python_root: Path | None) -> Iterator[tuple[str | None, list[str], list[str] | None]]:
+    """Yield each CPU that stands for a target here (None: this machine's own), with what goes before its programs.
+
+    The third is how the Python of that CPU is started, or None for the Python that runs this.
+    """
     if target == platform.machine():
-        return {None: [str(program)]}
-    return {cpu: [f"qemu-{target}-static", "-cpu", cpu, str(program)] for cpu in CPUS[target]}
+        yield None, [], None
+        return
+    for cpu in CPUS[target]:
+        qemu = [f"qemu-{target}-static", "-cpu", cpu]
+        yield cpu, qemu, None
+        if python_root:
+            root = python_root.resolve()
+            home = ["-E", f"PYTHONHOME={root / 'usr'}", "-L", str(root), str(root / "usr/bin/python3")]
+            yield cpu, qemu, [*qemu, *home]
 
 
 def fused_to_one_head(model: Path, folder: Path) -> Path:
@@ -141,6 +184,7 @@ def main() -> None:
     parser.add_argument("--target", nargs="+", choices=["x86_64", "aarch64"], default=[platform.machine()])
     parser.add_argument("--precision", nargs="+", choices=["fp32", "fp16"], default=["fp32", "fp16"])
     parser.add_argument("--end2end", action="store_true", help="the end-to-end head of models that have two")
+    parser.add_argument("--python-root", type=Path, help="aarch64 system with usr/bin/python3, numpy and ncnn")
     parser.add_argument("--output", type=Path, default=Path("docs/results/bundle_parity.json"))
     arguments = parser.parse_args()
     data = arguments.data.resolve()
@@ -165,10 +209,13 @@ def main() -> None:
                 bundle = deploy.write_bundle(folder, Path(scratch) / name)
                 # The same program for every model: that is what the first one's has to prove.
                 programs = programs or build(bundle, arguments.target)
-                expected = in_python(folder, files, arguments.imgsz)
+                expected: dict[tuple[str, ...], list[np.ndarray]] = {}
                 for target, program in programs.items():
-                    for cpu, command in commands(target, program).items():
-                        found, answer = in_program(command, bundle, files)
+                    for cpu, before, python in starts(target, arguments.python_root):
+                        key = tuple(python or ())
+                        if key not in expected:
+                            expected[key] = in_python(folder, files, arguments.imgsz, python)
+                        found, answer = in_program([*before, str(program)], bundle, files)
                         row = {
                             "model": model.stem,
                             "model_sha256": manifest.sha256_file(model),
@@ -176,10 +223,10 @@ def main() -> None:
                             "precision": precision,
                             "target": target,
                             "cpu": cpu,
-                            **{key: answer[key] for key in ("runtime", "jpeg_reader")},
-                            "python_runtime": f"ncnn {ncnn_runner.ncnn.__version__} on {platform.machine()}",
+                            **{name: answer[name] for name in ("runtime", "jpeg_reader")},
+                            "python_machine": f"{target} {cpu}" if python else platform.machine(),
                             **shared,
-                            **compare(expected, found),
+                            **compare(expected[key], found),
                         }
                         failed |= not row["passed"]
                         _store(arguments.output, rows, row)
