@@ -18,7 +18,6 @@ import json
 import platform
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,8 @@ CONFIDENCE = 0.25
 LOWEST = 0.24  # what lies below the confidence by less than this may be a partner, and counts for nothing else
 IOU = 0.7
 MIN_IOU, MAX_SCORE_ERROR = 0.99, 1e-3
-# Raspberry Pi 4, without fp16 arithmetic, and Raspberry Pi 5, with it.
-CPUS = {"aarch64": ("cortex-a72", "cortex-a76")}
+# What is emulated: Raspberry Pi 4, which has no fp16 arithmetic, and Raspberry Pi 5, which has.
+CPUS = {"fp32": "cortex-a72", "fp16": "cortex-a76"}
 KEYS = ("model", "head", "precision", "data", "imgsz", "target", "cpu", "jpeg_reader", "python_machine")
 # What another Python runs: it needs numpy, ncnn and the file of the runner.
 RUNNER = """
@@ -127,21 +126,16 @@ def compare(expected: list[np.ndarray], found: list[np.ndarray]) -> dict[str, An
     }
 
 
-def starts(target: str, python_root: Path | None) -> Iterator[tuple[str | None, list[str], list[str] | None]]:
-    """Yield each CPU that stands for a target here (None: this machine's own), with what goes before its programs.
+def start(target: str, precision: str) -> tuple[str | None, list[str]]:
+    """Return the CPU that stands for a target here (None: this machine's own), and what goes before its programs."""
+    cpu = CPUS[precision]
+    return (None, []) if target == platform.machine() else (cpu, [f"qemu-{target}-static", "-cpu", cpu])
 
-    The third is how the Python of that CPU is started, or None for the Python that runs this.
-    """
-    if target == platform.machine():
-        yield None, [], None
-        return
-    for cpu in CPUS[target]:
-        qemu = [f"qemu-{target}-static", "-cpu", cpu]
-        yield cpu, qemu, None
-        if python_root:
-            root = python_root.resolve()
-            home = ["-E", f"PYTHONHOME={root / 'usr'}", "-L", str(root), str(root / "usr/bin/python3")]
-            yield cpu, qemu, [*qemu, *home]
+
+def python_in(root: Path, before: list[str]) -> list[str]:
+    """Return how the Python of another system is started, whose root folder is `root`."""
+    root = root.resolve()
+    return [*before, "-E", f"PYTHONHOME={root / 'usr'}", "-L", str(root), str(root / "usr/bin/python3")]
 
 
 def fused_to_one_head(model: Path, folder: Path) -> Path:
@@ -209,13 +203,15 @@ def main() -> None:
                 bundle = deploy.write_bundle(folder, Path(scratch) / name)
                 # The same program for every model: that is what the first one's has to prove.
                 programs = programs or build(bundle, arguments.target)
-                expected: dict[tuple[str, ...], list[np.ndarray]] = {}
+                local = in_python(folder, files, arguments.imgsz)
                 for target, program in programs.items():
-                    for cpu, before, python in starts(target, arguments.python_root):
-                        key = tuple(python or ())
-                        if key not in expected:
-                            expected[key] = in_python(folder, files, arguments.imgsz, python)
-                        found, answer = in_program([*before, str(program)], bundle, files)
+                    cpu, before = start(target, precision)
+                    found, answer = in_program([*before, str(program)], bundle, files)
+                    expected = {platform.machine(): local}
+                    if cpu and arguments.python_root:
+                        python = python_in(arguments.python_root, before)
+                        expected[f"{target} {cpu}"] = in_python(folder, files, arguments.imgsz, python)
+                    for machine, detections in expected.items():
                         row = {
                             "model": model.stem,
                             "model_sha256": manifest.sha256_file(model),
@@ -224,9 +220,9 @@ def main() -> None:
                             "target": target,
                             "cpu": cpu,
                             **{name: answer[name] for name in ("runtime", "jpeg_reader")},
-                            "python_machine": f"{target} {cpu}" if python else platform.machine(),
+                            "python_machine": machine,
                             **shared,
-                            **compare(expected[key], found),
+                            **compare(detections, found),
                         }
                         failed |= not row["passed"]
                         _store(arguments.output, rows, row)

