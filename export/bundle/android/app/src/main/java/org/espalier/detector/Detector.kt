@@ -17,7 +17,9 @@ class Detector(context: Context, threads: Int) : AutoCloseable {
         // ncnn reads files; assets are none.
         val folder = File(context.filesDir, "model").apply { mkdirs() }
         for (name in FILES) {
-            context.assets.open(name).use { asset -> File(folder, name).outputStream().use(asset::copyTo) }
+            context.assets.open(name).use { asset ->
+                File(folder, name).outputStream().use { file -> asset.copyTo(file) }
+            }
         }
         labels = File(folder, LABELS).readLines()
         handle = nativeOpen(folder.path, threads)

@@ -48,7 +48,7 @@ class MainActivity : ComponentActivity() {
     override fun onDestroy() {
         super.onDestroy()
         // After the frame that the worker may still be looking at.
-        if (::detector.isInitialized) worker.execute(detector::close)
+        if (::detector.isInitialized) worker.execute { detector.close() }
         worker.shutdown()
     }
 
@@ -69,7 +69,7 @@ class MainActivity : ComponentActivity() {
             .setOutputImageFormat(ImageAnalysis.OUTPUT_IMAGE_FORMAT_RGBA_8888)
             .setBackpressureStrategy(ImageAnalysis.STRATEGY_KEEP_ONLY_LATEST)
             .build()
-        frames.setAnalyzer(worker) { frame -> frame.use(::detect) }
+        frames.setAnalyzer(worker) { frame -> frame.use { detect(it) } }
         provider.unbindAll()
         provider.bindToLifecycle(this, CameraSelector.DEFAULT_BACK_CAMERA, picture, frames)
     }
