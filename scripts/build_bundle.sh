@@ -120,7 +120,8 @@ build_program() {
     configure "$bundle/cpp" "$build" "$target" "-Dncnn_DIR=$cache/$target-$RECIPE/lib/cmake/ncnn" "${options[@]}"
     compile "$build"
     mkdir -p "$bundle/bin/$target"
-    mv "$build/detect" "$bundle/bin/$target/detect"
+    mv "$build/detect" "$bundle/bin/$target/.detect"  # it may come from another disk
+    mv "$bundle/bin/$target/.detect" "$bundle/bin/$target/detect"
     rm -rf "$build"
     echo "build_bundle: $bundle/bin/$target/detect"
 }

@@ -9,6 +9,7 @@ import hashlib
 import html
 import io
 import re
+import shutil
 import sys
 import tarfile
 import urllib.error
@@ -52,6 +53,7 @@ def unpack(archive: bytes, folder: Path) -> None:
         LookupError: it is no such archive.
     """
     scratch = folder.with_name(f"{folder.name}.unpacked")
+    shutil.rmtree(scratch, ignore_errors=True)  # of an earlier attempt
     try:
         with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
             tar.extractall(scratch, filter="data")

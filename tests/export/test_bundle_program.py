@@ -217,6 +217,7 @@ def test_only_the_archive_that_the_index_names_is_unpacked(root: Path, tmp_path:
     with pytest.raises(LookupError, match="does not have the sha256"):
         source.download("1.0", "https://i/simple")
 
+    (tmp_path / "source.unpacked" / "left over").mkdir(parents=True)
     source.unpack(archive, tmp_path / "source")
     assert sorted(path.name for path in (tmp_path / "source").iterdir()) == ["CMakeLists.txt", "src"]
     with pytest.raises(LookupError, match=r"no \.tar\.gz archive"):
