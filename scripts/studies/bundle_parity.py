@@ -35,7 +35,7 @@ LOWEST = 0.24  # what lies below the confidence by less than this may be a partn
 IOU = 0.7
 MIN_IOU, MAX_SCORE_ERROR = 0.99, 1e-3
 # What is emulated: Raspberry Pi 4, which has no fp16 arithmetic, and Raspberry Pi 5, which has.
-CPUS = {"fp32": "cortex-a72", "fp16": "cortex-a76"}
+CPUS = {"fp32": ("cortex-a72",), "fp16": ("cortex-a72", "cortex-a76")}
 KEYS = ("model", "head", "precision", "data", "imgsz", "target", "cpu", "jpeg_reader", "python_machine")
 # What another Python runs: it needs numpy, ncnn and the file of the runner.
 RUNNER = """
@@ -126,10 +126,11 @@ def compare(expected: list[np.ndarray], found: list[np.ndarray]) -> dict[str, An
     }
 
 
-def start(target: str, precision: str) -> tuple[str | None, list[str]]:
-    """Return the CPU that stands for a target here (None: this machine's own), and what goes before its programs."""
-    cpu = CPUS[precision]
-    return (None, []) if target == platform.machine() else (cpu, [f"qemu-{target}-static", "-cpu", cpu])
+def starts(target: str, precision: str) -> list[tuple[str | None, list[str]]]:
+    """Return the CPUs that stand for a target here (None: this machine's own), each with what goes before programs."""
+    if target == platform.machine():
+        return [(None, [])]
+    return [(cpu, [f"qemu-{target}-static", "-cpu", cpu]) for cpu in CPUS[precision]]
 
 
 def python_in(root: Path, before: list[str]) -> list[str]:
@@ -204,9 +205,10 @@ def main() -> None:
                 # The same program for every model: that is what the first one's has to prove.
                 programs = programs or build(bundle, arguments.target)
                 local = in_python(folder, files, arguments.imgsz)
-                for target, program in programs.items():
-                    cpu, before = start(target, precision)
-                    found, answer = in_program([*before, str(program)], bundle, files)
+                for target, cpu, before in (
+                    (target, *each) for target in programs for each in starts(target, precision)
+                ):
+                    found, answer = in_program([*before, str(programs[target])], bundle, files)
                     expected = {platform.machine(): local}
                     if cpu and arguments.python_root:
                         python = python_in(arguments.python_root, before)
