@@ -205,9 +205,8 @@ def main() -> None:
                 # The same program for every model: that is what the first one's has to prove.
                 programs = programs or build(bundle, arguments.target)
                 local = in_python(folder, files, arguments.imgsz)
-                for target, cpu, before in (
-                    (target, *each) for target in programs for each in starts(target, precision)
-                ):
+                runs = [(target, *each) for target in programs for each in starts(target, precision)]
+                for target, cpu, before in runs:
                     found, answer = in_program([*before, str(programs[target])], bundle, files)
                     expected = {platform.machine(): local}
                     if cpu and arguments.python_root:
