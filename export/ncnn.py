@@ -310,13 +310,20 @@ def main(
     half: Annotated[bool, typer.Option(help="store weights in fp16, and let the device compute in fp16")] = False,
     parity_map: Annotated[bool, typer.Option(help="compare the mAP on the val split too")] = False,
     parity_images: Annotated[int, typer.Option(help="real images on which ncnn must equal PyTorch")] = 16,
+    bundle: Annotated[Path | None, typer.Option(help="new folder: model, C++ program, Android app")] = None,
 ) -> None:
     """Export a detector to ncnn and prove on real images that it equals PyTorch."""
     from compress.dataset import resolve
+    from export import deploy
 
+    if bundle:
+        deploy.check_bundle(bundle)
     settings = parse(ExportNcnn, {"half": half, "parity_images": parity_images, "parity_map": parity_map}, "ncnn")
     stage.require(model)
     export_stage({model.stem: model}, resolve(data, labels=parity_map), imgsz, settings, output)
+    if bundle:
+        deploy.write_bundle(output / f"{model.stem}{NCNN_SUFFIX}", bundle)
+        print(f"bundle: {bundle} (its README.md says what to type)")
 
 
 if __name__ == "__main__":

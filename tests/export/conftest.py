@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,3 +78,34 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def images(data: Path) -> list[Path]:
     return sorted((data.parent / "images" / "val").glob("*.png"))
+
+
+@pytest.fixture(scope="session")
+def ncnn_model(detector: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ncnn folder of the detector, at 64 px."""
+    from export.ncnn import export_ncnn
+
+    return export_ncnn(detector, tmp_path_factory.mktemp("deploy") / "tiny_ncnn_model", imgsz=64)
+
+
+@pytest.fixture(scope="session")
+def bundle(ncnn_model: Path) -> Path:
+    """The deploy bundle of that folder."""
+    from export.deploy import write_bundle
+
+    return write_bundle(ncnn_model, ncnn_model.parent / "bundle")
+
+
+@pytest.fixture(scope="session")
+def compile_cpp() -> Callable[..., None]:
+    """Call the C++ compiler; what it says is the failure of the test."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler: no g++ on this machine")
+
+    def call(*arguments: object) -> None:
+        command = [compiler, "-std=c++17", "-Wall", "-Wextra", "-Werror", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    return call
