@@ -24,8 +24,8 @@ def oracle_error(graph: Graph, pruned: nn.Module, keep: list[np.ndarray], image:
     """Return the largest relative difference between the pruned model and the dense one with its channels zeroed.
 
     Every removed channel is set to zero after each operation of the dense model; the pruned model must then return
-    the same raw maps, of every head. Differences are relative to the largest magnitude of each output, and infinite where one
-    of the two is not finite.
+    the same raw maps, of every head. Differences are relative to the largest magnitude of each output, and infinite
+    where one of the two is not finite.
 
     Args:
         graph: of the dense model.

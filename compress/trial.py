@@ -1,9 +1,9 @@
 """Trial cuts: a module that does not survive the loss of channels keeps them.
 
 The exported graph shows that a module reshapes 64 channels into 8 rows or divides by 64, not whether it counts them
-anew or has the number in its code. So where a stranger's module or a reshape is at work, channels are cut on trial: what
-cannot run afterwards, or computes something else than the masked dense model, is frozen, and everything around it still
-is pruned.
+anew or has the number in its code. So where a stranger's module or a reshape is at work, channels are cut on trial:
+what cannot run afterwards, or computes something else than the masked dense model, is frozen, and everything around it
+still is pruned.
 """
 
 from __future__ import annotations

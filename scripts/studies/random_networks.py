@@ -504,17 +504,7 @@ _STRUCTURE = (
     *("Conv", "Plain", "Grouped", "Depthwise", "Transposed", "Tokens", "Scale", "Gate", "C2f", "Add", "Mul", "Cat"),
     *("Chunk", "Shuffle", "Again", "Tied"),
 )
-# Not drawn until what they found is mended.
-WITHHELD = {
-    "Attention": "its view asks for as many values as inputs; trial cuts halve both, so they find no fault in it",
-    "adaptive_max": "aten.adaptive_max_pool2d has two results and its rule describes one, so its channels are lost",
-    "Tied": "a weight with two names is counted twice in Graph.params, and its second name as if it were not cut",
-    "Div": "the oracle divides by removed channels, which are zero, and takes the NaN that reaches outputs for equal",
-    "rsqrt": "as Div",
-    "log": "as Div",
-    "softsign": "as Div",
-}
-_KINDS = tuple(kind for kind in (*OPERATIONS, *_STRUCTURE * 3) if kind not in HEADS and kind not in WITHHELD)
+_KINDS = tuple(kind for kind in (*OPERATIONS, *_STRUCTURE * 3) if kind not in HEADS)
 
 
 # --------------------------------------------------------------------------------------------------------- strategies
