@@ -12,9 +12,32 @@ import torch
 
 from compress.checkpoint import build_model, save_model
 
+# Strides 8, 16 and 32, and two levels of features for the heads of every task.
+BACKBONE: list[Any] = [
+    [-1, 1, "Conv", [8, 3, 2]],
+    [-1, 1, "Conv", [16, 3, 2]],
+    [-1, 1, "C2f", [16, True]],
+    [-1, 1, "Conv", [16, 3, 2]],
+    [-1, 1, "Conv", [24, 3, 2]],
+    [-1, 1, "Conv", [24, 3, 2]],
+]
+TASK_HEADS: dict[str, Any] = {
+    "segment": [[3, 4, 5], 1, "Segment", ["nc", 8, 16]],
+    "pose": [[3, 4, 5], 1, "Pose", ["nc", [2, 3]]],
+    "obb": [[3, 4, 5], 1, "OBB", ["nc", 1]],
+    "classify": [-1, 1, "Classify", ["nc"]],
+    "semantic": [[3, 4], 1, "SemanticSegment", ["nc"]],
+    "depth": [[3, 4, 5], 1, "Depth", [16]],
+}
 
-def write_detector(path: Path, cfg: str, one_head: bool) -> Path:
-    """Write an untrained three-class detector that detects: batch statistics keep its activations alive."""
+
+def task_model(task: str) -> dict[str, Any]:
+    """Return the architecture of a very small model of a task, as Ultralytics' YAMLs say it."""
+    return {"nc": 3, "scale": "n", "kpt_shape": [2, 3], "backbone": BACKBONE, "head": [TASK_HEADS[task]]}
+
+
+def write_detector(path: Path, cfg: str | dict[str, Any], one_head: bool) -> Path:
+    """Write an untrained three-class model that finds something: batch statistics keep its activations alive."""
     torch.manual_seed(0)
     model: Any = build_model(cfg, nc=3)
     model.names = {0: "circle", 1: "square", 2: "star"}
@@ -26,10 +49,12 @@ def write_detector(path: Path, cfg: str, one_head: bool) -> Path:
             # Every side of a box about one stride away from its anchor; scores about one half.
             bins = -torch.arange(head.reg_max) if head.reg_max > 1 else torch.ones(1)
             layers[-1].bias.data = bins.repeat(4).float() if name.endswith("cv2") else torch.zeros(head.nc)
+    if hasattr(head, "linear"):  # a classifier that is neither sure of a class nor undecided
+        torch.nn.init.normal_(head.linear.weight, std=0.1)
     if one_head:
         head.end2end = True
         model.fuse(verbose=False)
-    save_model(model.eval(), path, {"task": "detect"})
+    save_model(model.eval(), path, {})
     return path
 
 
@@ -41,6 +66,13 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session")
 def make_detector() -> Callable[..., Path]:
     return write_detector
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One very small model of each task beside detection."""
+    folder = tmp_path_factory.mktemp("models")
+    return {task: write_detector(folder / f"{task}.pt", task_model(task), one_head=False) for task in TASK_HEADS}
 
 
 @pytest.fixture(scope="session")
