@@ -34,7 +34,8 @@ HEADS = {
     "SemanticSegment": "semantic",
     "Depth": "depth",
 }
-TASKS = tuple(dict.fromkeys(HEADS.values()))
+TASKS = tuple(dict.fromkeys(HEADS.values()))  # that can be exported
+TRAINABLE = ("detect", "segment", "pose", "obb", "classify")
 
 
 def load_model(path: str | Path) -> nn.Module:
@@ -52,19 +53,13 @@ def load_model(path: str | Path) -> nn.Module:
     return _open(path)[0]
 
 
-def load_detector(path: str | Path) -> nn.Module:
-    """Open what can be trained and pruned: `load_model`, and its head is a plain detection head.
+def load_trainable(path: str | Path) -> nn.Module:
+    """Open what can be trained and pruned: `load_model`, and its task is one of `TRAINABLE`.
 
     Raises:
-        CheckpointError: as `load_model`, or the model segments, classifies or estimates poses.
+        CheckpointError: as `load_model`, or the model is of another task or has an unknown head.
     """
-    from ultralytics.nn.modules.head import Detect, v10Detect
-
-    model: Any = load_model(path)
-    head = model.model[-1]
-    if type(head) not in (Detect, v10Detect):
-        raise CheckpointError(f"{path} has a {type(head).__name__} head: only detection models are supported")
-    return model
+    return _load_of(path, TRAINABLE, "trained")
 
 
 def load_deployable(path: str | Path) -> nn.Module:
@@ -73,10 +68,14 @@ def load_deployable(path: str | Path) -> nn.Module:
     Raises:
         CheckpointError: as `load_model`, or the head is none of `HEADS`.
     """
+    return _load_of(path, TASKS, "exported")
+
+
+def _load_of(path: str | Path, tasks: tuple[str, ...], done: str) -> nn.Module:
     model = load_model(path)
     head = type(model.model[-1]).__name__  # type: ignore[index]
-    if head not in HEADS:
-        raise CheckpointError(f"{path} has a {head} head: only models to {', '.join(TASKS)} are supported")
+    if HEADS.get(head) not in tasks:
+        raise CheckpointError(f"{path} has a {head} head: only models to {', '.join(tasks)} can be {done}")
     return model
 
 
