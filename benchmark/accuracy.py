@@ -146,13 +146,14 @@ def _images(settings: Any, task: str, data: Path, names: dict[int, str], split: 
     if task == "classify":
         return FreshClasses(data / split, settings, augment=False, prefix=split, names=names)
     content = check_det_dataset(str(data), autodownload=False, split=split)
-    images = FreshLabels(
-        img_path=content[split], imgsz=imgsz, augment=False, hyp=settings, rect=False, data=content, task=task
-    )
+    try:
+        images = FreshLabels(
+            img_path=content[split], imgsz=imgsz, augment=False, hyp=settings, rect=False, data=content, task=task
+        )
+    except ValueError as error:  # boxes where the task needs polygons
+        raise DataError(f"{data}, split {split}: {error}") from None
     if not any(len(label["cls"]) for label in images.labels):
         raise DataError(f"{data} has no labels for its {split} images: mAP needs at least one labelled object")
-    if task in ("segment", "obb") and not any(len(label["segments"]) for label in images.labels):
-        raise DataError(f"{data} has boxes for labels, a model to {task} needs the points of polygons")
     return images
 
 

@@ -92,7 +92,8 @@ def class_names(data: Path) -> dict[int, str]:
         folders = sorted(path.name for path in (data / "train").glob("*") if path.is_dir())
         if not folders:
             raise DataError(
-                f"{data} has no folders of classes in 'train': give such a folder, or the .yaml of a data set"
+                f"{data.name} is not a data set: give its .yaml, or for a classifier a folder whose 'train' and 'val' "
+                "hold a folder of images for every class"
             )
         return dict(enumerate(folders))
     content = _read(data)

@@ -70,10 +70,9 @@ class Planned(BaseTrainer):
     def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None) -> Any:
         """Return the images and labels of a split, without a cache of anybody."""
         if self.args.task == "classify":
-            train = mode == "train"
-            names = self.data["names"]
-            split = mode if train else self.args.split
-            return FreshClasses(img_path, self.args, augment=train, prefix=split, names=names)
+            settings: Any = self.args
+            split = "train" if mode == "train" else settings.split
+            return FreshClasses(img_path, settings, mode == "train", split, self.data["names"])
         with fresh_labels():
             return super().build_dataset(img_path, mode, batch)
 

@@ -12,29 +12,6 @@ import torch
 
 from compress.checkpoint import build_model, save_model
 
-# Strides 8, 16 and 32, and two levels of features for the heads of every task.
-BACKBONE: list[Any] = [
-    [-1, 1, "Conv", [8, 3, 2]],
-    [-1, 1, "Conv", [16, 3, 2]],
-    [-1, 1, "C2f", [16, True]],
-    [-1, 1, "Conv", [16, 3, 2]],
-    [-1, 1, "Conv", [24, 3, 2]],
-    [-1, 1, "Conv", [24, 3, 2]],
-]
-TASK_HEADS: dict[str, Any] = {
-    "segment": [[3, 4, 5], 1, "Segment", ["nc", 8, 16]],
-    "pose": [[3, 4, 5], 1, "Pose", ["nc", [2, 3]]],
-    "obb": [[3, 4, 5], 1, "OBB", ["nc", 1]],
-    "classify": [-1, 1, "Classify", ["nc"]],
-    "semantic": [[3, 4], 1, "SemanticSegment", ["nc"]],
-    "depth": [[3, 4, 5], 1, "Depth", [16]],
-}
-
-
-def task_model(task: str) -> dict[str, Any]:
-    """Return the architecture of a very small model of a task, as Ultralytics' YAMLs say it."""
-    return {"nc": 3, "scale": "n", "kpt_shape": [2, 3], "backbone": BACKBONE, "head": [TASK_HEADS[task]]}
-
 
 def write_detector(path: Path, cfg: str | dict[str, Any], one_head: bool) -> Path:
     """Write an untrained three-class model that finds something: batch statistics keep its activations alive."""
@@ -69,10 +46,10 @@ def make_detector() -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def models(tmp_path_factory: pytest.TempPathFactory, architectures: dict[str, Any]) -> dict[str, Path]:
     """One very small model of each task beside detection."""
     folder = tmp_path_factory.mktemp("models")
-    return {task: write_detector(folder / f"{task}.pt", task_model(task), one_head=False) for task in TASK_HEADS}
+    return {task: write_detector(folder / f"{task}.pt", cfg, one_head=False) for task, cfg in architectures.items()}
 
 
 @pytest.fixture(scope="session")

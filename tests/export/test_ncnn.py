@@ -12,7 +12,7 @@ import torch
 import typer
 
 from compress import manifest
-from compress.checkpoint import build_model, load_model, save_model
+from compress.checkpoint import load_model, save_model
 from compress.errors import CheckpointError, ExportError, run_app
 from compress.settings import ExportNcnn
 from export import ncnn as exporter
@@ -145,15 +145,11 @@ def test_imgsz_must_fit_the_stride(detector: Path, tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-def test_models_of_unknown_heads_are_refused(tmp_path: Path) -> None:
-    from tests.export.conftest import BACKBONE
-
-    head = [[[3, 4, 5], 1, "WorldDetect", ["nc", 512, False]]]
-    save_model(build_model({"nc": 80, "backbone": BACKBONE, "head": head}), tmp_path / "world.pt", {})
+def test_models_of_unknown_heads_are_refused(world: Path, tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"world\.pt has a WorldDetect head: only models to detect, .* can be exported"
     ):
-        exporter.export_ncnn(tmp_path / "world.pt", tmp_path / "a_ncnn_model", imgsz=64)
+        exporter.export_ncnn(world, tmp_path / "a_ncnn_model", imgsz=64)
 
 
 @pytest.mark.parametrize("task", ["segment", "pose", "obb", "classify", "semantic", "depth"])

@@ -10,7 +10,7 @@ import torch
 import typer
 
 from compress import manifest
-from compress.checkpoint import build_model, load_model, save_model
+from compress.checkpoint import load_model, save_model
 from compress.errors import CheckpointError, DataError, EspalierError, ExportError, run_app
 from compress.settings import Export
 from export import onnx as exporter
@@ -101,15 +101,11 @@ def test_imgsz_must_fit_the_stride(detector: Path, tmp_path: Path, imgsz: int, n
     assert list(tmp_path.iterdir()) == []
 
 
-def test_models_of_unknown_heads_are_refused(tmp_path: Path) -> None:
-    from tests.export.conftest import BACKBONE
-
-    head = [[[3, 4, 5], 1, "WorldDetect", ["nc", 512, False]]]
-    save_model(build_model({"nc": 80, "backbone": BACKBONE, "head": head}), tmp_path / "world.pt", {})
+def test_models_of_unknown_heads_are_refused(world: Path, tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"world\.pt has a WorldDetect head: only models to detect, .* can be exported"
     ):
-        exporter.export_onnx(tmp_path / "world.pt", tmp_path / "a.onnx", imgsz=64)
+        exporter.export_onnx(world, tmp_path / "a.onnx", imgsz=64)
 
 
 # What each task says beside boxes and scores, and the shape of its first output at 64 px.
@@ -138,14 +134,17 @@ def test_every_task_is_exported_and_compared(
 def test_a_pruned_model_of_another_task_is_exported(
     models: dict[str, Path], images: list[Path], tmp_path: Path
 ) -> None:
-    from tests.compress.narrow import prune_at_random
+    from compress.prune import plan_pruning
+    from compress.settings import Budget, Prune
+    from compress.surgery import apply_plan
 
-    pruned, widths = prune_at_random(load_model(models["pose"]))
-    save_model(pruned, tmp_path / "pruned.pt", {})
+    settings = Prune(percent=0.4, importance="l1", budget=Budget(multiple_of=2, min_width=2))
+    planned = plan_pruning(load_model(models["pose"]), settings, 64)
+    save_model(apply_plan(planned.model, planned.plan), tmp_path / "pruned.pt", {})
     assert exporter.export_checked(tmp_path / "pruned.pt", tmp_path / "a.onnx", images, 64, SETTINGS)["passed"]
     found = metadata(tmp_path / "a.onnx")
     assert (found["kpt_shape"], found["task"]) == ("[2, 3]", "pose")
-    assert widths.min() < 16
+    assert planned.metrics()["params"][1] < 0.9 * planned.metrics()["params"][0]
     assert "espalier_plan_sha256" in found
 
 
