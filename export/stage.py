@@ -23,6 +23,18 @@ def require(model: Path) -> None:
         raise CheckpointError(f"{model} does not exist: check the path")
 
 
+def require_detector(model: Path) -> None:
+    """Check that a model finds upright boxes and nothing else.
+
+    Raises:
+        CheckpointError: it does not, or cannot be opened.
+    """
+    from compress.checkpoint import load_deployable, task_of
+
+    if (task := task_of(load_deployable(model))) != "detect":
+        raise CheckpointError(f"{model} is of the task '{task}', this export is for detectors: use export.onnx or ncnn")
+
+
 def check_imgsz(imgsz: int, stride: int) -> None:
     """Check that an image size fits a model's stride.
 
