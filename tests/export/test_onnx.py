@@ -308,6 +308,8 @@ def test_the_command_exports_and_says_so(
         ({"--model": "missing.pt"}, "missing.pt does not exist"),
         ({"--imgsz": "100"}, "imgsz 100 must be a multiple of the model's stride 32: use 96"),
         ({"--opset": "12"}, "opset: Input should be greater than or equal to 13 (got 12)"),
+        ({"--dynamic": "all"}, "dynamic: Input should be 'batch', 'size' or 'both' (got 'all')"),
+        ({"--conf": "1.5"}, "conf: Input should be less than 1 (got 1.5)"),
         ({"--parity-images": "0"}, "parity_images: Input should be greater than or equal to 1 (got 0)"),
     ],
 )
