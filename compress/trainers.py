@@ -62,14 +62,14 @@ class Planned(BaseTrainer):
 
     def get_dataset(self) -> dict[str, Any]:
         """Return the data set that its YAML or folder describes; nothing that a YAML says is run or downloaded."""
-        if self.args.task == "classify":
+        if isinstance(self, ClassificationTrainer):
             return check_cls_dataset(str(self.args.data), split=self.args.split)
         data = check_det_dataset(str(self.args.data), autodownload=False, split=self.args.split)
         return data | {"names": {0: "item"}, "nc": 1} if self.args.single_cls else data
 
     def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None) -> Any:
         """Return the images and labels of a split, without a cache of anybody."""
-        if self.args.task == "classify":
+        if isinstance(self, ClassificationTrainer):
             settings: Any = self.args
             split = "train" if mode == "train" else settings.split
             return FreshClasses(img_path, settings, mode == "train", split, self.data["names"])
