@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -16,32 +16,33 @@ from benchmark import runtimes
 from compress import manifest
 from compress.errors import BenchmarkError, DataError, run_app
 
-if TYPE_CHECKING:
-    from ultralytics.models.yolo.detect import DetectionValidator
-
 STAGE = "accuracy"
 RESULT = "accuracy.json"
+# Ultralytics' letter of each task's own metric: boxes (also oriented ones), masks, key points.
+LETTERS = {"detect": "B", "obb": "B", "segment": "M", "pose": "P"}
+METRICS = {"map50_95": "mAP50-95", "map50": "mAP50", "top1": "top-1", "top5": "top-5"}
 
 
 def evaluate(
     model: Path, data: Path, *, split: str = "val", imgsz: int = 640, threads: int | None = None
 ) -> dict[str, Any]:
-    """Measure the mAP of a model file on a data set, as stock `YOLO(model).val(rect=False)` would.
+    """Measure how right a model file is on a data set, as stock `YOLO(model).val(rect=False)` would.
 
-    Every image is letterboxed to imgsz × imgsz and goes through the network alone, whatever the runtime. Nothing is
-    written into the data folder, and no label cache is read from it.
+    Every image is letterboxed to imgsz × imgsz (for a classifier scaled and cut to it) and goes through the network
+    alone, whatever the runtime. Nothing is written into the data folder, and no cache is read from it.
 
     Args:
         model: a checkpoint (.pt, runs in PyTorch), an ONNX file (.onnx, runs in onnxruntime) or a folder
             NAME_ncnn_model (runs in ncnn).
-        data: data set YAML.
+        data: data set YAML; for a classifier the folder of its splits.
         split: train, val or test.
         imgsz: side of the square input, px.
         threads: threads of the runtime; all of the machine's when not given.
 
     Returns:
-        `map50_95` and `map50` (shares, 0 to 1), `per_class` {class name: map50_95, for classes with labels},
-        `images` (number of images), `runtime`.
+        `task`, `images` (number of images), `runtime`; `map50_95` and `map50` (shares, 0 to 1) of what the task is
+        about: boxes, oriented boxes, masks or key points; `per_class` {class name: map50_95, for classes with labels};
+        where boxes are not what the task is about, their `box_map50_95` too. Of a classifier `top1` and `top5` instead.
 
     Raises:
         BenchmarkError: the model cannot be run, does not fit the data or imgsz, or returns values that are not finite.
@@ -57,18 +58,26 @@ def evaluate(
     runner = runtimes.runner_of(model)
     session = _load(runner, model, threads or os.cpu_count() or 1)
     facts = runner.describe(session)
-    _check_fit(model, facts, data, len(names), imgsz)
+    task = facts.get("task") or "detect"
+    _check_fit(model, facts, task, data, len(names), imgsz)
     with tempfile.TemporaryDirectory() as scratch, quiet():
-        validator = _validator(data, names, split, imgsz, facts["end2end"], Path(scratch))
-        _measure(validator, runner, session, model)
+        validator = _validator(task, data, names, split, imgsz, facts["end2end"], Path(scratch))
+        images_seen = _measure(validator, runner, session, facts, model)
         stats = validator.get_stats()
-    box = validator.metrics.box
+    found = {"task": task, "images": images_seen, "runtime": facts["runtime"]}
+    if task == "classify":
+        scores = {name: float(stats[f"metrics/accuracy_{name}"]) for name in ("top1", "top5")}
+        return {**scores, **found}
+    letter = LETTERS[task]
+    own = {"M": "seg", "P": "pose"}.get(letter, "box")
+    maps = getattr(validator.metrics, own).maps
+    boxes = {} if letter == "B" else {"box_map50_95": float(stats["metrics/mAP50-95(B)"])}
     return {
-        "map50_95": float(stats["metrics/mAP50-95(B)"]),
-        "map50": float(stats["metrics/mAP50(B)"]),
-        "per_class": {names[int(c)]: float(box.maps[c]) for c in validator.metrics.ap_class_index},
-        "images": int(validator.seen or 0),
-        "runtime": facts["runtime"],
+        "map50_95": float(stats[f"metrics/mAP50-95({letter})"]),
+        "map50": float(stats[f"metrics/mAP50({letter})"]),
+        **boxes,
+        "per_class": {names[int(c)]: float(maps[c]) for c in validator.metrics.ap_class_index},
+        **found,
     }
 
 
@@ -79,66 +88,95 @@ def _load(runner: ModuleType, model: Path, threads: int) -> Any:
         raise BenchmarkError(str(error)) from None
 
 
-def _check_fit(model: Path, facts: dict[str, Any], data: Path, classes: int, imgsz: int) -> None:
+def _check_fit(model: Path, facts: dict[str, Any], task: str, data: Path, classes: int, imgsz: int) -> None:
+    from compress.dataset import keypoints
+
+    if task not in (*LETTERS, "classify"):
+        raise BenchmarkError(f"{model.name} is of the task '{task}', whose accuracy is not measured here")
+    if (task == "classify") != data.is_dir():
+        wanted = "a folder with one of images for every class" if task == "classify" else "a .yaml"
+        raise BenchmarkError(
+            f"{model.name} is of the task '{task}', {data} is not for it: give the data set as {wanted}"
+        )
     if facts["classes"] != classes:
         known = "an unknown number of" if facts["classes"] is None else facts["classes"]
         raise BenchmarkError(f"{model.name} predicts {known} classes, {data} has {classes}: give the data it learned")
+    if task == "pose" and facts.get("keypoints") != keypoints(data):
+        raise BenchmarkError(f"{model.name} has key points {facts.get('keypoints')}, {data} has {keypoints(data)}")
     shape = facts["input_shape"]
-    if shape is not None and shape[2:] != [imgsz, imgsz]:
+    if shape is not None and None not in shape[2:] and shape[2:] != [imgsz, imgsz]:
         raise BenchmarkError(
             f"{model.name} takes images of {shape[3]}×{shape[2]} px, --imgsz is {imgsz}: use --imgsz {shape[2]}"
         )
 
 
 def _validator(
-    data: Path, names: dict[int, str], split: str, imgsz: int, end2end: bool, scratch: Path
-) -> DetectionValidator:
-    """Return Ultralytics' validator with its data loaded and its metrics empty, but without a model."""
+    task: str, data: Path, names: dict[int, str], split: str, imgsz: int, end2end: bool, scratch: Path
+) -> Any:
+    """Return Ultralytics' validator of a task with its data loaded and its metrics empty, but without a model."""
     import torch
     from ultralytics.data import build_dataloader
-    from ultralytics.data.utils import check_det_dataset
-    from ultralytics.models.yolo.detect import DetectionValidator
+    from ultralytics.models import yolo
 
-    from compress.labels import FreshLabels
-
-    args = {"data": str(data), "split": split, "imgsz": imgsz, "rect": False, "plots": False, "device": "cpu"}
-    validator = DetectionValidator(save_dir=scratch, args=args)
-    content = check_det_dataset(str(data), autodownload=False, split=split)
+    kinds: dict[str, Any] = {
+        "detect": yolo.detect.DetectionValidator,
+        "segment": yolo.segment.SegmentationValidator,
+        "pose": yolo.pose.PoseValidator,
+        "obb": yolo.obb.OBBValidator,
+        "classify": yolo.classify.ClassificationValidator,
+    }
     # Not `rect`: every image gets the same square, which exported models take.
-    images = FreshLabels(
-        img_path=content[split],
-        imgsz=imgsz,
-        augment=False,
-        hyp=validator.args,
-        rect=False,
-        data=content,
-        task="detect",
-    )
-    if not any(len(label["cls"]) for label in images.labels):
-        raise DataError(f"{data} has no labels for its {split} images: mAP needs at least one labelled object")
+    args = {"data": str(data), "split": split, "imgsz": imgsz, "rect": False, "plots": False, "device": "cpu"}
+    validator = kinds[task](save_dir=scratch, args=args)
     validator.training = False
     validator.device = torch.device("cpu")
-    validator.data = content
+    images = _images(validator.args, task, data, names, split, imgsz)
+    validator.data = getattr(images, "data", None)
     validator.dataloader = build_dataloader(images, 1, workers=0, shuffle=False, pin_memory=False, device="cpu")
-    network: Any = SimpleNamespace(names=names, end2end=end2end)
-    validator.init_metrics(network)
+    validator.init_metrics(SimpleNamespace(names=names, end2end=end2end))
     return validator
 
 
-def _measure(validator: DetectionValidator, runner: ModuleType, session: Any, model: Path) -> None:
+def _images(settings: Any, task: str, data: Path, names: dict[int, str], split: str, imgsz: int) -> Any:
+    """Return the images of a split with their labels."""
+    from ultralytics.data.utils import check_det_dataset
+
+    from compress.labels import FreshClasses, FreshLabels
+
+    if task == "classify":
+        return FreshClasses(data / split, settings, augment=False, prefix=split, names=names)
+    content = check_det_dataset(str(data), autodownload=False, split=split)
+    try:
+        images = FreshLabels(
+            img_path=content[split], imgsz=imgsz, augment=False, hyp=settings, rect=False, data=content, task=task
+        )
+    except ValueError as error:  # boxes where the task needs polygons
+        raise DataError(f"{data}, split {split}: {error}") from None
+    if not any(len(label["cls"]) for label in images.labels):
+        raise DataError(f"{data} has no labels for its {split} images: mAP needs at least one labelled object")
+    return images
+
+
+def _measure(validator: Any, runner: ModuleType, session: Any, facts: dict[str, Any], model: Path) -> int:
+    """Run all images through the network, collect what the validator makes of it, and return their number."""
     import numpy as np
     import torch
 
     from compress.progress import track
 
-    loader: Any = validator.dataloader
-    for batch in track(loader, f"accuracy {model.name}"):
+    batch_size = (facts["input_shape"] or [None])[0] or 1
+    seen = 0
+    for batch in track(validator.dataloader, f"accuracy {model.name}"):
         # One image at a time also keeps suppression, which Ultralytics stops after two seconds, far from that limit.
         images = validator.preprocess(batch)["img"].numpy()
-        output = runner.infer(session, images)[0]
-        if not np.isfinite(output).all():
-            raise BenchmarkError(f"{model.name} returns values that are not finite on {batch['im_file'][0]}")
-        validator.update_metrics(validator.postprocess(torch.from_numpy(output)), batch)
+        outputs = [output[:1] for output in runner.infer(session, np.repeat(images, batch_size, axis=0))]
+        if not all(np.isfinite(output).all() for output in outputs):
+            where = batch.get("im_file", [f"image {seen}"])[0]
+            raise BenchmarkError(f"{model.name} returns values that are not finite on {where}")
+        tensors = [torch.from_numpy(output) for output in outputs]
+        validator.update_metrics(validator.postprocess(tensors if len(tensors) > 1 else tensors[0]), batch)
+        seen += 1
+    return seen
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -150,14 +188,14 @@ def main(
         list[Path],
         typer.Option("--model", "--models", help="model: .pt, .onnx, .engine or a folder NAME_ncnn_model; may repeat"),
     ],
-    data: Annotated[str, typer.Option(help="data set YAML or 'shapes'")],
+    data: Annotated[str, typer.Option(help="data set YAML, folder of classified images, or 'shapes'")],
     output: Annotated[Path, typer.Option(help="folder for accuracy.json and the manifest")],
     more: Annotated[list[Path] | None, typer.Argument(metavar="[MODEL]...", help="more models")] = None,
     split: Annotated[str, typer.Option(help="train, val or test")] = "val",
     imgsz: Annotated[int, typer.Option(min=32, help="side of the square input, px")] = 640,
     threads: Annotated[int | None, typer.Option(min=1, help="threads; all of the machine's when not given")] = None,
 ) -> None:
-    """Measure the mAP of model files on a data set, through one evaluator for every runtime."""
+    """Measure mAP or top-1 of model files on a data set, through one evaluator for every runtime."""
     from compress.dataset import fingerprint, resolve
 
     models = [*model, *(more or [])]
@@ -182,7 +220,10 @@ def main(
                 for i, path in enumerate(models)
             ]
             manifest.write_json(output / RESULT, records)
-            metrics = {path.name: record["map50_95"] for path, record in zip(models, records, strict=True)}
+            metrics = {
+                path.name: record.get("map50_95", record.get("top1"))
+                for path, record in zip(models, records, strict=True)
+            }
             manifest.finish(output, STAGE, config, parents, [RESULT], metrics)
     _print_table(records, split, imgsz)
 
@@ -194,10 +235,11 @@ def _print_table(records: list[dict[str, Any]], split: str, imgsz: int) -> None:
     table = Table(title=f"accuracy on the {split} split, {records[0]['images']} images at {imgsz} px")
     table.add_column("model")
     table.add_column("runtime")
-    table.add_column("mAP50-95", justify="right")
-    table.add_column("mAP50", justify="right")
+    shown = [key for key in METRICS if key in records[0]]
+    for key in shown:
+        table.add_column(METRICS[key], justify="right")
     for record in records:
-        table.add_row(record["model"], record["runtime"], f"{record['map50_95']:.4f}", f"{record['map50']:.4f}")
+        table.add_row(record["model"], record["runtime"], *(f"{record[key]:.4f}" for key in shown))
     Console().print(table)
 
 

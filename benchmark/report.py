@@ -239,16 +239,17 @@ def _parity(parity: dict[str, Any]) -> list[Block]:
         return [Text("Not recorded.", "note")]
     rows = []
     for name, item in parity.items():
-        output, found = item["outputs"][0], item["detections"]
+        output, found = item["outputs"][0], item.get("detections")
+        runtime = item.get("runtime", "onnxruntime")
         rows.append(
             [
                 name,
                 "passed" if item["passed"] else "FAILED",
                 str(item["images"]),
-                f"{output['max_box_error_px']:.2g}",
-                f"{output['max_score_error']:.2g}",
-                f"{found['torch']} / {found[item.get('runtime', 'onnxruntime')]}",
-                str(found["unmatched"]),
+                f"{output['max_box_error_px']:.2g}" if "max_box_error_px" in output else "",
+                f"{output['max_score_error']:.2g}" if "max_score_error" in output else "",
+                f"{found['torch']} / {found[runtime]}" if found else "",
+                str(found["unmatched"]) if found else "",
             ]
         )
     columns = ["", "parity", "images", "box error px", "score error", "detections torch / export", "unmatched"]

@@ -69,6 +69,8 @@ def _check_imgsz(facts: dict[str, Any], imgsz: int) -> None:
     shape = facts.get("input_shape")
     if shape and shape[2:] != [imgsz, imgsz] and None not in shape[2:]:
         raise ValueError(f"takes images of {shape[3]}×{shape[2]} px, not {imgsz}: use --imgsz {shape[2]}")
+    if shape and shape[0] not in (None, 1):
+        raise ValueError(f"takes {shape[0]} images at once, latency is that of one: export it with batch 1")
 
 
 def _shapes(outputs: list[np.ndarray]) -> list[list[int]]:

@@ -21,6 +21,22 @@ if TYPE_CHECKING:
 MODELS = Path(__file__).parents[1] / "configs" / "models"
 PLANS = "espalier_plans"  # attribute of a pruned model: its plans, oldest first, as plain dicts
 
+HEADS = {
+    "Detect": "detect",
+    "v10Detect": "detect",
+    "Segment": "segment",
+    "Segment26": "segment",
+    "Pose": "pose",
+    "Pose26": "pose",
+    "OBB": "obb",
+    "OBB26": "obb",
+    "Classify": "classify",
+    "SemanticSegment": "semantic",
+    "Depth": "depth",
+}
+TASKS = tuple(dict.fromkeys(HEADS.values()))  # that can be exported
+TRAINABLE = ("detect", "segment", "pose", "obb", "classify")
+
 
 def load_model(path: str | Path) -> nn.Module:
     """Open a checkpoint (.pt) or build an architecture (.yaml), in fp32 and evaluation mode.
@@ -37,19 +53,35 @@ def load_model(path: str | Path) -> nn.Module:
     return _open(path)[0]
 
 
-def load_detector(path: str | Path) -> nn.Module:
-    """Open what can be trained and pruned: `load_model`, and its head is a plain detection head.
+def load_trainable(path: str | Path) -> nn.Module:
+    """Open what can be trained and pruned: `load_model`, and its task is one of `TRAINABLE`.
 
     Raises:
-        CheckpointError: as `load_model`, or the model segments, classifies or estimates poses.
+        CheckpointError: as `load_model`, or the model is of another task or has an unknown head.
     """
-    from ultralytics.nn.modules.head import Detect, v10Detect
+    return _load_of(path, TRAINABLE, "trained")
 
-    model: Any = load_model(path)
-    head = model.model[-1]
-    if type(head) not in (Detect, v10Detect):
-        raise CheckpointError(f"{path} has a {type(head).__name__} head: only detection models are supported")
+
+def load_deployable(path: str | Path) -> nn.Module:
+    """Open what can be exported: `load_model`, and `task_of` knows its head.
+
+    Raises:
+        CheckpointError: as `load_model`, or the head is none of `HEADS`.
+    """
+    return _load_of(path, TASKS, "exported")
+
+
+def _load_of(path: str | Path, tasks: tuple[str, ...], done: str) -> nn.Module:
+    model = load_model(path)
+    head = type(model.model[-1]).__name__  # type: ignore[index]
+    if HEADS.get(head) not in tasks:
+        raise CheckpointError(f"{path} has a {head} head: only models to {', '.join(tasks)} can be {done}")
     return model
+
+
+def task_of(model: nn.Module) -> str:
+    """Return what a model does, by its head: detect, segment, pose, obb, classify … ('detect' for any other head)."""
+    return HEADS.get(type(model.model[-1]).__name__, "detect")  # type: ignore[index]
 
 
 def load_training_args(path: str | Path) -> dict[str, Any]:
@@ -140,7 +172,8 @@ def save_model(model: nn.Module, path: Path, training_args: dict[str, Any]) -> N
         "model": stored,
         "ema": None,
         "optimizer": None,
-        "train_args": training_args,
+        # By its default arguments Ultralytics would take a model of any task for a detector.
+        "train_args": {"task": task_of(model), **training_args},
         "date": datetime.now(timezone.utc).isoformat(),
         "version": __version__,
         "license": "AGPL-3.0 (https://ultralytics.com/license)",

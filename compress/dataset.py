@@ -36,14 +36,26 @@ def resolve(data: str, *, labels: bool = True) -> Path:
 
         return generate(Path("datasets") / GENERATED).resolve()
     path = Path(data).resolve()
+    if path.is_dir():
+        return _resolve_folders(path)
     if path.suffix.lower() not in (".yaml", ".yml"):
         raise DataError(f"{data} is not a data set: give its .yaml, or '{GENERATED}' for the generated one")
-    classes = len(class_names(path))
+    classes, points = len(class_names(path)), keypoints(path)
     for split in ("train", "val"):
         found = images(path, split)
         if labels:
-            _check_labels(found, classes, f"{path}: '{split}'")
+            _check_labels(found, classes, points, f"{path}: '{split}'")
     return path
+
+
+def _resolve_folders(folder: Path) -> Path:
+    """Check a data set of classified images: `train` and `val`, each with a folder of images for every class."""
+    names = set(class_names(folder).values())
+    for split in ("train", "val"):
+        strange = {image.relative_to(folder / split).parts[0] for image in images(folder, split)} - names
+        if strange:
+            raise DataError(f"{folder / split} has the class {min(strange)}, {folder / 'train'} has none of that name")
+    return folder
 
 
 def images(data: Path, split: str) -> list[Path]:
@@ -52,6 +64,11 @@ def images(data: Path, split: str) -> list[Path]:
     Raises:
         DataError: the YAML has no such split, it is not on disk, or there is no image in it.
     """
+    if data.is_dir():
+        found = _files(data / split, str(data), has_download=False)
+        if not found:
+            raise DataError(f"{data / split} holds no images: check the path")
+        return sorted(found)
     content = _read(data)
     entries = content.get(split)
     if not entries:
@@ -71,6 +88,14 @@ def class_names(data: Path) -> dict[int, str]:
     Raises:
         DataError: there are none, they are not numbered 0, 1, 2 …, or their number is not `nc`.
     """
+    if data.is_dir():
+        folders = sorted(path.name for path in (data / "train").glob("*") if path.is_dir())
+        if not folders:
+            raise DataError(
+                f"{data.name} is not a data set: give its .yaml, or for a classifier a folder whose 'train' and 'val' "
+                "hold a folder of images for every class"
+            )
+        return dict(enumerate(folders))
     content = _read(data)
     names = content.get("names")
     if isinstance(names, list):
@@ -82,6 +107,22 @@ def class_names(data: Path) -> dict[int, str]:
     if content.get("nc", len(names)) != len(names):
         raise DataError(f"{data}: 'nc' is {content['nc']}, but there are {len(names)} names: make them agree")
     return {number: str(names[number]) for number in range(len(names))}
+
+
+def keypoints(data: Path) -> list[int] | None:
+    """Return how many key points an object has, and how many numbers each (2, or 3 with visibility), or None.
+
+    Raises:
+        DataError: `kpt_shape` is no such pair.
+    """
+    shape = None if data.is_dir() else _read(data).get("kpt_shape")
+    if shape is None:
+        return None
+    if not (isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) for n in shape)):
+        raise DataError(f"{data}: 'kpt_shape' must be [key points, 2 or 3], got {shape}")
+    if shape[0] < 1 or shape[1] not in (2, 3):
+        raise DataError(f"{data}: 'kpt_shape' must be [key points, 2 or 3], got {shape}")
+    return shape
 
 
 def label_file(image: Path) -> Path:
@@ -99,8 +140,8 @@ def fingerprint(data: Path) -> str:
 
     A split that the YAML names and the disk lacks, as many copies of COCO lack `test`, counts as empty.
     """
-    content = _read(data)
-    root = _root(data, content).resolve()
+    content: Any = class_names(data) if data.is_dir() else _read(data)
+    root = data if data.is_dir() else _root(data, content).resolve()
     entries = []
     for split in ("train", "val", "test"):
         for image in _images_if_any(data, split):
@@ -125,7 +166,7 @@ def data_hash(data: Path, split: str) -> str:
     Raises:
         DataError: as `images`.
     """
-    root = _root(data, _read(data)).resolve()
+    root = data if data.is_dir() else _root(data, _read(data)).resolve()
     digest = hashlib.sha256()
     for image in images(data, split):
         label = label_file(image)
@@ -184,7 +225,7 @@ def _files(place: Path, where: str, has_download: bool) -> list[Path]:
     return [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
 
 
-def _check_labels(files: list[Path], classes: int, where: str) -> None:
+def _check_labels(files: list[Path], classes: int, points: list[int] | None, where: str) -> None:
     step = -(-len(files) // _CHECKED_LABELS)
     objects = 0
     for image in files[::step]:
@@ -193,7 +234,7 @@ def _check_labels(files: list[Path], classes: int, where: str) -> None:
             lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    _check_line(line.split(), classes, f"{path}:{number}")
+                    _check_line(line.split(), classes, points, f"{path}:{number}")
                     objects += 1
     if not objects:
         raise DataError(
@@ -201,13 +242,21 @@ def _check_labels(files: list[Path], classes: int, where: str) -> None:
         )
 
 
-def _check_line(fields: list[str], classes: int, where: str) -> None:
-    """Check one label: class and box, or class and polygon (Ultralytics takes the box around it)."""
+def _check_line(fields: list[str], classes: int, points: list[int] | None, where: str) -> None:
+    """Check one label: class and box, class and polygon (a detector takes the box around it), or class, box, points."""
     try:
         class_id, *values = (float(field) for field in fields)
     except ValueError:
         raise DataError(f"{where}: '{' '.join(fields)[:40]}' is not a label: write class x y w h") from None
-    if len(values) != 4 and (len(values) < 6 or len(values) % 2):
+    if points is not None:
+        if len(values) != 4 + points[0] * points[1]:
+            raise DataError(
+                f"{where} has {len(fields)} numbers: 'kpt_shape' {points} needs class x y w h and "
+                f"{points[0]} key points of {points[1]} numbers"
+            )
+        if points[1] == 3:  # without the visibilities, which are 0, 1 or 2
+            values = [value for i, value in enumerate(values) if i < 4 or (i - 4) % 3 < 2]
+    elif len(values) != 4 and (len(values) < 6 or len(values) % 2):
         raise DataError(f"{where} has {len(fields)} numbers: write class x y w h, or class and the points of a polygon")
     if class_id not in range(classes):
         raise DataError(f"{where} has class {fields[0]}, the data set has the classes 0 to {classes - 1}: mend 'names'")

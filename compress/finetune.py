@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from compress.errors import run_app
+from compress import checkpoint
+from compress.errors import SettingsError, run_app
 from compress.settings import Finetune, parse, training_args
 from compress.train import MORE_HELP, Common, training_stage
 
@@ -19,11 +20,16 @@ def finetune(model: Path, teacher: Path | None, data: Path, settings: Finetune, 
 
     Args:
         teacher: the dense model to distil from; None, or `settings.distill` false, trains without one.
+
+    Raises:
+        SettingsError: there is a teacher, and the model classifies.
     """
     distil = teacher is not None and settings.distill
+    if distil and model.is_file() and checkpoint.task_of(checkpoint.load_model(model)) == "classify":
+        raise SettingsError(f"{model} classifies, and Ultralytics distils detectors only: leave out the teacher")
     return training_stage(
         "finetune",
-        "PlanTrainer",
+        "PLAN_TRAINERS",
         str(model),
         data,
         settings,
@@ -54,7 +60,7 @@ def main(
     workers: Annotated[int, typer.Option(min=0)] = 8,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
-    """Fine-tune a pruned detector; its shape comes from the plan that it carries."""
+    """Fine-tune a pruned model; its shape comes from the plan that it carries."""
     from compress.dataset import resolve
 
     given = {"epochs": epochs, "batch": batch, "optimizer": optimizer, "lr0": lr0, "args": training_args(more or [])}

@@ -63,7 +63,9 @@ def check(settings: Run, data: Path) -> None:
 
     for section in (settings.train, settings.sparsify, settings.finetune):
         check_arguments(section.args)
-    model: Any = checkpoint.load_detector(settings.model)
+    model: Any = checkpoint.load_trainable(settings.model)
+    if checkpoint.task_of(model) == "classify":
+        raise SettingsError("a classifier has no mAP to report: run its stages one by one, see the README")
     stride = int(max(model.stride))
     if settings.imgsz % stride:
         nearest = max(stride, round(settings.imgsz / stride) * stride)

@@ -113,8 +113,23 @@ class Export(Strict):
 
     opset: int = Field(default=17, ge=13, le=22)
     simplify: bool = True
+    batch: int = Field(default=1, ge=1, description="images at once; with a dynamic batch, that of the traced example")
+    dynamic: Literal["batch", "size", "both"] | None = Field(
+        default=None, description="what of the input's shape is left open"
+    )
+    half: bool = Field(default=False, description="weights and computation in fp16, inputs and outputs in fp32")
+    nms: bool = Field(default=False, description="suppress overlapping boxes inside the graph")
+    conf: float = Field(default=0.25, ge=0.0, lt=1.0, description="least score of a detection, with nms")
+    iou: float = Field(default=0.7, gt=0.0, le=1.0, description="boxes that overlap by more are one, with nms")
+    max_det: int = Field(default=300, ge=1, description="how many detections an image may have, with nms")
     parity_images: int = Field(default=16, ge=1, description="real images on which ONNX must equal PyTorch")
     parity_map: bool = Field(default=False, description="compare the mAP on the val split too")
+
+    @model_validator(mode="after")
+    def _map_of_all_boxes(self) -> Export:
+        if self.nms and self.parity_map:
+            raise ValueError("parity_map needs the boxes that nms removes: ask for one of them")
+        return self
 
 
 class ExportNcnn(Strict):

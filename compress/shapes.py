@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from compress.drawn import POSE_YAML, Task, crop, label
 from compress.errors import DataError, run_app
 
 if TYPE_CHECKING:
@@ -38,17 +39,20 @@ _JPEG_QUALITY = 92
 
 @dataclass(frozen=True)
 class Shapes:
-    """What identifies a generated set: number of images of each split, image side in pixels, seed."""
+    """What identifies a generated set: number of images of each split, image side in pixels, seed, task."""
 
     train: int = 480
     val: int = 120
     test: int = 120
     imgsz: int = 192
     seed: int = 0
+    task: Task = "detect"
 
 
 def generate(folder: Path, shapes: Shapes = Shapes()) -> Path:
-    """Write the data set to `folder`, unless it is there already, and return its YAML.
+    """Write the data set to `folder`, unless it is there already, and return its YAML (to classify: the folder).
+
+    To classify, every picture is cut to its largest object; one without objects is left out.
 
     It is made in a folder beside, which gets its name when all of it is there. An interrupted start is resumed.
 
@@ -62,7 +66,7 @@ def generate(folder: Path, shapes: Shapes = Shapes()) -> Path:
         with manifest.lock(folder):
             if not _is_complete(folder, shapes):
                 _write(folder, shapes)
-    return folder / YAML
+    return folder if shapes.task == "classify" else folder / YAML
 
 
 def draw(seed: list[int], side: int) -> tuple[np.ndarray, list[tuple[int, float, float, float, float]]]:
@@ -70,6 +74,13 @@ def draw(seed: list[int], side: int) -> tuple[np.ndarray, list[tuple[int, float,
 
     The boxes enclose what is visible of an object.
     """
+    image, objects = draw_objects(seed, side)
+    boxes = [(class_id, label("detect", seen)) for class_id, seen in objects]
+    return image, [(class_id, x, y, width, height) for class_id, (x, y, width, height) in boxes]
+
+
+def draw_objects(seed: list[int], side: int) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
+    """Return one picture as `draw`, and the class of each object with the mask of what is visible of it (finer)."""
     import cv2
     import numpy as np
 
@@ -92,16 +103,9 @@ def draw(seed: list[int], side: int) -> tuple[np.ndarray, list[tuple[int, float,
         cover = cv2.resize(mask[window, window], (side, side), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
         image = _blend(rng, image, cover, light)
     seen = owner[window, window]
-    labels = []
-    for number, class_id, area in objects:
-        visible = seen == number
-        if visible.sum() < (1 - _HIDDEN) * area:
-            continue
-        columns, rows = np.flatnonzero(visible.any(axis=0)), np.flatnonzero(visible.any(axis=1))
-        left, right = columns[0] / len(seen), (columns[-1] + 1) / len(seen)
-        top, bottom = rows[0] / len(seen), (rows[-1] + 1) / len(seen)
-        labels.append((class_id, (left + right) / 2, (top + bottom) / 2, right - left, bottom - top))
-    return _photograph(rng, image), labels
+    visible = [(class_id, seen == number, area) for number, class_id, area in objects]
+    kept = [(class_id, mask) for class_id, mask, area in visible if mask.sum() >= (1 - _HIDDEN) * area]
+    return _photograph(rng, image), kept
 
 
 # ---------------------------------------------------------------------------------------------------------- figures
@@ -391,8 +395,11 @@ def _photograph(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------ files
 
 
-def _marker(shapes: Shapes) -> dict[str, int]:
-    return {"generator": GENERATOR, **asdict(shapes)}
+def _marker(shapes: Shapes) -> dict[str, Any]:
+    content = {"generator": GENERATOR, **asdict(shapes)}
+    if shapes.task == "detect":
+        del content["task"]  # as sets were marked before there were other tasks
+    return content
 
 
 def _is_complete(folder: Path, shapes: Shapes) -> bool:
@@ -421,20 +428,29 @@ def _write(folder: Path, shapes: Shapes) -> None:
     part, marker = folder.with_name(f".{folder.name}.part"), _marker(shapes)
     if part.exists() and (not (part / MARKER).is_file() or manifest.read_json(part / MARKER) != marker):
         shutil.rmtree(part)
+    classifies = shapes.task == "classify"
     for split in SPLITS:
-        (part / "images" / split).mkdir(parents=True, exist_ok=True)
-        (part / "labels" / split).mkdir(parents=True, exist_ok=True)
+        for place in OBJECTS if classifies else ("images", "labels"):
+            (part / split / place if classifies else part / place / split).mkdir(parents=True, exist_ok=True)
     manifest.write_json(part / MARKER, marker)
     jobs = [(split, index) for split in SPLITS for index in range(getattr(shapes, split))]
     for split, index in track(jobs, f"drawing {folder.name}"):
-        _write_picture(part, split, index, shapes)
-    splits = "".join(f"{split}: images/{split}\n" for split in SPLITS)
-    names = "".join(f"  {number}: {name}\n" for number, name in enumerate(OBJECTS))
-    header = f"# Drawn by python -m compress.shapes; the parameters are in {MARKER}\n"
-    manifest.write_bytes_atomic(part / YAML, f"{header}{splits}names:\n{names}".encode())
+        (_write_object if classifies else _write_picture)(part, split, index, shapes)
+    if not classifies:
+        _write_yaml(part, shapes)
     if folder.exists():
         folder.rmdir()
     part.rename(folder)
+
+
+def _write_yaml(folder: Path, shapes: Shapes) -> None:
+    from compress import manifest
+
+    splits = "".join(f"{split}: images/{split}\n" for split in SPLITS)
+    names = "".join(f"  {number}: {name}\n" for number, name in enumerate(OBJECTS))
+    header = f"# Drawn by python -m compress.shapes; the parameters are in {MARKER}\n"
+    points = POSE_YAML if shapes.task == "pose" else ""
+    manifest.write_bytes_atomic(folder / YAML, f"{header}{splits}{points}names:\n{names}".encode())
 
 
 def _write_picture(folder: Path, split: str, index: int, shapes: Shapes) -> None:
@@ -443,14 +459,32 @@ def _write_picture(folder: Path, split: str, index: int, shapes: Shapes) -> None
 
     from compress import manifest
 
-    label = folder / "labels" / split / f"{index:06d}.txt"
-    if label.exists():
+    labels = folder / "labels" / split / f"{index:06d}.txt"
+    if labels.exists():
         return
-    image, boxes = draw([shapes.seed, SPLITS.index(split), index], shapes.imgsz)
+    image, objects = draw_objects([shapes.seed, SPLITS.index(split), index], shapes.imgsz)
     _, jpeg = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
     manifest.write_bytes_atomic(folder / "images" / split / f"{index:06d}.jpg", jpeg.tobytes())
-    lines = [f"{class_id} {x:.6f} {y:.6f} {w:.6f} {h:.6f}\n" for class_id, x, y, w, h in boxes]
-    manifest.write_bytes_atomic(label, "".join(lines).encode())
+    lines = [
+        " ".join([str(class_id), *(f"{value:.6f}" for value in label(shapes.task, seen))]) for class_id, seen in objects
+    ]
+    manifest.write_bytes_atomic(labels, "".join(f"{line}\n" for line in lines).encode())
+
+
+def _write_object(folder: Path, split: str, index: int, shapes: Shapes) -> None:
+    """Write the largest object of a picture into the folder of its class, unless an earlier start has got so far."""
+    import cv2
+
+    from compress import manifest
+
+    if any((folder / split).glob(f"*/{index:06d}.jpg")):
+        return
+    image, objects = draw_objects([shapes.seed, SPLITS.index(split), index], shapes.imgsz)
+    if not objects:
+        return
+    class_id, seen = max(objects, key=lambda item: item[1].sum())
+    _, jpeg = cv2.imencode(".jpg", crop(image, seen), [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
+    manifest.write_bytes_atomic(folder / split / list(OBJECTS)[class_id] / f"{index:06d}.jpg", jpeg.tobytes())
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -464,9 +498,10 @@ def main(
     test: Annotated[int, typer.Option(min=1, help="test images")] = Shapes.test,
     imgsz: Annotated[int, typer.Option(min=64, help="side of the square images, in pixels")] = Shapes.imgsz,
     seed: Annotated[int, typer.Option(min=0, help="the same seed gives the same pictures")] = Shapes.seed,
+    task: Annotated[Task, typer.Option(help="detect, segment, obb, pose or classify: what the labels say")] = "detect",
 ) -> None:
-    """Generate the default detection data set: drawn objects on cluttered, textured, unevenly lit pictures."""
-    print(f"data set: {generate(output, Shapes(train, val, test, imgsz, seed))}")
+    """Generate the default data set: drawn objects on cluttered, textured, unevenly lit pictures."""
+    print(f"data set: {generate(output, Shapes(train, val, test, imgsz, seed, task))}")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def sparsify(
     fade = cut.model_dump(mode="json", exclude_none=True) if cut and settings.fade else None
     return training_stage(
         "sparsify",
-        "SparsityTrainer",
+        "SPARSITY_TRAINERS",
         model,
         data,
         settings,

@@ -87,39 +87,54 @@ def _sources(
 def _batches(model: nn.Module, data: Path, imgsz: int, count: int, seed: int) -> list[dict[str, Any]]:
     """Return batches of training images with their labels, as Ultralytics' loss takes them."""
     from ultralytics.cfg import get_cfg
-    from ultralytics.data.utils import check_det_dataset
 
-    from compress.checkpoint import quiet
+    from compress.checkpoint import quiet, task_of
     from compress.dataset import class_names, images
-    from compress.labels import FreshLabels
 
     classes, known = len(class_names(data)), len(model.names)  # type: ignore[arg-type]  (Ultralytics' models have them)
     if classes != known:
         raise DataError(f"the model knows {known} classes, {data} has {classes}: train it on this data first")
-    settings = get_cfg()
+    settings: Any = get_cfg(overrides={"imgsz": imgsz})
     chosen = images(data, "train")
     chosen = random.Random(seed).sample(chosen, min(count, len(chosen)))
-    with quiet(), tempfile.TemporaryDirectory() as folder:
-        listed = Path(folder) / "chosen.txt"
-        listed.write_text("\n".join(map(str, chosen)), encoding="utf-8")
-        files = FreshLabels(
-            img_path=str(listed),
-            imgsz=imgsz,
-            augment=False,
-            hyp=settings,
-            rect=False,
-            data=check_det_dataset(str(data), autodownload=False),
-            task="detect",
-        )
+    with quiet():
+        files, collate = _labelled(task_of(model), chosen, data, settings)
     model.args = settings  # type: ignore[assignment]  (the weights of the loss terms)
     model.criterion = None  # type: ignore[assignment]  (made anew, on the model's device)
     device = next(model.parameters()).device
     batches = []
     for start in range(0, len(files), _BATCH):
         items = [files[index] for index in range(start, min(start + _BATCH, len(files)))]
-        batch = FreshLabels.collate_fn(items)
-        batches.append(
-            {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}
-            | {"img": batch["img"].to(device).float() / 255.0}
-        )
+        batch = {key: value.to(device) if hasattr(value, "to") else value for key, value in collate(items).items()}
+        if not batch["img"].is_floating_point():
+            batch["img"] = batch["img"].float() / 255.0
+        batches.append(batch)
     return batches
+
+
+def _labelled(task: str, chosen: list[Path], data: Path, settings: Any) -> tuple[Any, Any]:
+    """Return these images with their labels, without augmentation, and what makes a batch of several."""
+    from torch.utils.data import default_collate
+    from ultralytics.data.utils import check_det_dataset
+
+    from compress.dataset import class_names
+    from compress.labels import FreshClasses, FreshLabels
+
+    if task == "classify":
+        folders = FreshClasses(data / "train", settings, augment=False, prefix="train", names=class_names(data))
+        wanted = set(map(str, chosen))
+        folders.samples = [sample for sample in folders.samples if str(sample[0]) in wanted]
+        return folders, default_collate
+    with tempfile.TemporaryDirectory() as folder:
+        listed = Path(folder) / "chosen.txt"
+        listed.write_text("\n".join(map(str, chosen)), encoding="utf-8")
+        files = FreshLabels(
+            img_path=str(listed),
+            imgsz=settings.imgsz,
+            augment=False,
+            hyp=settings,
+            rect=False,
+            data=check_det_dataset(str(data), autodownload=False),
+            task=task,
+        )
+    return files, FreshLabels.collate_fn

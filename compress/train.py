@@ -26,11 +26,11 @@ class Common(Strict):
 
 
 def train(model: str, data: Path, settings: Training, common: Common, output: Path) -> Path:
-    """Train a detector on a data set and return its checkpoint, `output/model.pt`.
+    """Train a model on a data set and return its checkpoint, `output/model.pt`.
 
     With 0 epochs the model is taken as it is, if it knows the data set's classes.
     """
-    return training_stage("train", "PlanTrainer", model, data, settings, common, output)
+    return training_stage("train", "PLAN_TRAINERS", model, data, settings, common, output)
 
 
 def training_stage(
@@ -51,7 +51,7 @@ def training_stage(
     """Run one training as a stage: skipped when finished and unchanged, resumed when interrupted.
 
     Args:
-        trainer: name of a class in `trainers`.
+        trainer: name of the table in `trainers` that holds the class for the model's task.
         overrides: further Ultralytics arguments.
         extra_inputs: further checkpoints that shape the result.
         notes: further settings of the trainer, which it finds in a file of the folder.
@@ -81,7 +81,7 @@ def training_stage(
             print(f"{stage}: finished before, unchanged: {result}")
             return result
         # Mistakes are met before anything is written or moved aside.
-        loaded, *_ = [checkpoint.load_detector(path) for path in (model, *(extra_inputs or {}).values())]
+        loaded, *_ = [checkpoint.load_trainable(path) for path in (model, *(extra_inputs or {}).values())]
         _check(loaded, model, data, settings)
         resumable = manifest.begin(output, stage, config, parents)
         metrics: dict[str, Any] = {"epochs": settings.epochs}
@@ -91,7 +91,7 @@ def training_stage(
             from compress import trainers
 
             best, last = trainers.run_training(
-                getattr(trainers, trainer),
+                getattr(trainers, trainer)[checkpoint.task_of(loaded)],
                 model,
                 data,
                 settings,
@@ -111,9 +111,18 @@ def training_stage(
     return result
 
 
-def _check(loaded: Any, model: str, data: Path, settings: Training) -> None:
-    from compress.dataset import class_names
+_VERBS = {"detect": "detect", "segment": "segment", "pose": "find key points", "obb": "detect", "classify": "classify"}
 
+
+def _check(loaded: Any, model: str, data: Path, settings: Training) -> None:
+    from compress.dataset import class_names, keypoints
+
+    task = checkpoint.task_of(loaded)
+    if (task == "classify") != data.is_dir():
+        wanted = "a folder with one of images for every class" if task == "classify" else "its .yaml"
+        raise DataError(f"{model} is a model to {_VERBS[task]}, {data} is no data set for it: give {wanted}")
+    if task == "pose" and keypoints(data) is None:
+        raise DataError(f"{data} has no 'kpt_shape': a pose model needs a data set with key points")
     if settings.epochs:
         from compress.trainers import check_arguments
 
@@ -136,9 +145,20 @@ def _last_metrics(path: Path) -> dict[str, float]:
     return {k: float(v) for k, v in found.items() if isinstance(v, (int, float)) and math.isfinite(v)}
 
 
+# What each task is about, by Ultralytics' names; masks and key points before their boxes.
+_SCORES = {
+    "metrics/mAP50-95(M)": "mask mAP50-95",
+    "metrics/mAP50-95(P)": "pose mAP50-95",
+    "metrics/mAP50-95(B)": "mAP50-95",
+    "metrics/accuracy_top1": "top-1",
+}
+
+
 def _score(metrics: dict[str, Any]) -> str:
-    score = metrics.get("metrics/mAP50-95(B)")
-    return "" if score is None else f", val mAP50-95 {score:.3f}"
+    for key, name in _SCORES.items():
+        if key in metrics:
+            return f", val {name} {metrics[key]:.3f}"
+    return ""
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -159,7 +179,7 @@ def main(
     workers: Annotated[int, typer.Option(min=0)] = 8,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
-    """Train a dense detector, the reference of everything that follows."""
+    """Train a dense model, the reference of everything that follows."""
     from compress.dataset import resolve
 
     given = {"epochs": epochs, "batch": batch, "optimizer": optimizer, "lr0": lr0, "args": training_args(more or [])}

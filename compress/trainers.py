@@ -1,7 +1,8 @@
-"""Ultralytics' detection trainer, taught to keep pruned shapes and to press batch-norm scales towards zero.
+"""Ultralytics' trainers, taught to keep pruned shapes and to press batch-norm scales towards zero.
 
-The only file that knows Ultralytics' trainer. Both trainers read everything they need from the checkpoint and from
-files beside their run folder, so they also work where Ultralytics starts them itself: on resume and under DDP.
+The only file that knows Ultralytics' trainers. Ours read everything they need from the checkpoint and from files beside
+their run folder, so they also work where Ultralytics starts them itself: on resume and under DDP. What they add is the
+same for every task, so it lies in `Planned` and `Sparse`, and each task has its two classes.
 """
 
 from __future__ import annotations
@@ -17,8 +18,13 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from ultralytics.cfg import get_cfg
-from ultralytics.data.utils import check_det_dataset
+from ultralytics.data.utils import check_cls_dataset, check_det_dataset
+from ultralytics.engine.trainer import BaseTrainer
+from ultralytics.models.yolo.classify import ClassificationTrainer
 from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.models.yolo.obb import OBBTrainer
+from ultralytics.models.yolo.pose import PoseTrainer
+from ultralytics.models.yolo.segment import SegmentationTrainer
 from ultralytics.utils import DEFAULT_CFG_DICT, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
@@ -27,7 +33,7 @@ from compress.errors import CheckpointError, EspalierError, PlanError, SettingsE
 from compress.fade import START, Fade, remaining
 from compress.graph import build_graph
 from compress.importance import batch_norm_scales
-from compress.labels import fresh_labels
+from compress.labels import FreshClasses, fresh_labels
 from compress.manifest import read_json, write_bytes_atomic, write_json
 from compress.plan import load_plan, save_plan
 from compress.prune import plan_pruning
@@ -51,22 +57,26 @@ _BATCH_NORM_MOMENTUM = 0.1
 NEAR_ZERO = 0.05  # |γ| below this share of the mean |γ| at the start counts as near zero
 
 
-class PlanTrainer(DetectionTrainer):
-    """A detection trainer that keeps the shape of a pruned checkpoint, where Ultralytics would rebuild its YAML."""
+class Planned(BaseTrainer):
+    """Keeps the shape of a pruned checkpoint, where Ultralytics would rebuild its YAML."""
 
     def get_dataset(self) -> dict[str, Any]:
-        """Return the data set that its YAML describes; nothing that the YAML says is run or downloaded."""
+        """Return the data set that its YAML or folder describes; nothing that a YAML says is run or downloaded."""
+        if isinstance(self, ClassificationTrainer):
+            return check_cls_dataset(str(self.args.data), split=self.args.split)
         data = check_det_dataset(str(self.args.data), autodownload=False, split=self.args.split)
         return data | {"names": {0: "item"}, "nc": 1} if self.args.single_cls else data
 
     def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None) -> Any:
-        """Return the images and labels of a split, without a label cache of anybody."""
+        """Return the images and labels of a split, without a cache of anybody."""
+        if isinstance(self, ClassificationTrainer):
+            settings: Any = self.args
+            split = "train" if mode == "train" else settings.split
+            return FreshClasses(img_path, settings, mode == "train", split, self.data["names"])
         with fresh_labels():
             return super().build_dataset(img_path, mode, batch)
 
-    def get_model(
-        self, cfg: str | dict | None = None, weights: nn.Module | None = None, verbose: bool = True
-    ) -> nn.Module:
+    def get_model(self, cfg: Any = None, weights: nn.Module | None = None, verbose: bool = True) -> Any:
         """Return a copy of a pruned checkpoint's own model; any other is built as Ultralytics does.
 
         Not even the dense shape follows from the YAML: Ultralytics keeps the width of the classification towers of
@@ -83,6 +93,12 @@ class PlanTrainer(DetectionTrainer):
         if classes != self.data["nc"]:
             raise PlanError(
                 f"the pruned model knows {classes} classes, the data set has {self.data['nc']}: "
+                "train the dense model on this data set and prune that"
+            )
+        points = getattr(weights.model[-1], "kpt_shape", None)  # type: ignore[index]
+        if points is not None and list(points) != list(self.data["kpt_shape"]):
+            raise PlanError(
+                f"the pruned model has key points {list(points)}, the data set has {self.data['kpt_shape']}: "
                 "train the dense model on this data set and prune that"
             )
         model = copy.deepcopy(weights)
@@ -105,7 +121,7 @@ class PlanTrainer(DetectionTrainer):
         return saved
 
 
-class SparsityTrainer(PlanTrainer):
+class Sparse(Planned):
     """Adds the subgradient of λ·Σ‖γ_unit‖ to the γ of prunable channels (network slimming, Liu et al., ICCV 2017).
 
     The γ of layers that share a channel form one group penalty, so that they vanish together; for a channel with one γ
@@ -126,13 +142,13 @@ class SparsityTrainer(PlanTrainer):
         optimizer.register_step_pre_hook(lambda *_: self.penalty.add_gradient(self.current_sr()))
         if settings.get("fade"):
             self.fade: Fade | None = None
-            self.add_callback("on_train_epoch_start", SparsityTrainer.choose_what_fades)
-            self.add_callback("on_train_batch_end", SparsityTrainer.count_batch)
+            self.add_callback("on_train_epoch_start", Sparse.choose_what_fades)
+            self.add_callback("on_train_batch_end", Sparse.count_batch)
             # Right after the step, which moves faded channels a little, and before the average takes the weights over.
             optimizer.register_step_post_hook(lambda *_: self.fade_out())
         if RANK in (-1, 0):
             self.gamma_log = GammaLog(graph, Path(self.save_dir).parent, model)
-            self.add_callback("on_fit_epoch_end", SparsityTrainer.log_gammas)
+            self.add_callback("on_fit_epoch_end", Sparse.log_gammas)
 
     def current_sr(self) -> float:
         """Return λ of this epoch: from `sr` it falls linearly to `sr · sr_decay`."""
@@ -167,6 +183,62 @@ class SparsityTrainer(PlanTrainer):
         if self.epoch < self.epochs:  # Ultralytics calls once more after its final evaluation
             ema: Any = self.ema
             self.gamma_log.write(ema.ema, self.epoch, self.current_sr(), dict(self.metrics or {}))
+
+
+class PlanTrainer(Planned, DetectionTrainer):
+    """Trains detectors."""
+
+
+class SparsityTrainer(Sparse, DetectionTrainer):
+    """Trains detectors with sparsity."""
+
+
+class SegmentationPlanTrainer(Planned, SegmentationTrainer):
+    """Trains instance segmentation."""
+
+
+class SegmentationSparsityTrainer(Sparse, SegmentationTrainer):
+    """Trains instance segmentation with sparsity."""
+
+
+class PosePlanTrainer(Planned, PoseTrainer):
+    """Trains pose estimation."""
+
+
+class PoseSparsityTrainer(Sparse, PoseTrainer):
+    """Trains pose estimation with sparsity."""
+
+
+class OBBPlanTrainer(Planned, OBBTrainer):
+    """Trains detectors of oriented boxes."""
+
+
+class OBBSparsityTrainer(Sparse, OBBTrainer):
+    """Trains detectors of oriented boxes with sparsity."""
+
+
+class ClassificationPlanTrainer(Planned, ClassificationTrainer):
+    """Trains classifiers."""
+
+
+class ClassificationSparsityTrainer(Sparse, ClassificationTrainer):
+    """Trains classifiers with sparsity."""
+
+
+PLAN_TRAINERS: dict[str, type[Planned]] = {
+    "detect": PlanTrainer,
+    "segment": SegmentationPlanTrainer,
+    "pose": PosePlanTrainer,
+    "obb": OBBPlanTrainer,
+    "classify": ClassificationPlanTrainer,
+}
+SPARSITY_TRAINERS: dict[str, type[Sparse]] = {
+    "detect": SparsityTrainer,
+    "segment": SegmentationSparsityTrainer,
+    "pose": PoseSparsityTrainer,
+    "obb": OBBSparsityTrainer,
+    "classify": ClassificationSparsityTrainer,
+}
 
 
 class GroupPenalty:
@@ -235,7 +307,7 @@ class GammaLog:
 
 
 def run_training(
-    trainer: type[PlanTrainer],
+    trainer: type[Planned],
     model: Path | str,
     data: Path,
     settings: Training,
@@ -251,7 +323,7 @@ def run_training(
         folder: the stage's folder; Ultralytics writes below `folder/training`.
         resumable: an interrupted start of this very training may lie in `folder`.
         overrides: further Ultralytics arguments (imgsz, device, seed …); `settings.args` has the last word.
-        notes: what a SparsityTrainer reads beside Ultralytics' arguments: sr, sr_decay, fade.
+        notes: what a `Sparse` trainer reads beside Ultralytics' arguments: sr, sr_decay, fade.
 
     Raises:
         SettingsError: an argument that Ultralytics does not know, or that Espalier sets itself.

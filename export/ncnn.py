@@ -46,11 +46,13 @@ UNSUPPORTED = (
 
 
 def export_ncnn(model: Path, output: Path, *, imgsz: int, half: bool = False) -> Path:
-    """Write the ncnn folder of a detection model, batch 1, and return its path. `export_checked` also proves parity.
+    """Write the ncnn folder of a model, batch 1, and return its path. `export_checked` also proves parity.
 
     The input is `in0` (3, imgsz, imgsz). The outputs are, level by level, the box map (4 · reg_max, h, w) and the
     class map (classes, h, w) as logits, of the one-to-many head, or of the end-to-end head of a checkpoint that was
-    fused to it, as in `export.onnx`. `benchmark.runners.ncnn_runner` decodes them; stock Ultralytics does not.
+    fused to it, as in `export.onnx`. Where a task has more (mask coefficients, key points, an angle), a third map of
+    each level holds it, and the prototypes of masks come last. Of tasks without boxes they are those of the network.
+    `benchmark.runners.ncnn_runner` decodes them; stock Ultralytics does not.
     `metadata.yaml` is written as JSON, which YAML readers take too, so that a device needs no YAML reader.
     The same model gives the same bytes.
 
@@ -61,7 +63,7 @@ def export_ncnn(model: Path, output: Path, *, imgsz: int, half: bool = False) ->
         half: store the weights in fp16, and let the device compute in fp16.
 
     Raises:
-        CheckpointError: `model` is not a detection model.
+        CheckpointError: `model` is of a task that cannot be exported.
         ExportError: `imgsz` does not fit, an operation has no ncnn layer, pnnx fails, or ncnn cannot run the result.
     """
     import tempfile
@@ -79,7 +81,7 @@ def export_ncnn(model: Path, output: Path, *, imgsz: int, half: bool = False) ->
         made.mkdir()
         traced.save(str(made / "model.pt"))
         report = _convert(made, model, half)
-        outputs = _check_layers(made / PARAM, report, model, 2 * network.model[-1].nl)  # type: ignore[index]
+        outputs = _check_layers(made / PARAM, report, model, _count_outputs(network))
         folder = Path(scratch) / output.name
         folder.mkdir()
         for name in (PARAM, BIN):
@@ -137,7 +139,7 @@ def export_stage(models: dict[str, Path], data: Path, imgsz: int, settings: Expo
 
 
 def _trace(network: Any, model: Path, imgsz: int) -> Any:
-    """Return the TorchScript of the network up to the last convolutions of its head."""
+    """Return the TorchScript of the network, up to the last convolutions of a head that finds boxes."""
     import warnings
 
     import torch
@@ -145,13 +147,17 @@ def _trace(network: Any, model: Path, imgsz: int) -> Any:
     from ultralytics.nn.modules.conv import Index
 
     head = network.model[-1]
-    branch = head.one2one if head.end2end else head.one2many
+    if hasattr(head, "one2many"):
+        towers = _towers(head)
 
-    def forward_raw(features: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        layers = zip(features, branch["box_head"], branch["cls_head"], strict=True)
-        return tuple(output for x, boxes, classes in layers for output in (boxes(x), classes(x)))
+        def forward_raw(features: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+            maps = [tower(x) for x, *level in zip(features, *towers, strict=True) for tower in level]
+            if hasattr(head, "proto"):
+                # Proto reads the finest level, Proto26 all of them.
+                maps.append(head.proto(features if hasattr(head.proto, "feat_refine") else features[0]))
+            return tuple(maps)
 
-    head.forward = forward_raw
+        head.forward = forward_raw
     for module in network.modules():
         if isinstance(module, CBFuse):
             fuse: Any = module
@@ -171,6 +177,22 @@ def _trace(network: Any, model: Path, imgsz: int) -> Any:
 
 def _pass_on(x: Any) -> Any:
     return x
+
+
+def _towers(head: Any) -> list[Any]:
+    """Return what makes the maps of a head that finds boxes: boxes, classes and what else there is, per level."""
+    from torch import nn
+
+    branch = dict(head.one2one if head.end2end else head.one2many)
+    branch.pop("kpts_sigma_head", None)  # serves training alone
+    if points := branch.pop("kpts_head", None):
+        branch["pose_head"] = [nn.Sequential(*pair) for pair in zip(branch["pose_head"], points, strict=True)]
+    return list(branch.values())
+
+
+def _count_outputs(network: Any) -> int:
+    head = network.model[-1]
+    return len(_towers(head)) * head.nl + hasattr(head, "proto") if hasattr(head, "one2many") else 1
 
 
 def _fuse(module: Any, maps: list[Any]) -> Any:
@@ -248,10 +270,10 @@ def _metadata(network: Any, model: Path, imgsz: int, half: bool, folder: Path, o
             str(number): name for number, name in (names.items() if isinstance(names, dict) else enumerate(names))
         },
         "precision": "fp16" if half else "fp32",
-        "reg_max": int(head.reg_max),
-        "strides": [int(stride) for stride in head.stride],
+        "reg_max": int(getattr(head, "reg_max", 0)),
+        "strides": [int(stride) for stride in head.stride] if hasattr(head, "one2many") else [],
         "outputs": outputs,
-        "max_detections": int(head.max_det),
+        "max_detections": int(getattr(head, "max_det", 0)),
         "files": {
             name: {"bytes": (folder / name).stat().st_size, "sha256": manifest.sha256_file(folder / name)}
             for name in (PARAM, BIN)
@@ -312,7 +334,7 @@ def main(
     parity_images: Annotated[int, typer.Option(help="real images on which ncnn must equal PyTorch")] = 16,
     bundle: Annotated[Path | None, typer.Option(help="new folder: model, C++ program, Android app")] = None,
 ) -> None:
-    """Export a detector to ncnn and prove on real images that it equals PyTorch."""
+    """Export a model to ncnn and prove on real images that it equals PyTorch."""
     from compress.dataset import resolve
     from export import deploy
 

@@ -1,4 +1,4 @@
-"""ONNX export: static shapes, simplified, checked, and equal to PyTorch on real images or not written at all."""
+"""ONNX export: simplified, checked, and equal to PyTorch on real images or not written at all."""
 
 from __future__ import annotations
 
@@ -13,41 +13,68 @@ from compress.settings import Export, parse
 from export import stage
 
 STAGE = "export"
+# Beside the size that was asked for, a dynamic graph is proven on one that is wider by this: every stride divides it.
+OTHER_SIZE_PX = 64
+OTHER_SIZE_IMAGES = 4
 
 
-def export_onnx(model: Path, output: Path, *, imgsz: int, opset: int = 17, simplify: bool = True) -> Path:
-    """Write the ONNX graph of a detection model, batch 1, and return its path. `export_checked` also proves parity.
+def export_onnx(
+    model: Path,
+    output: Path,
+    *,
+    imgsz: int,
+    opset: int = 17,
+    simplify: bool = True,
+    settings: Export | None = None,
+) -> Path:
+    """Write the ONNX graph of a model and return its path. `export_checked` also proves parity.
 
-    The input is `images` (1, 3, imgsz, imgsz); the output is `output0` (1, 4 + classes, anchors), or
-    (1, detections, 6) for an end-to-end head. The same model gives the same bytes. Stock `YOLO(output)` opens it.
+    The input is `images` (batch, 3, imgsz, imgsz). The outputs are those of `torch_runner.infer`: `output0`, of a
+    segmenter also `output1`; with `nms` those of `suppression.Suppressed`. The same model gives the same bytes. Stock
+    `YOLO(output)` opens it (where the batch alone is dynamic, it must be told `rect=False`).
 
     Args:
         model: the checkpoint.
         output: the file to write; it appears whole or not at all.
-        imgsz: side of the square input, px, a multiple of the model's stride.
+        imgsz: side of the square input, px, a multiple of the model's stride; where the size is dynamic, of the
+            example that is traced.
         opset: ONNX operator set.
         simplify: fold constants and fuse nodes with onnxsim.
+        settings: batch, dynamic, half, nms and its limits; `opset` and `simplify` of it are not read.
 
     Raises:
-        CheckpointError: `model` is not a detection model.
-        ExportError: `imgsz` does not fit, or the graph cannot be exported, checked or simplified.
+        CheckpointError: `model` is of a task that cannot be exported.
+        ExportError: `imgsz` does not fit, the model has nothing to suppress, or the graph cannot be exported, checked,
+            simplified or converted.
     """
     import onnx
 
     from benchmark.runners.torch_runner import inference_network
 
     stage.require(model)
+    wanted = settings or Export()
     network = inference_network(str(model))
     stage.check_imgsz(imgsz, int(max(network.stride)))  # type: ignore[arg-type]
-    graph = _trace(network, model, imgsz, opset)
+    graph = _trace(network, model, imgsz, opset, wanted)
     try:
         onnx.checker.check_model(graph, full_check=True)
     except Exception as error:  # checker and shape inference raise exceptions without a common base
         raise ExportError(f"the ONNX graph of {model.name} is not valid: {error}") from None
     if simplify:
-        graph = _simplify(graph, model)
-    args = {"batch": 1, "dynamic": False, "opset": opset, "simplify": simplify, "nms": None}
-    entries = {**stage.metadata(network, model, imgsz, args), "espalier_precision": "fp32"}
+        graph = _simplify(graph, model, imgsz, wanted)
+    suppression = {"conf": wanted.conf, "iou": wanted.iou, "max_det": wanted.max_det} if wanted.nms else {}
+    args = {
+        "batch": wanted.batch,
+        "dynamic": wanted.dynamic in ("size", "both"),
+        "opset": opset,
+        "simplify": simplify,
+        "nms": wanted.nms or None,
+        **suppression,
+    }
+    entries = {
+        **stage.metadata(network, model, imgsz, args, wanted.batch),
+        "espalier_precision": "fp16" if wanted.half else "fp32",
+    }
     for key, value in entries.items():
         graph.metadata_props.add(key=key, value=str(value))
     manifest.write_bytes_atomic(output, graph.SerializeToString(deterministic=True))
@@ -59,17 +86,54 @@ def export_checked(
 ) -> dict[str, Any]:
     """Export a model, compare it with PyTorch on `images`, and return the parity record (see `parity.compare`).
 
+    A graph with a dynamic batch or size is proven on another one too, whose record is `other`. One with suppression is
+    proven in two steps: its raw outputs against PyTorch, and `suppression`: the boxes against those of Ultralytics'
+    own suppression on the same raw outputs, because where two boxes are as good rounding alone says which one stays.
+
     Raises:
         ExportError: as `export_onnx`, or parity fails: the artefact is then kept as `NAME.rejected.onnx`.
     """
+    import tempfile
+
+    precision = "fp16" if settings.half else "fp32"
+
+    def export(path: Path, wanted: Export) -> Path:
+        return export_onnx(model, path, imgsz=imgsz, opset=wanted.opset, simplify=wanted.simplify, settings=wanted)
+
+    def check(path: Path) -> dict[str, Any]:
+        if not settings.nms:
+            return _prove(model, path, images, imgsz, settings, precision, data)
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
+            raw = export(Path(scratch) / path.name, settings.model_copy(update={"nms": False}))
+            record = _prove(model, raw, images, imgsz, settings, precision, data)
+            if not record["passed"]:
+                return record
+            suppression = _prove(raw, path, images, imgsz, settings, "fp32")
+        return {**record, "suppression": suppression} if suppression["passed"] else suppression
+
+    remedy = "try without --half" if settings.half else "try --no-simplify or another --opset"
+    return stage.prove(output, lambda path: export(path, settings), check, remedy)
+
+
+def _prove(
+    reference: Path,
+    path: Path,
+    images: list[Path],
+    imgsz: int,
+    settings: Export,
+    precision: str,
+    data: Path | None = None,
+) -> dict[str, Any]:
+    """Compare as `parity.compare`, of a dynamic graph on another batch or size too; the first record that fails."""
     from export import parity
 
-    return stage.prove(
-        output,
-        lambda path: export_onnx(model, path, imgsz=imgsz, opset=settings.opset, simplify=settings.simplify),
-        lambda path: parity.compare(model, path, images, imgsz, data=data),
-        "try --no-simplify or another --opset",
-    )
+    record = parity.compare(reference, path, images, imgsz, precision=precision, batch=settings.batch, data=data)
+    if not settings.dynamic or not record["passed"]:
+        return record
+    size = imgsz if settings.dynamic == "batch" else (imgsz, imgsz + OTHER_SIZE_PX)
+    batch = settings.batch + (settings.dynamic != "size")
+    other = parity.compare(reference, path, images[:OTHER_SIZE_IMAGES], size, precision=precision, batch=batch)
+    return {**record, "other": other} if other["passed"] else other
 
 
 def export_models(models: dict[str, Path], data: Path, imgsz: int, settings: Export, output: Path) -> dict[str, Any]:
@@ -104,7 +168,7 @@ def export_stage(models: dict[str, Path], data: Path, imgsz: int, settings: Expo
     )
 
 
-def _trace(network: Any, model: Path, imgsz: int, opset: int) -> Any:
+def _trace(network: Any, model: Path, imgsz: int, opset: int, settings: Export) -> Any:
     import io
     import warnings
 
@@ -115,36 +179,102 @@ def _trace(network: Any, model: Path, imgsz: int, opset: int) -> Any:
     for module in network.modules():
         if isinstance(module, C2f):
             module.forward = module.forward_split  # one Split node instead of two Slice nodes per block
-    images = torch.zeros(1, network.yaml.get("channels", 3), imgsz, imgsz)
+    network.model[-1].dynamic = settings.dynamic in ("size", "both")  # anchors of any size, or traced constants
+    traced = _in_half(network) if settings.half else network
+    if settings.nms:
+        traced = _with_suppression(traced, network, model, settings)
+    images = torch.zeros(settings.batch, network.yaml.get("channels", 3), imgsz, imgsz)
     stream: Any = io.BytesIO()
     with torch.no_grad(), warnings.catch_warnings():
         # Traced constants (anchors at a fixed imgsz) are meant, and so is the exporter that needs no onnxscript.
         warnings.simplefilter("ignore")
-        network(images)  # caches the anchors, which the trace then holds as constants
+        outputs = traced(images)  # caches the anchors, which the trace then holds as constants
+        names = ["output0", "output1"] if isinstance(outputs, tuple) else ["output0"]
         try:
             torch.onnx.export(
-                network,
+                traced,
                 (images,),
                 stream,
                 dynamo=False,
                 opset_version=opset,
                 input_names=["images"],
-                output_names=["output0"],
+                output_names=names,
+                dynamic_axes=_dynamic_axes(network, settings),
             )
         except (RuntimeError, ValueError) as error:  # torch.onnx.OnnxExporterError is a RuntimeError
             raise ExportError(f"{model.name} cannot be exported with opset {opset}: {error}") from None
     return onnx.load_model_from_string(stream.getvalue())
 
 
-def _simplify(graph: Any, model: Path) -> Any:
+def _with_suppression(traced: Any, network: Any, model: Path, settings: Export) -> Any:
+    from compress.checkpoint import task_of
+    from export.suppression import Suppressed
+
+    head, task = network.model[-1], task_of(network)
+    if not hasattr(head, "end2end") or head.end2end:
+        reason = "has an end-to-end head, which repeats no box" if hasattr(head, "end2end") else "finds no boxes"
+        raise ExportError(f"{model.name} {reason}: export it without --nms")
+    return Suppressed(traced, head.nc, task == "obb", settings.conf, settings.iou, settings.max_det)
+
+
+def _dynamic_axes(network: Any, settings: Export) -> dict[str, dict[int, str]]:
+    """Return the names of the open dimensions of input and outputs; nothing for a static graph."""
+    from compress.checkpoint import task_of
+
+    task = task_of(network)
+    axes: dict[str, dict[int, str]] = {"images": {2: "height", 3: "width"}, "output0": {}}
+    if task in ("semantic", "depth"):
+        axes["output0"] = {2: "map_height", 3: "map_width"}
+    elif task != "classify" and not settings.nms and not network.model[-1].end2end:
+        axes["output0"] = {2: "anchors"}
+    if task == "segment":
+        axes["output1"] = {2: "mask_height", 3: "mask_width"}
+    sizes, batch = settings.dynamic in ("size", "both"), settings.dynamic in ("batch", "both")
+    return {name: ({0: "batch"} if batch else {}) | (open_ if sizes else {}) for name, open_ in axes.items()}
+
+
+def _in_half(network: Any) -> Any:
+    """Return the network with weights and computation in fp16, and inputs and outputs in fp32.
+
+    Boxes are decoded (and suppressed) in fp32: fp16 holds 11 bits, which beyond 512 px is half a pixel.
+    """
+    import torch
+
+    class Half(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, images: torch.Tensor) -> Any:
+            outputs = self.network(images.half())
+            return tuple(output.float() for output in outputs) if isinstance(outputs, tuple) else outputs.float()
+
+    head = network.half().model[-1]
+    if hasattr(head, "forward_head"):
+        honest = head.forward_head
+
+        def in_full(features: Any, **branch: Any) -> dict[str, Any]:
+            found = honest(features, **branch)
+            return {name: value if name == "feats" else value.float() for name, value in found.items()}
+
+        head.forward_head = in_full
+        head.dfl.float()
+        head.stride = head.stride.float()
+    return Half()
+
+
+def _simplify(graph: Any, model: Path, imgsz: int, settings: Export) -> Any:
     import contextlib
     import io
 
     import onnxsim
 
+    channels = graph.graph.input[0].type.tensor_type.shape.dim[1].dim_value
+    # What it checks itself on; without this it refuses open dimensions.
+    example = {"images": [settings.batch, channels, imgsz, imgsz]} if settings.dynamic else None
     with contextlib.redirect_stdout(io.StringIO()):
         try:
-            simplified, equal = onnxsim.simplify(graph, check_n=1)
+            simplified, equal = onnxsim.simplify(graph, check_n=1, test_input_shapes=example)
         except Exception as error:  # a native library: its failures have no common base
             raise ExportError(f"onnxsim cannot simplify {model.name} ({error}): try --no-simplify") from None
     if not equal:
@@ -163,13 +293,32 @@ def main(
     imgsz: Annotated[int, typer.Option(min=1, help="side of the square input, px; a multiple of the stride")] = 640,
     opset: Annotated[int, typer.Option(help="ONNX operator set, 13 to 22")] = 17,
     simplify: Annotated[bool, typer.Option(help="simplify the graph with onnxsim")] = True,
+    batch: Annotated[int, typer.Option(help="images at once")] = 1,
+    dynamic: Annotated[str | None, typer.Option(help="batch, size or both: what is left open")] = None,
+    half: Annotated[bool, typer.Option("--half", help="fp16 inside, fp32 at inputs and outputs")] = False,
+    nms: Annotated[bool, typer.Option("--nms", help="suppress overlapping boxes inside the graph")] = False,
+    conf: Annotated[float, typer.Option(help="least score of a detection, with --nms")] = 0.25,
+    iou: Annotated[float, typer.Option(help="boxes that overlap by more are one, with --nms")] = 0.7,
+    max_det: Annotated[int, typer.Option(help="detections per image at most, with --nms")] = 300,
     parity_map: Annotated[bool, typer.Option(help="compare the mAP on the val split too")] = False,
     parity_images: Annotated[int, typer.Option(help="real images on which ONNX must equal PyTorch")] = 16,
 ) -> None:
-    """Export a detector to ONNX and prove on real images that it equals PyTorch."""
+    """Export a model to ONNX and prove on real images that it equals PyTorch."""
     from compress.dataset import resolve
 
-    content = {"opset": opset, "simplify": simplify, "parity_images": parity_images, "parity_map": parity_map}
+    content = {
+        "opset": opset,
+        "simplify": simplify,
+        "batch": batch,
+        "dynamic": dynamic,
+        "half": half,
+        "nms": nms,
+        "conf": conf,
+        "iou": iou,
+        "max_det": max_det,
+        "parity_images": parity_images,
+        "parity_map": parity_map,
+    }
     settings = parse(Export, content, "export")
     stage.require(model)
     export_stage({model.stem: model}, resolve(data, labels=parity_map), imgsz, settings, output)

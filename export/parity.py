@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from compress.errors import DataError, ExportError
+from export.matching import CONFIDENCE, match
 
-CONFIDENCE = 0.25
-_MATCH_IOU = 0.5
-_SAME_PX = 0.05
+METRICS = {"map50_95": "mAP50-95", "top1": "top-1 accuracy"}
 
 
 @dataclass(frozen=True)
@@ -25,9 +24,12 @@ class Tolerance:
         score: largest error of any score of the raw tensor.
         box_rms_px: root mean square error of the sides of all boxes of the raw tensor, px.
         score_rms: error of all scores of the raw tensor as a share of their size, both as root mean squares.
-        unmatched: share of the detections of both sides that may have no partner.
+        unmatched: share of the detections of both sides that may have no partner; of the images of a classifier, the
+            share that may get another class.
         iou: mean overlap of detections with their partners, at least this.
-        map50_95: lowest and highest difference of mAP to PyTorch.
+        map50_95: lowest and highest difference of mAP to PyTorch, or of the top-1 accuracy of a classifier.
+        value: largest error of any other value (mask, key point, angle), as a share of the size of all of its kind.
+        value_rms: error of all other values of a kind as a share of their size, both as root mean squares.
     """
 
     box_px: float | None
@@ -37,24 +39,26 @@ class Tolerance:
     unmatched: float
     iou: float
     map50_95: tuple[float, float]
+    value: float | None = None
+    value_rms: float | None = None
 
 
 # With less than fp32 single boxes of anchors that see nothing may move by many px, and where two boxes of one object
 # have nearly the same score the other one may win, although all is as it should be: there the whole is judged, not
 # its worst number. At int8 a better mAP is luck, not a fault.
 TOLERANCES = {
-    "fp32": Tolerance(0.05, 1e-4, None, None, unmatched=0.0, iou=0.999, map50_95=(-0.001, 0.001)),
-    "fp16": Tolerance(None, None, 0.3, 0.02, unmatched=0.02, iou=0.99, map50_95=(-0.003, 0.003)),
-    "int8": Tolerance(None, None, None, 0.3, unmatched=0.1, iou=0.9, map50_95=(-0.010, 1.0)),
+    "fp32": Tolerance(0.05, 1e-4, None, None, 0.0, 0.999, (-0.001, 0.001), value=1e-3, value_rms=1e-4),
+    "fp16": Tolerance(None, None, 0.3, 0.02, 0.02, 0.99, (-0.003, 0.003), value_rms=0.02),
+    "int8": Tolerance(None, None, None, 0.3, 0.1, 0.9, (-0.010, 1.0), value_rms=0.3),
 }
 # ncnn's worst number is a few times onnxruntime's (yolo26n on 128 images: 0.056 px, without Winograd convolutions still
 # 0.045 px), while its root mean squares stay as small: so there both are judged.
-_NCNN_FP32 = replace(TOLERANCES["fp32"], box_px=0.25, score=1e-3, box_rms_px=0.005, score_rms=1e-4)
+_NCNN_FP32 = replace(TOLERANCES["fp32"], box_px=0.25, score=1e-3, box_rms_px=0.005, score_rms=1e-4, value=5e-3)
 
 
 @dataclass
 class _Tensors:
-    """What the raw tensors of all images differ by."""
+    """What the boxes and scores in the raw tensors of all images differ by."""
 
     max_box_error_px: float = 0.0
     max_score_error: float = 0.0
@@ -86,9 +90,37 @@ class _Tensors:
 
 
 @dataclass
+class _Values:
+    """What values of one kind, neither boxes nor scores, differ by in all images."""
+
+    max_error: float = 0.0
+    error_squares: float = 0.0
+    reference_squares: float = 0.0
+    count: int = 0
+
+    def add(self, expected: np.ndarray, actual: np.ndarray) -> None:
+        error = np.abs(actual - expected)
+        self.max_error = max(self.max_error, float(error.max(initial=0.0)))
+        self.error_squares += _sum_of_squares(error)
+        self.reference_squares += _sum_of_squares(expected)
+        self.count += error.size
+
+    def record(self, name: str) -> dict[str, Any]:
+        size = max(self.reference_squares / max(self.count, 1), 1e-24) ** 0.5
+        return {
+            "name": name,
+            "max_error": self.max_error,
+            "max_value_error": self.max_error / size,
+            "value_rms_error": (self.error_squares / max(self.count, 1)) ** 0.5 / size,
+        }
+
+
+@dataclass
 class _Matches:
     """What the detections of all images differ by."""
 
+    confidence: float = CONFIDENCE
+    rotated: bool = False
     found: tuple[int, int] = (0, 0)
     unmatched: int = 0
     ious: list[float] = field(default_factory=list)
@@ -96,9 +128,9 @@ class _Matches:
     max_score_error: float = 0.0
 
     def add(self, expected: np.ndarray, actual: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Match the (n, 6) detections of one image and return the rows of both that belong together."""
-        pairs, lost = match(expected, actual)
-        first, second = (int((rows[:, 4] >= CONFIDENCE).sum()) for rows in (expected, actual))
+        """Match the (n, 6 or more) detections of one image and return the rows of both that belong together."""
+        pairs, lost = match(expected, actual, self.confidence, rotated=self.rotated)
+        first, second = (int((rows[:, 4] >= self.confidence).sum()) for rows in (expected, actual))
         self.found = (self.found[0] + first, self.found[1] + second)
         self.unmatched += lost
         self.ious += [iou for _, _, iou in pairs]
@@ -120,13 +152,127 @@ class _Matches:
         }
 
 
+class _Detections:
+    """Compares the outputs of a model that finds boxes, whatever else it says about each."""
+
+    def __init__(self, facts: dict[str, Any], suppression: dict[str, Any] | None, tolerance: Tolerance) -> None:
+        # Rows just below the threshold may be partners: how far below depends on how far scores may move.
+        slack = tolerance.score or 0.1
+        confidence = CONFIDENCE if suppression is None else suppression["conf"] + slack
+        self.facts, self.suppression = facts, suppression
+        self.lowest = CONFIDENCE - slack if suppression is None else max(suppression["conf"] - slack, 0.0)
+        self.tensors, self.matches = _Tensors(), _Matches(confidence, rotated=facts["task"] == "obb")
+        self.others: dict[str, _Values] = {}
+        self.shape: tuple[int, ...] = ()
+
+    def add(self, expected: list[np.ndarray], actual: list[np.ndarray]) -> None:
+        """Compare the outputs for one image."""
+        self.shape = actual[0].shape
+        rows = self.matches.add(self._rows(expected[0]), self._rows(actual[0], suppressed=self.suppression is not None))
+        if self.facts["end2end"] or self.suppression:
+            first, second = rows
+            if self.suppression is None:
+                # Sorted scores compare by position even where rows swap, and even where nothing is detected.
+                self.tensors.add_scores(expected[0][..., 4], actual[0][..., 4])
+            else:
+                self.tensors.add_scores(first[:, 4], second[:, 4])
+            self.tensors.add_boxes(first[:, :4], second[:, :4])
+            extras = first[:, 6:].T, second[:, 6:].T
+        else:
+            first, second = expected[0][0], actual[0][0]
+            behind = 4 + self.facts["classes"]
+            self.tensors.add_scores(first[4:behind], second[4:behind])
+            self.tensors.add_boxes(first[:4], second[:4])
+            extras = first[behind:], second[behind:]
+        for name, wanted in self._kinds(len(extras[0])).items():
+            self.others.setdefault(name, _Values()).add(extras[0][wanted], extras[1][wanted])
+        for one, other in zip(expected[1:], actual[1:], strict=True):
+            self.others.setdefault("mask prototypes", _Values()).add(one, other)
+
+    def record(self, runtime: str) -> dict[str, Any]:
+        others = [values.record(name) for name, values in self.others.items()]
+        return {
+            "outputs": [self.tensors.record(self.shape), *others],
+            "detections": self.matches.record(runtime),
+        }
+
+    def _rows(self, output: np.ndarray, suppressed: bool = False) -> np.ndarray:
+        """Return the detections of one image, best first."""
+        import torch
+        import torchvision  # noqa: F401  (where it is loaded, Ultralytics suppresses with it: fast, and as ONNX does)
+        from ultralytics.utils.nms import non_max_suppression
+
+        wanted = self.suppression or {"iou": 0.7, "max_det": 300}
+        kept: Any = non_max_suppression(
+            torch.from_numpy(output.copy()),  # a copy, because suppression rewrites the boxes in place
+            0.0 if suppressed else self.lowest,
+            wanted["iou"],
+            nc=self.facts["classes"],
+            max_det=wanted["max_det"],
+            rotated=self.facts["task"] == "obb",
+            end2end=self.facts["end2end"] or suppressed,
+        )
+        return kept[0].numpy()
+
+    def _kinds(self, channels: int) -> dict[str, Any]:
+        """Return what the channels behind boxes and scores hold: names with the rows of each."""
+        if self.facts["task"] == "segment":
+            return {"mask coefficients": slice(None)}
+        if self.facts["task"] == "obb":
+            return {"angles": slice(None)}
+        if self.facts["task"] == "pose":
+            seen = np.arange(channels) % self.facts["keypoints"][1] == 2
+            return {"key points": ~seen, **({"visibility": seen} if seen.any() else {})}
+        return {}
+
+
+class _Classes:
+    """Compares the probabilities of a classifier, and which class is the likeliest."""
+
+    def __init__(self, tolerance: Tolerance) -> None:
+        self.tensors, self.slack = _Tensors(), tolerance.score or 0.1
+        self.images = self.other_class = 0
+        self.shape: tuple[int, ...] = ()
+
+    def add(self, expected: list[np.ndarray], actual: list[np.ndarray]) -> None:
+        """Compare the outputs for one image."""
+        first, second = expected[0][0], actual[0][0]
+        self.shape = actual[0].shape
+        self.tensors.add_scores(first, second)
+        self.images += 1
+        # Where two classes are as likely, either may win.
+        self.other_class += bool(first.max() - first[second.argmax()] > 2 * self.slack)
+
+    def record(self, runtime: str) -> dict[str, Any]:  # noqa: ARG002
+        output = self.tensors.record(self.shape)
+        scores = {name: output[name] for name in ("shape", "max_score_error", "score_rms_error")}
+        return {"outputs": [scores], "classes": {"images": self.images, "other_class": self.other_class}}
+
+
+class _Maps:
+    """Compares outputs that say something of every pixel."""
+
+    def __init__(self, task: str) -> None:
+        self.name, self.values = {"semantic": "class logits", "depth": "depths"}[task], _Values()
+        self.shape: tuple[int, ...] = ()
+
+    def add(self, expected: list[np.ndarray], actual: list[np.ndarray]) -> None:
+        """Compare the outputs for one image."""
+        self.shape = actual[0].shape
+        self.values.add(expected[0], actual[0])
+
+    def record(self, runtime: str) -> dict[str, Any]:  # noqa: ARG002
+        return {"outputs": [{"shape": list(self.shape), **self.values.record(self.name)}]}
+
+
 def compare(
     model: Path,
     artefact: Path,
     images: list[Path],
-    imgsz: int,
+    imgsz: int | tuple[int, int],
     *,
     precision: str = "fp32",
+    batch: int = 1,
     data: Path | None = None,
     maps: tuple[float, float] | None = None,
     tolerance: Tolerance | None = None,
@@ -135,23 +281,27 @@ def compare(
 
     Up to three comparisons, because each alone can hide a fault: the raw tensors, the detections that a user would
     see, and the mAP where `data` or `maps` are given. The rows of an end-to-end head are sorted by score, so that
-    equal scores may swap places: there all scores and the detections stand for the tensors.
+    equal scores may swap places: there all scores and the detections stand for the tensors. So do the detections of
+    an artefact that suppresses by itself: they must be those of Ultralytics' suppression on PyTorch's output.
 
     Args:
-        model: the checkpoint.
+        model: the checkpoint, or any other artefact that stands for it.
         artefact: what was made from it, for any runtime of `benchmark.runtimes`.
         images: image files, at least one.
-        imgsz: side of the square input, px.
+        imgsz: side of the square input, px, or its height and width.
         precision: fp32, fp16 or int8: which tolerance holds.
-        data: data set YAML, whose val split gives both mAP.
-        maps: mAP50-95 of PyTorch and of the artefact, where they are known.
+        batch: how many images go through the artefact at once; the last batch is filled up from the first images.
+        data: data set, whose val split gives both mAP (of a classifier: both top-1 accuracies).
+        maps: mAP50-95 (top-1) of PyTorch and of the artefact, where they are known.
         tolerance: instead of the one of the precision.
 
     Returns:
-        `runtime`, `precision`, `images`, `imgsz`, `tolerance`, `outputs` (per network output: shape and errors),
-        `detections` above a score of 0.25 (torch and the runtime: how many; unmatched; of the matched min_iou,
-        mean_iou, max_box_error_px, max_score_error), `map50_95` (torch, the runtime, difference) or null, and
-        `passed`. Overlaps are null without detections.
+        `task`, `runtime`, `precision`, `images`, `imgsz`, `batch`, `tolerance`, `outputs` (first boxes and scores with
+        their shape and errors, then every other kind of value with its errors as shares of its size), `passed`, and
+        `map50_95` (torch, the runtime, difference) or null; of a classifier `top1` instead. `detections` above a score
+        of 0.25 (torch and the runtime: how many; unmatched; of the matched min_iou, mean_iou, max_box_error_px,
+        max_score_error); overlaps are null without detections. Of a classifier `classes` instead: images, and how
+        many of them get another class.
 
     Raises:
         BenchmarkError: no runtime opens the artefact.
@@ -159,43 +309,41 @@ def compare(
         ExportError: the artefact's output has another shape, or is not finite.
     """
     from benchmark import runtimes
-    from benchmark.runners import torch_runner
 
     if not images:
         raise DataError(f"parity of {artefact.name} needs at least one image: give --data with a val split")
-    runner = runtimes.runner_of(artefact)
+    origin, runner = runtimes.runner_of(model), runtimes.runner_of(artefact)
     runtime = str(runtimes.runtime_of(artefact))
     tolerance = tolerance or tolerance_of(runtime, precision)
-    reference = torch_runner.load(str(model), threads=1)
-    candidate = _load(runner, artefact)
-    end2end = torch_runner.describe(reference)["end2end"]
-    # Rows just below the threshold may be partners: how far below depends on how far scores may move.
-    lowest = CONFIDENCE - (tolerance.score or 0.1)
+    reference, candidate = _load(origin, model), _load(runner, artefact)
+    facts = origin.describe(reference)
+    suppression = runner.describe(candidate).get("suppression")
+    classifies = facts["task"] == "classify"
+    prepare = centre_crop if classifies else letterbox
+    compared: Any = _Detections(facts, suppression, tolerance)
+    if classifies:
+        compared = _Classes(tolerance)
+    elif facts["task"] in ("semantic", "depth"):
+        compared = _Maps(facts["task"])
 
-    tensors, matches = _Tensors(), _Matches()
-    shape: tuple[int, ...] = ()
-    for path in images:
-        image = letterbox(path, imgsz)
-        expected = torch_runner.infer(reference, image)[0]
-        actual = _single_output(runner.infer(candidate, image), expected, artefact)
-        shape = expected.shape
-        rows = matches.add(*(_detections(output, end2end, lowest) for output in (expected, actual)))
-        if end2end:
-            # Sorted scores compare by position even where rows swap, and even where nothing is detected.
-            tensors.add_scores(expected[..., 4], actual[..., 4])
-            expected, actual = (side.T[None] for side in rows)
-        else:
-            tensors.add_scores(expected[:, 4:], actual[:, 4:])
-        tensors.add_boxes(expected[:, :4], actual[:, :4])
+    for start in range(0, len(images), batch):
+        places = [(start + i) % len(images) for i in range(batch)]
+        pixels = np.concatenate([prepare(images[place], imgsz) for place in places])
+        expected, actual = origin.infer(reference, pixels), runner.infer(candidate, pixels)
+        _check_outputs(actual, expected, artefact, suppression)
+        for i in range(min(batch, len(images) - start)):
+            compared.add([one[i : i + 1] for one in expected], [other[i : i + 1] for other in actual])
+    metric = "top1" if classifies else "map50_95"
     record = {
+        "task": facts["task"],
         "runtime": runtime,
         "precision": precision,
         "images": len(images),
         "imgsz": imgsz,
+        "batch": batch,
         "tolerance": {**asdict(tolerance), "map50_95": list(tolerance.map50_95)},
-        "outputs": [tensors.record(shape)],
-        "detections": matches.record(runtime),
-        "map50_95": _map_record(runtime, maps or (data and _maps(model, artefact, data, imgsz))),
+        **compared.record(runtime),
+        metric: _map_record(runtime, maps or (data and _maps(model, artefact, data, imgsz, metric))),
     }
     record["passed"] = not failures(record)
     return record
@@ -206,82 +354,94 @@ def tolerance_of(runtime: str, precision: str) -> Tolerance:
     return _NCNN_FP32 if (runtime, precision) == ("ncnn", "fp32") else TOLERANCES[precision]
 
 
+_WORDS = (
+    ("box_px", "max_box_error_px", "a box moves by {:.2g} px"),
+    ("score", "max_score_error", "a score moves by {:.2g}"),
+    ("box_rms_px", "box_rms_error_px", "boxes move by {:.2g} px (root mean square)"),
+    ("score_rms", "score_rms_error", "scores move by {:.2g} of their size (root mean squares)"),
+    ("value", "max_value_error", "one of the {name} moves by {:.2g} of their size"),
+    ("value_rms", "value_rms_error", "{name} move by {:.2g} of their size (root mean squares)"),
+)
+
+
 def failures(parity: dict[str, Any]) -> list[str]:
     """Return what of a parity record is outside its tolerance, each in words; nothing where it passed."""
-    tolerance, output, detections = parity["tolerance"], parity["outputs"][0], parity["detections"]
-    found = []
-    for limit, error, words in (
-        ("box_px", "max_box_error_px", "a box moves by {:.2g} px"),
-        ("score", "max_score_error", "a score moves by {:.2g}"),
-        ("box_rms_px", "box_rms_error_px", "boxes move by {:.2g} px (root mean square)"),
-        ("score_rms", "score_rms_error", "scores move by {:.2g} of their size (root mean squares)"),
-    ):
-        if tolerance[limit] is not None and output[error] > tolerance[limit]:
-            found.append(f"{words.format(output[error])}, at most {tolerance[limit]:g}")
-    share = detections["unmatched"] / max(detections["torch"] + detections[parity["runtime"]], 1)
-    if share > tolerance["unmatched"]:
-        found.append(f"{share:.1%} of the detections are unmatched, at most {tolerance['unmatched']:.1%}")
-    if detections["mean_iou"] is not None and detections["mean_iou"] < tolerance["iou"]:
-        found.append(f"matched boxes overlap by {detections['mean_iou']:.4f}, at least {tolerance['iou']:g}")
-    if parity["map50_95"] is not None:
-        low, high = tolerance["map50_95"]
-        if not low <= parity["map50_95"]["difference"] <= high:
-            found.append(f"mAP50-95 changes by {parity['map50_95']['difference']:+.4f}, at most {low:+g} to {high:+g}")
+    tolerance = parity["tolerance"]
+    found = [
+        f"{words.format(output[error], name=output.get('name'))}, at most {tolerance[limit]:g}"
+        for output in parity["outputs"]
+        for limit, error, words in _WORDS
+        if error in output and tolerance.get(limit) is not None and output[error] > tolerance[limit]
+    ]
+    if detections := parity.get("detections"):
+        share = detections["unmatched"] / max(detections["torch"] + detections[parity["runtime"]], 1)
+        if share > tolerance["unmatched"]:
+            found.append(f"{share:.1%} of the detections are unmatched, at most {tolerance['unmatched']:.1%}")
+        if detections["mean_iou"] is not None and detections["mean_iou"] < tolerance["iou"]:
+            found.append(f"matched boxes overlap by {detections['mean_iou']:.4f}, at least {tolerance['iou']:g}")
+    if classes := parity.get("classes"):
+        share = classes["other_class"] / classes["images"]
+        if share > tolerance["unmatched"]:
+            found.append(f"{share:.1%} of the images get another class, at most {tolerance['unmatched']:.1%}")
+    for metric, name in METRICS.items():
+        if parity.get(metric) is not None:
+            low, high = tolerance["map50_95"]
+            if not low <= parity[metric]["difference"] <= high:
+                found.append(f"{name} changes by {parity[metric]['difference']:+.4f}, at most {low:+g} to {high:+g}")
     return found
 
 
-def letterbox(path: Path, imgsz: int) -> np.ndarray:
-    """Read an image as a (1, 3, imgsz, imgsz) float32 RGB array in [0, 1], padded to a square with Ultralytics' grey.
+def letterbox(path: Path, imgsz: int | tuple[int, int]) -> np.ndarray:
+    """Read an image as a (1, 3, height, width) float32 RGB array in [0, 1], padded with Ultralytics' grey.
+
+    Args:
+        path: the image file.
+        imgsz: side of the square, px, or height and width.
 
     Raises:
         DataError: the file is not an image.
     """
     from ultralytics.data.augment import LetterBox
-    from ultralytics.utils.patches import imread
 
-    image = imread(str(path)) if path.is_file() else None
-    if image is None:
-        raise DataError(f"{path} cannot be read as an image: remove or replace it")
-    square: Any = LetterBox((imgsz, imgsz), auto=False)(image=image)
+    shape = (imgsz, imgsz) if isinstance(imgsz, int) else imgsz
+    square: Any = LetterBox(shape, auto=False)(image=_read(path))
     return np.ascontiguousarray(square[..., ::-1].transpose(2, 0, 1)[None], dtype=np.float32) / 255
 
 
-def match(reference: np.ndarray, candidate: np.ndarray) -> tuple[list[tuple[int, int, float]], int]:
-    """Pair the detections of one image, each with the best overlapping one of its class that is still free.
+def centre_crop(path: Path, imgsz: int | tuple[int, int]) -> np.ndarray:
+    """Read an image as a classifier sees it: (1, 3, height, width) float32 RGB in [0, 1], its middle, scaled.
 
-    Args:
-        reference: (n, 6) rows of x1, y1, x2, y2 in px, score, class; best first.
-        candidate: (m, 6), likewise.
-
-    Returns:
-        The pairs (row of reference, row of candidate, IoU), and how many detections of a score of at least 0.25 have
-        no partner on the other side. Rows just below that score may be partners, so that a score that moves across
-        the threshold by less than its tolerance is not counted as a lost detection.
+    Raises:
+        DataError: the file is not an image.
     """
-    free = set(range(len(candidate)))
-    pairs = []
-    for i, row in enumerate(reference):
-        overlaps = [(_overlap(row, candidate[j]), j) for j in free if candidate[j, 5] == row[5]]
-        iou, j = max(overlaps, default=(0.0, -1))
-        if iou >= _MATCH_IOU:
-            free.remove(j)
-            pairs.append((i, j, iou))
-    alone = [reference[i] for i in set(range(len(reference))) - {i for i, _, _ in pairs}]
-    alone += [candidate[j] for j in free]
-    return pairs, sum(bool(row[4] >= CONFIDENCE) for row in alone)
+    from PIL import Image
+    from ultralytics.data.augment import classify_transforms
+
+    pixels: Any = classify_transforms(size=imgsz)(Image.fromarray(_read(path)[..., ::-1]))
+    return pixels[None].numpy()
 
 
 def summary(parity: dict[str, Any]) -> str:
     """Return a parity record as one line for a person."""
-    output, detections, tolerance = parity["outputs"][0], parity["detections"], parity["tolerance"]
-    runtime, maps = parity["runtime"], parity["map50_95"]
-    line = (
-        f"{parity['images']} images: boxes within {output['max_box_error_px']:.2g} px{_limit(tolerance['box_px'])}, "
-        f"scores within {output['max_score_error']:.2g}{_limit(tolerance['score'])}, "
-        f"{detections['torch']} detections in PyTorch, {detections[runtime]} in {runtime}, "
-        f"{detections['unmatched']} unmatched"
-    )
-    return line if maps is None else f"{line}, mAP50-95 {maps[runtime]:.4f} ({maps['difference']:+.4f})"
+    tolerance, runtime = parity["tolerance"], parity["runtime"]
+    parts = []
+    for output in parity["outputs"]:
+        if "max_box_error_px" in output:
+            parts.append(f"boxes within {output['max_box_error_px']:.2g} px{_limit(tolerance['box_px'])}")
+        if "max_score_error" in output:
+            parts.append(f"scores within {output['max_score_error']:.2g}{_limit(tolerance['score'])}")
+        if "max_value_error" in output:
+            limit = _limit(tolerance.get("value"))
+            parts.append(f"{output['name']} within {output['max_value_error']:.2g} of their size{limit}")
+    if detections := parity.get("detections"):
+        parts.append(f"{detections['torch']} detections in PyTorch, {detections[runtime]} in {runtime}")
+        parts.append(f"{detections['unmatched']} unmatched")
+    if classes := parity.get("classes"):
+        parts.append(f"{classes['other_class']} images of another class")
+    for metric, name in METRICS.items():
+        if parity.get(metric) is not None:
+            parts.append(f"{name} {parity[metric][runtime]:.4f} ({parity[metric]['difference']:+.4f})")
+    return f"{parity['images']} images: {', '.join(parts)}"
 
 
 def _limit(value: float | None) -> str:
@@ -295,10 +455,11 @@ def _load(runner: ModuleType, artefact: Path) -> Any:
         raise ExportError(str(error)) from None
 
 
-def _maps(model: Path, artefact: Path, data: Path, imgsz: int) -> tuple[float, float]:
+def _maps(model: Path, artefact: Path, data: Path, imgsz: int | tuple[int, int], metric: str) -> tuple[float, float]:
     from benchmark.accuracy import evaluate
 
-    first, second = (evaluate(path, data, imgsz=imgsz)["map50_95"] for path in (model, artefact))
+    side = imgsz if isinstance(imgsz, int) else max(imgsz)
+    first, second = (evaluate(path, data, imgsz=side)[metric] for path in (model, artefact))
     return first, second
 
 
@@ -306,34 +467,27 @@ def _map_record(runtime: str, maps: tuple[float, float] | None) -> dict[str, flo
     return None if maps is None else {"torch": maps[0], runtime: maps[1], "difference": maps[1] - maps[0]}
 
 
-def _single_output(outputs: list[np.ndarray], expected: np.ndarray, artefact: Path) -> np.ndarray:
-    shapes = [list(output.shape) for output in outputs]
-    if shapes != [list(expected.shape)]:
-        raise ExportError(f"{artefact.name} returns {shapes}, PyTorch returns {[list(expected.shape)]}")
-    if not np.isfinite(outputs[0]).all():
+def _check_outputs(
+    outputs: list[np.ndarray], expected: list[np.ndarray], artefact: Path, suppression: dict[str, Any] | None
+) -> None:
+    shapes, wanted = ([list(output.shape) for output in side] for side in (outputs, expected))
+    if suppression is not None and shapes:
+        # Rows of box, score, class and what else there is, instead of all anchors: the parts must be there.
+        wanted[0] = [wanted[0][0], *shapes[0][1:]]
+    if shapes != wanted:
+        raise ExportError(f"{artefact.name} returns {shapes}, PyTorch returns {wanted}")
+    if not all(np.isfinite(output).all() for output in outputs):
         raise ExportError(f"{artefact.name} returns values that are not finite: check the weights")
-    return outputs[0]
 
 
-def _detections(output: np.ndarray, end2end: bool, lowest: float) -> np.ndarray:
-    import torch
-    from ultralytics.utils.nms import non_max_suppression
+def _read(path: Path) -> np.ndarray:
+    from ultralytics.utils.patches import imread
 
-    # A copy, because suppression rewrites the boxes in place.
-    tensor = torch.from_numpy(output.copy())
-    kept: Any = non_max_suppression(tensor, lowest, 0.7, end2end=end2end)
-    return kept[0].numpy()
+    image = imread(str(path)) if path.is_file() else None
+    if image is None:
+        raise DataError(f"{path} cannot be read as an image: remove or replace it")
+    return image
 
 
 def _sum_of_squares(values: np.ndarray) -> float:
     return float(np.square(values, dtype=np.float64).sum())
-
-
-def _overlap(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the IoU of two boxes; boxes without area, as untrained heads predict them, overlap if they coincide."""
-    if np.abs(a[:4] - b[:4]).max() <= _SAME_PX and not (a[:2] < a[2:4]).all():
-        return 1.0
-    corner = np.minimum(a[2:4], b[2:4]) - np.maximum(a[:2], b[:2])
-    intersection = float(np.prod(np.clip(corner, 0, None)))
-    union = float(np.prod(a[2:4] - a[:2]) + np.prod(b[2:4] - b[:2])) - intersection
-    return intersection / union if union > 0 else 0.0

@@ -67,6 +67,7 @@ def export_int8(
     from export import parity, qdq
     from export.onnx import export_onnx
 
+    stage.require_detector(model)
     scheme = qdq.SCHEMES[settings.target]
     val, chosen = images(data, "val"), _calibration_images(calibration, settings)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:

@@ -23,6 +23,18 @@ def require(model: Path) -> None:
         raise CheckpointError(f"{model} does not exist: check the path")
 
 
+def require_detector(model: Path) -> None:
+    """Check that a model finds upright boxes and nothing else.
+
+    Raises:
+        CheckpointError: it does not, or cannot be opened.
+    """
+    from compress.checkpoint import load_deployable, task_of
+
+    if (task := task_of(load_deployable(model))) != "detect":
+        raise CheckpointError(f"{model} is of the task '{task}', this export is for detectors: use export.onnx or ncnn")
+
+
 def check_imgsz(imgsz: int, stride: int) -> None:
     """Check that an image size fits a model's stride.
 
@@ -34,7 +46,7 @@ def check_imgsz(imgsz: int, stride: int) -> None:
         raise ExportError(f"imgsz {imgsz} must be a multiple of the model's stride {stride}: use {nearest}")
 
 
-def metadata(network: Any, model: Path, imgsz: int, args: dict[str, Any]) -> dict[str, Any]:
+def metadata(network: Any, model: Path, imgsz: int, args: dict[str, Any], batch: int = 1) -> dict[str, Any]:
     """Return what Ultralytics' AutoBackend and our runners read about a model; no dates, so that bytes repeat.
 
     Args:
@@ -42,10 +54,11 @@ def metadata(network: Any, model: Path, imgsz: int, args: dict[str, Any]) -> dic
         model: the checkpoint.
         imgsz: side of the square input, px.
         args: how it was exported.
+        batch: how many images it takes at once.
     """
     from ultralytics import __version__
 
-    from compress.checkpoint import plans_of
+    from compress.checkpoint import plans_of, task_of
 
     head = network.model[-1]
     entries = {
@@ -53,16 +66,18 @@ def metadata(network: Any, model: Path, imgsz: int, args: dict[str, Any]) -> dic
         "version": __version__,
         "license": "AGPL-3.0 (https://ultralytics.com/license)",
         "stride": int(max(network.stride)),
-        "task": "detect",
+        "task": task_of(network),
         "head": type(head).__name__,
-        "batch": 1,
+        "batch": batch,
         "imgsz": [imgsz, imgsz],
         "names": network.names,
         "args": args,
         "channels": network.yaml.get("channels", 3),
-        "end2end": bool(head.end2end),
+        "end2end": bool(getattr(head, "end2end", False)),
         "espalier_model_sha256": manifest.sha256_file(model),
     }
+    if task_of(network) == "pose":
+        entries["kpt_shape"] = list(head.kpt_shape)
     if plans := plans_of(network):
         entries["espalier_plan_sha256"] = manifest.sha256_json(plans)
     return entries

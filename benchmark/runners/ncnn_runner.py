@@ -60,8 +60,8 @@ def infer(session: Session, images: np.ndarray) -> list[np.ndarray]:
         images: (n, 3, height, width) float32 in [0, 1], RGB, of the size that the model was exported with.
 
     Returns:
-        One array, as `torch_runner.infer` returns it: (n, 4 + classes, anchors), boxes as centre x, centre y, width,
-        height in px; for an end-to-end head (n, detections, 6), rows of x1, y1, x2, y2, score, class.
+        The arrays that `torch_runner.infer` returns, for a detector one: (n, 4 + classes, anchors), boxes as centre x,
+        centre y, width, height in px; for an end-to-end head (n, detections, 6), rows of x1, y1, x2, y2, score, class.
 
     Raises:
         ValueError: the images have another size, or ncnn cannot run the network.
@@ -69,7 +69,8 @@ def infer(session: Session, images: np.ndarray) -> list[np.ndarray]:
     height, width = session.metadata["imgsz"]
     if images.shape[2:] != (height, width):
         raise ValueError(f"takes images of {width}×{height} px, got {images.shape[3]}×{images.shape[2]}")
-    return [np.stack([_infer_one(session, image) for image in np.ascontiguousarray(images)])]
+    found = [_infer_one(session, image) for image in np.ascontiguousarray(images)]
+    return [np.stack(outputs) for outputs in zip(*found, strict=True)]
 
 
 def describe(session: Session) -> dict[str, Any]:
@@ -88,13 +89,19 @@ def describe(session: Session) -> dict[str, Any]:
         "providers": None,
         "memory_format": None,
         "input_shape": [1, 3, *metadata["imgsz"]],
+        "task": metadata.get("task", "detect"),
         "classes": len(metadata["names"]),
+        "keypoints": metadata.get("kpt_shape"),
         "end2end": bool(metadata["end2end"]),
     }
 
 
 def decode(
-    levels: list[tuple[np.ndarray, np.ndarray]], anchors: np.ndarray, strides: np.ndarray, xyxy: bool
+    levels: list[tuple[np.ndarray, np.ndarray]],
+    anchors: np.ndarray,
+    strides: np.ndarray,
+    xyxy: bool,
+    angles: np.ndarray | None = None,
 ) -> np.ndarray:
     """Turn the maps of the head into boxes and scores.
 
@@ -105,6 +112,7 @@ def decode(
         anchors: (2, anchors), x and y in strides.
         strides: (anchors,), px.
         xyxy: boxes as corners; otherwise as centre and size.
+        angles: (anchors,), radians: turns the distances, and boxes are centre and size.
 
     Returns:
         (4 + classes, anchors): boxes in px, scores in [0, 1].
@@ -113,35 +121,63 @@ def decode(
     logits = np.concatenate([boxes.reshape(4, bins, -1) for boxes, _ in levels], axis=2)
     output = np.empty((4 + classes, count), np.float32)
     distances = _expectation(logits)
-    first, second = anchors - distances[:2], anchors + distances[2:]
-    output[:2] = first if xyxy else (first + second) / 2
-    output[2:4] = second if xyxy else second - first
+    if angles is not None:
+        x, y = (distances[2:] - distances[:2]) / 2
+        cos, sin = np.cos(angles), np.sin(angles)
+        output[:2] = anchors + np.stack([x * cos - y * sin, x * sin + y * cos])
+        output[2:4] = distances[:2] + distances[2:]
+    else:
+        first, second = anchors - distances[:2], anchors + distances[2:]
+        output[:2] = first if xyxy else (first + second) / 2
+        output[2:4] = second if xyxy else second - first
     output[:4] *= strides
     scores = output[4:]
     np.concatenate([maps.reshape(classes, -1) for _, maps in levels], axis=1, out=scores)
-    with np.errstate(over="ignore"):  # 1 / (1 + exp(1000)) is 0, as it should be
-        np.exp(np.negative(scores, out=scores), out=scores)
-    np.reciprocal(np.add(scores, 1, out=scores), out=scores)
+    _sigmoid(scores)
     return output
 
 
-def top_detections(decoded: np.ndarray, max_detections: int) -> np.ndarray:
+def decode_key_points(raw: np.ndarray, anchors: np.ndarray, strides: np.ndarray, dims: int, halved: bool) -> np.ndarray:
+    """Turn the maps of key points into px.
+
+    Args:
+        raw: (points · dims, anchors): x and y, as distances from the anchor in strides, and a logit of visibility.
+        anchors: (2, anchors), x and y in strides.
+        strides: (anchors,), px.
+        dims: 2, or 3 with visibility.
+        halved: distances are stored halved, and from the corner of the cell, as heads before YOLO26 have them.
+
+    Returns:
+        (points · dims, anchors): x and y in px, visibility in [0, 1].
+    """
+    points = raw.reshape(-1, dims, raw.shape[1]).copy()
+    points[:, :2] = (points[:, :2] * 2 + (anchors - 0.5) if halved else points[:, :2] + anchors) * strides
+    if dims == 3:
+        points[:, 2] = _sigmoid(points[:, 2].copy())
+    return points.reshape(raw.shape)
+
+
+def top_detections(decoded: np.ndarray, max_detections: int, classes: int | None = None) -> np.ndarray:
     """Return the best rows of an end-to-end head, best first, as Ultralytics picks them.
 
     Args:
-        decoded: (4 + classes, anchors), boxes as corners.
+        decoded: (4 + classes + more, anchors), boxes as corners.
         max_detections: how many rows to return, where there are as many anchors.
+        classes: how many there are; all channels behind the box when not given.
 
     Returns:
-        (detections, 6): x1, y1, x2, y2 in px, score, class.
+        (detections, 6 + more): x1, y1, x2, y2 in px, score, class, and the rest of the anchor.
     """
-    scores = decoded[4:]
+    behind = len(decoded) if classes is None else 4 + classes
+    scores = decoded[4:behind]
     count = min(max_detections, scores.shape[1])
     candidates = _top(scores.max(axis=0), count)
     best = scores[:, candidates].T  # (count, classes)
     chosen = _top(best.ravel(), count)
-    rows, classes = np.divmod(chosen, best.shape[1])
-    return np.column_stack([decoded[:4, candidates[rows]].T, best[rows, classes], classes]).astype(np.float32)
+    rows, labels = np.divmod(chosen, best.shape[1])
+    anchors = candidates[rows]
+    columns = [decoded[:4, anchors].T, best[rows, labels], labels, decoded[behind:, anchors].T]
+    return np.column_stack(columns).astype(np.float32)
 
 
 def make_anchors(imgsz: list[int], strides: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -151,11 +187,11 @@ def make_anchors(imgsz: list[int], strides: list[int]) -> tuple[np.ndarray, np.n
         imgsz: height and width of the input, px.
         strides: of the levels, px.
     """
-    grids = []
+    grids = [np.zeros((2, 0), np.float32)]  # a task without boxes has no levels
     for stride in strides:
         y, x = np.mgrid[: imgsz[0] // stride, : imgsz[1] // stride]
         grids.append(np.stack([x.ravel(), y.ravel()]) + np.float32(0.5))
-    per_anchor = np.repeat(np.array(strides, np.float32), [grid.shape[1] for grid in grids])
+    per_anchor = np.repeat(np.array(strides, np.float32), [grid.shape[1] for grid in grids[1:]])
     return np.concatenate(grids, axis=1).astype(np.float32), per_anchor
 
 
@@ -196,7 +232,7 @@ def _set_options(net: Any, threads: int, half: bool) -> None:
         setattr(net.opt, name, half)
 
 
-def _infer_one(session: Session, image: np.ndarray) -> np.ndarray:
+def _infer_one(session: Session, image: np.ndarray) -> list[np.ndarray]:
     maps = []
     with session.net.create_extractor() as extractor:
         extractor.input("in0", ncnn.Mat(image))
@@ -205,10 +241,38 @@ def _infer_one(session: Session, image: np.ndarray) -> np.ndarray:
             if status != 0:
                 raise ValueError(f"ncnn cannot compute {name} (status {status}): it may be out of memory")
             maps.append(np.array(output))
-    end2end = session.metadata["end2end"]
-    levels = list(zip(maps[::2], maps[1::2], strict=True))
-    decoded = decode(levels, session.anchors, session.strides, xyxy=end2end)
-    return top_detections(decoded, session.metadata["max_detections"]) if end2end else decoded
+    metadata, anchors, strides = session.metadata, session.anchors, session.strides
+    if not metadata["strides"]:  # a task without boxes
+        return maps
+    # The prototypes of masks are the one map that belongs to no level.
+    per_level, prototypes = divmod(len(maps), len(metadata["strides"]))
+    levels = [maps[start : start + per_level] for start in range(0, len(maps) - prototypes, per_level)]
+    more = [
+        np.concatenate([maps.reshape(len(maps), -1) for maps in kind], axis=1) for kind in zip(*levels, strict=True)
+    ]
+    extras, angles = more[2:], None
+    if metadata["task"] == "obb":
+        # Heads before YOLO26 squeeze the angle into [-π/4, 3π/4].
+        extras = [more[2] if metadata["head"].endswith("26") else (_sigmoid(more[2].copy()) - 0.25) * np.pi]
+        angles = extras[0][0]
+    elif metadata["task"] == "pose":
+        halved = not metadata["head"].endswith("26")
+        extras = [decode_key_points(more[2], anchors, strides, metadata["kpt_shape"][1], halved)]
+    end2end, boxes = metadata["end2end"], [(level[0], level[1]) for level in levels]
+    decoded = decode(boxes, anchors, strides, xyxy=end2end, angles=angles)
+    classes = len(decoded) - 4
+    if extras:
+        decoded = np.concatenate([decoded, *extras])
+    if end2end:
+        decoded = top_detections(decoded, metadata["max_detections"], classes)
+    return [decoded, *maps[len(maps) - prototypes :]]
+
+
+def _sigmoid(values: np.ndarray) -> np.ndarray:
+    """Turn logits into probabilities, in place."""
+    with np.errstate(over="ignore"):  # 1 / (1 + exp(1000)) is 0, as it should be
+        np.exp(np.negative(values, out=values), out=values)
+    return np.reciprocal(np.add(values, 1, out=values), out=values)
 
 
 def _expectation(logits: np.ndarray) -> np.ndarray:

@@ -53,7 +53,8 @@ def infer(session: Session, images: np.ndarray) -> list[np.ndarray]:
         images: (n, 3, height, width) float32 in [0, 1], RGB, of the shape that the graph was exported with.
 
     Returns:
-        The graph's outputs in its order, for detectors as `torch_runner.infer` returns them.
+        The graph's outputs in its order, as `torch_runner.infer` returns them; of a graph with suppression in it as
+        those of an end-to-end head, filled up with rows of zeros.
     """
     name = session.graph.get_inputs()[0].name
     outputs: Any = session.graph.run(None, {name: np.ascontiguousarray(images)})
@@ -63,7 +64,9 @@ def infer(session: Session, images: np.ndarray) -> list[np.ndarray]:
 def describe(session: Session) -> dict[str, Any]:
     """Return what a benchmark record says about the runtime; null where the file does not tell."""
     metadata = session.graph.get_modelmeta().custom_metadata_map
-    names = _literal(metadata.get("names"))
+    names, arguments = _literal(metadata.get("names")), _literal(metadata.get("args"))
+    arguments = arguments if isinstance(arguments, dict) else {}
+    limits = {key: arguments.get(key) for key in ("conf", "iou", "max_det")} if arguments.get("nms") else None
     return {
         "runtime": "onnxruntime",
         "version": onnxruntime.__version__,
@@ -72,8 +75,11 @@ def describe(session: Session) -> dict[str, Any]:
         "providers": session.graph.get_providers(),
         "memory_format": None,
         "input_shape": [size if isinstance(size, int) else None for size in session.graph.get_inputs()[0].shape],
+        "task": metadata.get("task"),
         "classes": len(names) if isinstance(names, (dict, list)) else None,
-        "end2end": bool(_literal(metadata.get("end2end"))),
+        "keypoints": _literal(metadata.get("kpt_shape")),
+        "end2end": bool(_literal(metadata.get("end2end"))) or limits is not None,
+        "suppression": limits,
     }
 
 

@@ -49,7 +49,7 @@ def infer(session, images):
     return [np.full(shape, value, np.float32)]
 
 def describe(session):
-    shape = [1, 3, 64, 64] if session["behaviour"] == "64 px" else None
+    shape = {"64 px": [1, 3, 64, 64], "batch 4": [4, 3, 32, 32]}.get(session["behaviour"])
     return {"version": "1.2.3", "precision": "fp32", "input_shape": shape}
 """
 
@@ -191,6 +191,7 @@ def test_a_worker_does_not_inherit_the_memory_peak_of_its_parent(folder: Path) -
         ("kill", r"^bad\.pt on torch crashed \(SIGKILL, perhaps out of memory\)"),
         ("raise", r"^bad\.pt on torch: RuntimeError: no kernel for this node$"),
         ("64 px", r"^bad\.pt on torch: takes images of 64×64 px, not 32: use --imgsz 64$"),
+        ("batch 4", r"^bad\.pt on torch: takes 4 images at once, latency is that of one: export it with batch 1$"),
     ],
 )
 def test_a_model_that_cannot_be_measured_is_named(folder: Path, behaviour: str, message: str) -> None:

@@ -92,6 +92,29 @@ def test_decoding_by_hand() -> None:
     assert centre[:4, 0].tolist() == pytest.approx([40, 40, 112, 48])
 
 
+def test_oriented_boxes_are_turned_around_their_anchor() -> None:
+    boxes, classes = np.array([1.0, 1, 3, 1]).reshape(4, 1, 1), np.zeros((1, 1, 1))  # left, top, right, bottom
+    anchors, strides = ncnn_runner.make_anchors([32, 32], [32])
+    decoded = ncnn_runner.decode([(boxes, classes)], anchors, strides, False, angles=np.array([np.pi / 2]))
+    # Unturned its centre lies one stride right of the anchor, at a quarter turn one stride below.
+    np.testing.assert_allclose(decoded[:, 0], [16, 48, 128, 64, 0.5], atol=1e-4)
+
+
+@pytest.mark.parametrize(("halved", "expected"), [(True, [40, 16, 0.5]), (False, [32, 24, 0.5])])
+def test_key_points_are_distances_from_the_anchor(halved: bool, expected: list[float]) -> None:
+    anchors, strides = ncnn_runner.make_anchors([16, 16], [16])
+    raw = np.array([[1.25], [0.5], [0.0]], np.float32) if halved else np.array([[1.5], [1.0], [0.0]], np.float32)
+    found = ncnn_runner.decode_key_points(raw, anchors, strides, 3, halved)
+    np.testing.assert_allclose(found[:, 0], expected)
+    assert raw[2] == 0.0  # the input is left as it was
+
+
+def test_rows_keep_what_else_an_anchor_says() -> None:
+    decoded = np.array([[1, 2], [1, 2], [5, 6], [5, 6], [0.1, 0.9], [7, 8]], np.float32)
+    found = ncnn_runner.top_detections(decoded, 2, classes=1)
+    np.testing.assert_allclose(found, [[2, 2, 6, 6, 0.9, 0, 8], [1, 1, 5, 5, 0.1, 0, 7]])
+
+
 def test_anchors_go_along_rows_level_by_level() -> None:
     anchors, strides = ncnn_runner.make_anchors([32, 64], [16, 32])
     assert anchors.T.tolist() == [
@@ -144,7 +167,9 @@ def test_ncnn_describes_itself(artefact: Path) -> None:
         "providers": None,
         "memory_format": None,
         "input_shape": [1, 3, 64, 64],
+        "task": "detect",
         "classes": 3,
+        "keypoints": None,
         "end2end": False,
     }
 

@@ -71,8 +71,11 @@ def test_onnxruntime_describes_itself(artefact: Path) -> None:
         "providers": ["CPUExecutionProvider"],
         "memory_format": None,
         "input_shape": [1, 3, 64, 64],
+        "task": "detect",
         "classes": 3,
+        "keypoints": None,
         "end2end": False,
+        "suppression": None,
     }
 
 
@@ -105,7 +108,18 @@ def test_a_graph_without_one_image_input_is_refused(tmp_path: Path) -> None:
         onnxruntime_runner.load(str(tmp_path / "vector.onnx"), 1)
 
 
-def test_only_detection_models_run(tmp_path: Path) -> None:
+def test_models_of_unknown_heads_do_not_run(world: Path) -> None:
+    with pytest.raises(CheckpointError, match="WorldDetect head"):
+        torch_runner.load(str(world), 1)
+
+
+def test_a_segmenter_has_two_outputs_and_says_so(tmp_path: Path, image: np.ndarray) -> None:
     save_model(build_model("yolov8n-seg.yaml", nc=3), tmp_path / "seg.pt", {})
-    with pytest.raises(CheckpointError, match="Segment head"):
-        torch_runner.load(str(tmp_path / "seg.pt"), 1)
+    session = torch_runner.load(str(tmp_path / "seg.pt"), 1)
+    assert [output.shape for output in torch_runner.infer(session, image)] == [(1, 39, 84), (1, 32, 16, 16)]
+    assert (torch_runner.describe(session)["task"], torch_runner.describe(session)["classes"]) == ("segment", 3)
+
+
+def test_a_pose_model_tells_its_key_points(tmp_path: Path) -> None:
+    save_model(build_model("yolov8n-pose.yaml", nc=1), tmp_path / "pose.pt", {})
+    assert torch_runner.describe(torch_runner.load(str(tmp_path / "pose.pt"), 1))["keypoints"] == [17, 3]

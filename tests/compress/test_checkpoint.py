@@ -18,7 +18,16 @@ import torch
 from torch import nn
 
 from compress import checkpoint
-from compress.checkpoint import build_model, load_detector, load_model, load_training_args, plans_of, save_model
+from compress.checkpoint import (
+    build_model,
+    load_deployable,
+    load_model,
+    load_trainable,
+    load_training_args,
+    plans_of,
+    save_model,
+    task_of,
+)
 from compress.errors import CheckpointError
 from narrow import NARROW, prune_at_random
 from topologies import randomised
@@ -78,7 +87,7 @@ def test_a_pruned_model_survives_the_round_trip(tmp_path: Path, narrow: Path) ->
     assert plans_of(again) == plans_of(model)
     assert plans_of(again)[0]["target"] == "test"
     assert checkpoint.structure_hash(again) == checkpoint.structure_hash(model)
-    assert load_training_args(tmp_path / "pruned.pt") == {"imgsz": 64, "epochs": 3}
+    assert load_training_args(tmp_path / "pruned.pt") == {"imgsz": 64, "epochs": 3, "task": "detect"}
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())  # still fp32
     assert torch.equal(outputs(again), outputs(copy.deepcopy(model).half().float()))  # stored in fp16
     assert [path.name for path in tmp_path.iterdir()] == ["pruned.pt"]
@@ -108,7 +117,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path: Path, narrow: Pa
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
         save_model(build_model(str(narrow)), path, {"epochs": 2})
-    assert load_training_args(path) == {"epochs": 1}
+    assert load_training_args(path)["epochs"] == 1
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -176,12 +185,15 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, content: object
     assert "holds other things than a model (AttributeError" in refusal(tmp_path / "other.pt")
 
 
-def test_only_detection_heads_are_trained_and_pruned(tmp_path: Path, dense: Path) -> None:
-    assert load_detector(dense).pt_path == str(dense)
-    path = tmp_path / "classifier.yaml"
+def test_only_tasks_that_our_trainers_know_are_trained(tmp_path: Path, dense: Path) -> None:
+    assert load_trainable(dense).pt_path == str(dense)
+    path = tmp_path / "depth.yaml"
+    path.write_text(NARROW.replace("Detect, [nc]", "Depth, [16]"))
+    with pytest.raises(CheckpointError, match=r"depth\.yaml has a Depth head: only models to .* can be trained"):
+        load_trainable(path)
+    assert task_of(load_deployable(path)) == "depth"
     path.write_text(NARROW.replace("[3, 4, 5], 1, Detect", "-1, 1, Classify"))
-    with pytest.raises(CheckpointError, match=r"classifier\.yaml has a Classify head: only detection models"):
-        load_detector(path)
+    assert task_of(load_trainable(path)) == "classify"
 
 
 @pytest.mark.parametrize(

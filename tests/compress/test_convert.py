@@ -14,7 +14,7 @@ from torch import nn
 
 import original
 from compress import convert, manifest
-from compress.checkpoint import build_model, load_detector, load_model, plans_of, structure_hash
+from compress.checkpoint import build_model, load_model, load_trainable, plans_of, structure_hash
 from compress.errors import CheckpointError, EspalierError, RunError, run_app
 from compress.foreign import read_foreign
 from compress.oracle import check_oracle
@@ -121,18 +121,18 @@ def test_what_is_carried_over_is_counted(converted: Path, official: Path) -> Non
 def test_the_result_is_the_yolov5n_of_ultralytics(converted: Path) -> None:
     from ultralytics.models import YOLO
 
-    assert structure_hash(load_detector(converted)) == structure_hash(build_model("yolov5n.yaml"))
+    assert structure_hash(load_trainable(converted)) == structure_hash(build_model("yolov5n.yaml"))
     results: Any = YOLO(str(converted)).predict(torch.zeros(1, 3, 64, 64), verbose=False)
     assert results[0].names[0] == "person"
 
 
 def test_the_result_takes_a_step_of_training(converted: Path) -> None:
-    found = losses(load_detector(converted), 80)
+    found = losses(load_trainable(converted), 80)
     assert found[2] < found[1] < found[0]
 
 
 def test_the_result_is_pruned(converted: Path) -> None:
-    model = load_detector(converted)
+    model = load_trainable(converted)
     planned = plan_pruning(model, Prune(percent=0.3, importance="l1"), 64)
     pruned = apply_plan(model, planned.plan)
     assert check_oracle(planned.graph, pruned, planned.choice.keep) < 1e-4

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from compress.errors import DataError
-from compress.repair import letterboxed, recalibrate_batch_norm
+from compress.repair import centre_cropped, letterboxed, recalibrate_batch_norm
 
 
 class Net(nn.Module):
@@ -121,3 +122,16 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"\x89PNG but no more")
     with pytest.raises(DataError, match=r"broken\.png is not an image that can be read: mend or remove it"):
         letterboxed([tmp_path / "broken.png"], 32)
+
+
+def test_a_classifier_sees_the_middle_of_images(images: list[Path], architectures: dict[str, dict[str, Any]]) -> None:
+    from compress.checkpoint import build_model
+
+    model: Any = build_model(architectures["classify"])
+    recalibrate_batch_norm(model, images[:4], 32)
+    pixels = centre_cropped(images[:4], 32)
+    assert pixels.shape == (4, 3, 32, 32)
+    assert 0.0 <= float(pixels.min()) < float(pixels.max()) <= 1.0
+    first = model.model[0]
+    with torch.no_grad():
+        torch.testing.assert_close(first.bn.running_mean.clone(), first.conv(pixels).mean((0, 2, 3)))

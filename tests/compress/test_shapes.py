@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from compress import shapes
 from compress.errors import DataError
-from compress.shapes import OBJECTS, Shapes, draw, generate
+from compress.shapes import OBJECTS, Shapes, draw, draw_objects, generate
 
 SMALL = Shapes(train=3, val=2, test=1, imgsz=64, seed=5)
 
@@ -147,7 +147,7 @@ def test_labels_have_no_fault_for_ultralytics(tmp_path):
 
 def test_a_complete_set_is_kept(tmp_path, monkeypatch):
     generate(tmp_path / "shapes", SMALL)
-    monkeypatch.setattr(shapes, "draw", lambda *_: pytest.fail("drawn again"))
+    monkeypatch.setattr(shapes, "draw_objects", lambda *_: pytest.fail("drawn again"))
     assert generate(tmp_path / "shapes", SMALL).is_file()
 
 
@@ -179,9 +179,9 @@ def interrupt_after(monkeypatch, pictures: int) -> list[list[int]]:
         asked.append(seed)
         if len(asked) > pictures:
             raise KeyboardInterrupt
-        return draw(seed, side)
+        return draw_objects(seed, side)
 
-    monkeypatch.setattr(shapes, "draw", interrupted)
+    monkeypatch.setattr(shapes, "draw_objects", interrupted)
     return asked
 
 

@@ -15,8 +15,8 @@ import torch
 from compress.checkpoint import build_model, save_model
 
 
-def write_detector(path: Path, cfg: str, one_head: bool) -> Path:
-    """Write an untrained three-class detector that detects: batch statistics keep its activations alive."""
+def write_detector(path: Path, cfg: str | dict[str, Any], one_head: bool) -> Path:
+    """Write an untrained three-class model that finds something: batch statistics keep its activations alive."""
     torch.manual_seed(0)
     model: Any = build_model(cfg, nc=3)
     model.names = {0: "circle", 1: "square", 2: "star"}
@@ -28,10 +28,12 @@ def write_detector(path: Path, cfg: str, one_head: bool) -> Path:
             # Every side of a box about one stride away from its anchor; scores about one half.
             bins = -torch.arange(head.reg_max) if head.reg_max > 1 else torch.ones(1)
             layers[-1].bias.data = bins.repeat(4).float() if name.endswith("cv2") else torch.zeros(head.nc)
+    if hasattr(head, "linear"):  # a classifier that is neither sure of a class nor undecided
+        torch.nn.init.normal_(head.linear.weight, std=0.1)
     if one_head:
         head.end2end = True
         model.fuse(verbose=False)
-    save_model(model.eval(), path, {"task": "detect"})
+    save_model(model.eval(), path, {})
     return path
 
 
@@ -43,6 +45,13 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session")
 def make_detector() -> Callable[..., Path]:
     return write_detector
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory, architectures: dict[str, Any]) -> dict[str, Path]:
+    """One very small model of each task beside detection."""
+    folder = tmp_path_factory.mktemp("models")
+    return {task: write_detector(folder / f"{task}.pt", cfg, one_head=False) for task, cfg in architectures.items()}
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import torch
 import typer
 
 from compress import manifest
-from compress.checkpoint import build_model, load_model, save_model
+from compress.checkpoint import load_model, save_model
 from compress.errors import CheckpointError, ExportError, run_app
 from compress.settings import ExportNcnn
 from export import ncnn as exporter
@@ -145,10 +145,35 @@ def test_imgsz_must_fit_the_stride(detector: Path, tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-def test_models_that_are_not_detectors_are_refused(tmp_path: Path) -> None:
-    save_model(build_model("yolov8n-seg.yaml", nc=3), tmp_path / "seg.pt", {})
-    with pytest.raises(CheckpointError, match=r"seg\.pt has a Segment head: only detection models"):
-        exporter.export_ncnn(tmp_path / "seg.pt", tmp_path / "a_ncnn_model", imgsz=64)
+def test_models_of_unknown_heads_are_refused(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"world\.pt has a WorldDetect head: only models to detect, .* can be exported"
+    ):
+        exporter.export_ncnn(world, tmp_path / "a_ncnn_model", imgsz=64)
+
+
+@pytest.mark.parametrize("task", ["segment", "pose", "obb", "classify", "semantic", "depth"])
+def test_every_task_is_exported_and_compared(
+    task: str, models: dict[str, Path], images: list[Path], tmp_path: Path
+) -> None:
+    record = exporter.export_checked(models[task], tmp_path / "a_ncnn_model", images, 64, SETTINGS)
+    assert (record["task"], record["passed"]) == (task, True)
+    kinds = {"segment": 2, "pose": 2, "obb": 1}
+    if task in kinds:
+        assert record["detections"]["torch"] == record["detections"]["ncnn"] > 0
+        assert len(record["outputs"]) == 1 + kinds[task]
+    found = json.loads((tmp_path / "a_ncnn_model" / "metadata.yaml").read_text())
+    assert (found["task"], len(found["outputs"])) == (task, {"segment": 10, "pose": 9, "obb": 9}.get(task, 1))
+
+
+@pytest.mark.parametrize("cfg", ["yolo26n-seg.yaml", "yolo26n-pose.yaml"])
+def test_end_to_end_heads_of_other_tasks(
+    cfg: str, images: list[Path], tmp_path: Path, make_detector: Callable[..., Path]
+) -> None:
+    model = make_detector(tmp_path / "model.pt", cfg, one_head=True)
+    record = exporter.export_checked(model, tmp_path / "a_ncnn_model", images[:1], 64, SETTINGS)
+    assert record["outputs"][0]["shape"] == [1, 84, 6 + {"yolo26n-seg.yaml": 32}.get(cfg, 51)]
+    assert record["detections"]["torch"] > 0
 
 
 class Operation(torch.nn.Module):

@@ -10,7 +10,7 @@ import torch
 import typer
 
 from compress import manifest
-from compress.checkpoint import build_model, load_model, save_model
+from compress.checkpoint import load_model, save_model
 from compress.errors import CheckpointError, DataError, EspalierError, ExportError, run_app
 from compress.settings import Export
 from export import onnx as exporter
@@ -101,10 +101,125 @@ def test_imgsz_must_fit_the_stride(detector: Path, tmp_path: Path, imgsz: int, n
     assert list(tmp_path.iterdir()) == []
 
 
-def test_models_that_are_not_detectors_are_refused(tmp_path: Path) -> None:
-    save_model(build_model("yolov8n-seg.yaml", nc=3), tmp_path / "seg.pt", {})
-    with pytest.raises(CheckpointError, match=r"seg\.pt has a Segment head: only detection models"):
-        exporter.export_onnx(tmp_path / "seg.pt", tmp_path / "a.onnx", imgsz=64)
+def test_models_of_unknown_heads_are_refused(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"world\.pt has a WorldDetect head: only models to detect, .* can be exported"
+    ):
+        exporter.export_onnx(world, tmp_path / "a.onnx", imgsz=64)
+
+
+# What each task says beside boxes and scores, and the shape of its first output at 64 px.
+TASKS: dict[str, tuple[list[int], list[str]]] = {
+    "segment": ([1, 4 + 3 + 8, 84], ["mask coefficients", "mask prototypes"]),
+    "pose": ([1, 4 + 3 + 6, 84], ["key points", "visibility"]),
+    "obb": ([1, 4 + 3 + 1, 84], ["angles"]),
+    "classify": ([1, 3], []),
+    "semantic": ([1, 3, 64, 64], ["class logits"]),
+    "depth": ([1, 1, 64, 64], ["depths"]),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_is_exported_and_compared(
+    task: str, models: dict[str, Path], images: list[Path], tmp_path: Path
+) -> None:
+    record = exporter.export_checked(models[task], tmp_path / "a.onnx", images, 64, SETTINGS)
+    shape, kinds = TASKS[task]
+    assert record["outputs"][0]["shape"] == shape
+    assert [output["name"] for output in record["outputs"] if "name" in output] == kinds
+    assert ("detections" in record) == (task in ("segment", "pose", "obb"))
+    assert metadata(tmp_path / "a.onnx")["task"] == record["task"] == task
+
+
+def test_a_pruned_model_of_another_task_is_exported(
+    models: dict[str, Path], images: list[Path], tmp_path: Path
+) -> None:
+    from compress.prune import plan_pruning
+    from compress.settings import Budget, Prune
+    from compress.surgery import apply_plan
+
+    settings = Prune(percent=0.4, importance="l1", budget=Budget(multiple_of=2, min_width=2))
+    planned = plan_pruning(load_model(models["pose"]), settings, 64)
+    save_model(apply_plan(planned.model, planned.plan), tmp_path / "pruned.pt", {})
+    assert exporter.export_checked(tmp_path / "pruned.pt", tmp_path / "a.onnx", images, 64, SETTINGS)["passed"]
+    found = metadata(tmp_path / "a.onnx")
+    assert (found["kpt_shape"], found["task"]) == ("[2, 3]", "pose")
+    assert planned.metrics()["params"][1] < 0.9 * planned.metrics()["params"][0]
+    assert "espalier_plan_sha256" in found
+
+
+def shapes(path: Path) -> list[list[int | str]]:
+    """Return the shapes of the graph's input and outputs."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return [list(value.shape) for value in [*session.get_inputs(), *session.get_outputs()]]
+
+
+@pytest.mark.parametrize(
+    ("task", "dynamic", "expected"),
+    [
+        ("segment", "both", [["batch", 3, "height", "width"], ["batch"], ["batch"]]),
+        ("obb", "size", [[1, 3, "height", "width"], [1]]),
+        ("classify", "batch", [["batch", 3, 64, 64], ["batch", 3]]),
+        ("depth", "both", [["batch", 3, "height", "width"], ["batch"]]),
+    ],
+)
+def test_open_shapes_are_proven_on_another_batch_and_size(
+    task: str, dynamic: str, expected: list[Any], models: dict[str, Path], images: list[Path], tmp_path: Path
+) -> None:
+    settings = Export(dynamic=dynamic)  # type: ignore[arg-type]
+    record = exporter.export_checked(models[task], tmp_path / "a.onnx", images, 64, settings)
+    for found, first in zip(shapes(tmp_path / "a.onnx"), expected, strict=True):
+        assert found[: len(first)] == first
+    assert record["other"]["imgsz"] == (64 if dynamic == "batch" else (64, 128))
+    assert record["other"]["batch"] == (1 if dynamic == "size" else 2)
+    assert record["other"]["passed"]
+
+
+def test_a_graph_that_is_wrong_at_another_size_is_rejected(
+    detector: Path, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = exporter._trace
+
+    def anchors_of_one_size(network: Any, *arguments: Any) -> Any:
+        type(network.model[-1]).dynamic = property(lambda _: False, lambda *_: None)
+        try:
+            return honest(network, *arguments)
+        finally:
+            type(network.model[-1]).dynamic = False
+
+    monkeypatch.setattr(exporter, "_trace", anchors_of_one_size)
+    with pytest.raises(Exception, match=r"a\.onnx|broadcast"):
+        exporter.export_checked(detector, tmp_path / "a.onnx", images, 64, Export(dynamic="size"))
+    assert not (tmp_path / "a.onnx").exists()
+
+
+def test_a_batch_is_exported_and_compared_as_such(models: dict[str, Path], images: list[Path], tmp_path: Path) -> None:
+    record = exporter.export_checked(models["pose"], tmp_path / "a.onnx", images, 64, Export(batch=2))
+    assert (record["batch"], record["images"], record["passed"]) == (2, 3, True)
+    assert shapes(tmp_path / "a.onnx") == [[2, 3, 64, 64], [2, 13, 84]]
+    assert metadata(tmp_path / "a.onnx")["batch"] == "2"
+
+
+@pytest.mark.parametrize("task", ["detect", "segment", "classify"])
+def test_fp16_is_inside_and_fp32_outside(
+    task: str, detector: Path, models: dict[str, Path], images: list[Path], tmp_path: Path
+) -> None:
+    import onnx
+    from onnx import TensorProto
+
+    model = detector if task == "detect" else models[task]
+    record = exporter.export_checked(model, tmp_path / "a.onnx", images, 64, Export(half=True))
+    assert (record["precision"], record["passed"]) == ("fp16", True)
+    graph = onnx.load(tmp_path / "a.onnx").graph
+    weights = [tensor.data_type for tensor in graph.initializer if len(tensor.dims) == 4 and tensor.dims[0] > 1]
+    assert weights.count(TensorProto.FLOAT16) == len(weights) > 5
+    kinds = {value.type.tensor_type.elem_type for value in [*graph.input, *graph.output]}
+    assert kinds == {TensorProto.FLOAT}
+    assert metadata(tmp_path / "a.onnx")["espalier_precision"] == "fp16"
+    key = "max_score_error" if task == "classify" else "max_box_error_px"
+    assert record["outputs"][0][key] > 1e-4  # the weights really are rounded
 
 
 def test_a_failed_parity_keeps_the_artefact_as_rejected(
@@ -131,7 +246,7 @@ def test_a_failed_simplification_fails_the_export(
 ) -> None:
     import onnxsim
 
-    monkeypatch.setattr(onnxsim, "simplify", lambda graph, check_n: (graph, check_n < 1))
+    monkeypatch.setattr(onnxsim, "simplify", lambda graph, check_n, **_: (graph, check_n < 1))
     with pytest.raises(ExportError, match=r"onnxsim changed what tiny\.pt computes: use --no-simplify"):
         exporter.export_checked(detector, tmp_path / "a.onnx", images, 64, SETTINGS)
     assert list(tmp_path.iterdir()) == []
@@ -193,6 +308,8 @@ def test_the_command_exports_and_says_so(
         ({"--model": "missing.pt"}, "missing.pt does not exist"),
         ({"--imgsz": "100"}, "imgsz 100 must be a multiple of the model's stride 32: use 96"),
         ({"--opset": "12"}, "opset: Input should be greater than or equal to 13 (got 12)"),
+        ({"--dynamic": "all"}, "dynamic: Input should be 'batch', 'size' or 'both' (got 'all')"),
+        ({"--conf": "1.5"}, "conf: Input should be less than 1 (got 1.5)"),
         ({"--parity-images": "0"}, "parity_images: Input should be greater than or equal to 1 (got 0)"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 
 from compress.checkpoint import load_model, save_model
 from compress.errors import DataError, ExportError
-from export import parity
+from export import matching, parity
 from export.onnx import export_onnx
 
 SHARED = Path(__file__).parents[2].parent / "shared"
@@ -97,6 +97,86 @@ def test_a_changed_weight_fails(
     record = parity.compare(detector, tmp_path / "changed.onnx", images, 64)
     assert not record["passed"]
     assert record["outputs"][0][measure] > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("other", "iou"),
+    [
+        pytest.param([0, 0, 20, 10, 0.9, 0, 0.0], 1.0, id="the same"),
+        pytest.param([10, 0, 20, 10, 0.9, 0, 0.0], 100 / 300, id="half beside it"),
+        pytest.param([0, 0, 20, 10, 0.9, 0, np.pi / 2], 100 / 300, id="across: they share 10 × 10"),
+        pytest.param([0, 0, 10, 20, 0.9, 0, np.pi / 2], 1.0, id="another description of the same"),
+        pytest.param([0, 0, 20 / 2**0.5, 20 / 2**0.5, 0.9, 0, np.pi / 4], 150 / 250, id="a square on its corner"),
+        pytest.param([90, 0, 20, 10, 0.9, 0, 0.0], 0.0, id="elsewhere"),
+    ],
+)
+def test_overlaps_of_oriented_boxes_by_hand(other: list[float], iou: float) -> None:
+    first = np.array([[0, 0, 20, 10, 0.9, 0, 0.0]])
+    pairs, _ = parity.match(first, np.array([other]), rotated=True)
+    assert matching._rotated_overlap(first[0], np.array(other)) == pytest.approx(iou, abs=1e-9)
+    assert bool(pairs) == (iou >= 0.5)
+
+
+def test_nearly_equal_oriented_boxes_overlap_nearly_all() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(500):
+        box = np.array([*generator.uniform(0, 640, 2), *generator.uniform(5, 200, 2), 0.9, 0, generator.uniform(-1, 2)])
+        moved = box * (1 + generator.normal(0, 10 ** generator.uniform(-9, -5), 7))
+        assert matching._rotated_overlap(box, moved) > 0.99
+
+
+@pytest.mark.parametrize(
+    ("task", "part", "kind"),
+    [
+        ("segment", "cv4", "mask coefficients"),
+        ("segment", "proto", "mask prototypes"),
+        ("pose", "cv4", "key points"),
+        ("obb", "cv4", "angles"),
+    ],
+)
+def test_every_kind_of_value_is_judged(
+    task: str, part: str, kind: str, models: dict[str, Path], images: list[Path], tmp_path: Path
+) -> None:
+    changed: Any = load_model(models[task])
+    head = changed.model[-1]
+    last = head.proto.cv3.conv if part == "proto" else head.cv4[0][-1]
+    last.weight.data *= 1.1
+    save_model(changed, tmp_path / "changed.pt", {})
+    artefact = export_onnx(tmp_path / "changed.pt", tmp_path / "changed.onnx", imgsz=64)
+    found = parity.compare(models[task], artefact, images, 64)
+    assert not found["passed"]
+    assert any(words.startswith(f"one of the {kind} moves by") for words in parity.failures(found))
+    errors = {output["name"]: output["max_value_error"] for output in found["outputs"] if "name" in output}
+    assert errors[kind] == max(errors.values()) > 0.01
+
+
+def test_a_class_is_another_one_only_where_it_was_clear() -> None:
+    compared = parity._Classes(parity.TOLERANCES["fp16"])  # scores may move by about 0.1
+    compared.add([np.array([[0.6, 0.3, 0.1]])], [np.array([[0.3, 0.6, 0.1]])])
+    compared.add([np.array([[0.45, 0.4, 0.15]])], [np.array([[0.4, 0.45, 0.15]])])
+    compared.add([np.array([[0.6, 0.3, 0.1]])], [np.array([[0.5, 0.4, 0.1]])])
+    assert compared.record("ncnn")["classes"] == {"images": 3, "other_class": 1}
+
+
+def test_a_classifier_is_judged_by_scores_classes_and_accuracy() -> None:
+    content: dict[str, Any] = {
+        "runtime": "ncnn",
+        "images": 10,
+        "tolerance": asdict(parity.TOLERANCES["fp16"]),
+        "outputs": [{"shape": [1, 3], "max_score_error": 0.5, "score_rms_error": 0.01}],
+        "classes": {"images": 10, "other_class": 0},
+        "top1": {"torch": 0.9, "ncnn": 0.899, "difference": -0.001},
+    }
+    assert parity.failures(content) == []
+    assert parity.summary(content) == (
+        "10 images: scores within 0.5, 0 images of another class, top-1 accuracy 0.8990 (-0.0010)"
+    )
+    content["classes"]["other_class"] = 1
+    content["top1"]["difference"] = -0.01
+    assert parity.failures(content) == [
+        "10.0% of the images get another class, at most 2.0%",
+        "top-1 accuracy changes by -0.0100, at most -0.003 to +0.003",
+    ]
 
 
 def record(precision: str = "fp32", runtime: str = "onnxruntime", **changes: Any) -> dict[str, Any]:

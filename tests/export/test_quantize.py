@@ -12,7 +12,7 @@ import typer
 
 from benchmark.runners import onnxruntime_runner
 from compress import manifest
-from compress.errors import ExportError, run_app
+from compress.errors import CheckpointError, ExportError, run_app
 from compress.settings import Quantize
 from export import parity, qdq
 from export import quantize as exporter
@@ -392,3 +392,9 @@ def labels(data: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for image in (data.parent / "images" / "val").glob("*.png"):
         (folder / f"{image.stem}.txt").write_text("0 0.5 0.5 0.5 0.5\n")
+
+
+def test_only_detectors_are_quantized(models: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"segment\.pt is of the task 'segment', this export is for detectors"):
+        exporter.export_int8(models["segment"], tmp_path / "a.int8.onnx", data, data, 64, Quantize())
+    assert list(tmp_path.iterdir()) == []
