@@ -34,7 +34,10 @@ def capture(model: nn.Module, imgsz: int, channels: int = 3) -> ExportedProgram:
 
 
 class training_head:  # noqa: N801  (reads as a statement: `with training_head(model):`)
-    """Put the detection head, and it alone, in training mode: it then returns the raw maps of all its branches."""
+    """Put the head, and it alone, in training mode: it then returns the raw maps of all its branches.
+
+    What computes otherwise in training, its norms and dropouts, stays in evaluation mode.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         layers: Any = getattr(model, "model", None)
@@ -44,8 +47,9 @@ class training_head:  # noqa: N801  (reads as a statement: `with training_head(m
     def __enter__(self) -> None:
         self.before = {module: module.training for module in self.model.modules()}
         self.model.eval()
-        if self.head is not None:
-            self.head.training = True  # not .train(): its batch norms keep their statistics
+        for module in self.head.modules() if self.head is not None else ():
+            if "torch.nn." not in type(module).__module__:
+                module.training = True
 
     def __exit__(self, *_: object) -> None:
         for module, training in self.before.items():

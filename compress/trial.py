@@ -126,9 +126,16 @@ def _failing_module(graph: Graph, model: nn.Module, groups: set[int]) -> tuple[s
 
     pruned, _ = _cut_half(graph, model, groups)
     running: list[nn.Module] = []
+
+    def begin(module: nn.Module, _: Any) -> None:
+        running.append(module)
+
+    def end(*_: Any) -> None:
+        running.pop()
+
     for module in pruned.modules():
-        module.register_forward_pre_hook(lambda module, _: running.append(module))
-        module.register_forward_hook(lambda *_: running.pop() and None)
+        module.register_forward_pre_hook(begin)
+        module.register_forward_hook(end)
     try:
         with torch.inference_mode(), training_head(pruned):
             pruned(noise(graph, model))

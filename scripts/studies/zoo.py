@@ -64,6 +64,8 @@ def build(name: str) -> nn.Module:
 
 def imgsz(name: str) -> int:
     """Return the side of a square input that the model takes, px: small, because groups do not depend on it."""
+    if name.startswith("vgg"):
+        return 224  # a smaller one is pooled up to 7 × 7, which ONNX cannot
     if name in TORCHVISION or name.startswith("timm/"):
         return 64
     return 128 if "p6" in name or name.startswith("yolov7-w6") else 64

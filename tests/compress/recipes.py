@@ -175,7 +175,7 @@ class GnConv(nn.Module):
         self.out = nn.Conv2d(c, c, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        first, rest = torch.split(self.enter(x), (self.dims[0], sum(self.dims)), dim=1)
+        first, rest = torch.split(self.enter(x), [self.dims[0], sum(self.dims)], dim=1)
         parts = torch.split(self.depthwise(rest), self.dims, dim=1)
         y = first * parts[0]
         for up, part in zip(self.up, parts[1:], strict=True):
