@@ -36,6 +36,7 @@ from compress.settings import Budget
 from compress.surgery import apply_plan
 
 RESULT, PAGE = Path("docs/results/coverage.json"), Path("docs/coverage.md")
+PEER = Path("docs/results/coverage_torch_pruning.json")
 SHARES = (0.3, 0.45, 0.6)
 _ANY_WIDTH = Budget(multiple_of=1, min_width=1, max_removed=0.9)
 
@@ -190,25 +191,42 @@ def measure(name: str) -> dict[str, Any]:
         return {"model": name, "error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
 
 
-def page(rows: list[dict[str, Any]]) -> str:
-    """Return the table as Markdown."""
+def page(rows: list[dict[str, Any]], peer: list[dict[str, Any]]) -> str:
+    """Return the table as Markdown, the peer's result beside ours where there is one."""
+    theirs = {found["model"]: found for found in peer}
     lines = [
         "| model | groups | params, M | prunable params | prunable MACs | frozen inside, channels | oracle error | "
-        "step | file | ONNX | s |",
-        "|---|--:|--:|--:|--:|---|--:|---|--:|--:|--:|",
+        "step | file | ONNX | s | Torch-Pruning |",
+        "|---|--:|--:|--:|--:|---|--:|---|--:|--:|--:|---|",
     ]
     for found in rows:
+        beside = _peer(theirs.get(found["model"]))
         if "error" in found:
-            lines.append(f"| {found['model']} | | | | | {found['error']} | | | | | |")
+            lines.append(f"| {found['model']} | | | | | {found['error']} | | | | | | {beside} |")
             continue
         frozen = ", ".join(f"{reason} {count}" for reason, count in found["frozen"].items()) or "–"
         lines.append(
             f"| {found['model']} | {found['groups']} | {found['params'] / 1e6:.2f} | {found['prunable_params']:.1%} | "
             f"{found['prunable_macs']:.1%} | {frozen} | {max(found['oracle']):.1e} | "
             f"{'yes' if found['trained'] else 'NO'} | {found['round_trip']:.0e} | {found['onnx']:.1e} | "
-            f"{found['seconds']:.0f} |"
+            f"{found['seconds']:.0f} | {beside} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _peer(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "not measured"
+    if found["status"] == "ok":
+        return f"{found['prunable_params']:.1%}, {found['oracle_error']:.0e}"
+    return "no answer in 100 s" if found["status"] == "timeout" else found["error"].partition(":")[0]
+
+
+def write_page(rows: list[dict[str, Any]]) -> None:
+    """Put the table into docs/coverage.md, below its head."""
+    text = PAGE.read_text(encoding="utf-8")
+    peer = manifest.read_json(PEER)["rows"] if PEER.is_file() else []
+    manifest.write_bytes_atomic(PAGE, (text[: text.index("| model |")] + page(rows, peer)).encode())
 
 
 def main() -> None:
@@ -234,9 +252,7 @@ def main() -> None:
     proven = [found for found in rows if "error" not in found and max(found["oracle"]) <= 1e-4]
     print(f"{len(proven)} of {len(rows)} models pass the oracle; {time.perf_counter() - start:.0f} s")
     if given.output == RESULT:
-        text = PAGE.read_text(encoding="utf-8")
-        head = text[: text.index("| model |")]
-        manifest.write_bytes_atomic(PAGE, (head + page(rows)).encode())
+        write_page(rows)
 
 
 if __name__ == "__main__":
