@@ -1,14 +1,15 @@
 """8-bit ncnn models: weights as int8 with a scale per output channel, inputs quantized with one scale per layer.
 
 ncnn quantizes the input of such a layer, multiplies in integers and returns floats, so that whatever stands between the
-layers (SiLU, concatenation, the head's decoding) computes as in fp32. ncnn's own calibration tools are not in its
-wheels; this is the same published method in Python, with a search for the layers that must stay in float.
+layers (SiLU, concatenation, the head's decoding) computes as in fp32; where nothing does, integers are passed on.
+ncnn's own calibration tools are not in its wheels; this is the same published method in Python, with a search for the
+layers that must stay in float.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from compress.settings import QuantizeNcnn
 from export import calibration, int8, ncnn_files, stage
 from export.ncnn_files import Layer, Weights
 
-KINDS = ("Convolution", "ConvolutionDepthWise", "InnerProduct")
+CONVOLUTIONS = ("Convolution", "ConvolutionDepthWise")
+KINDS = (*CONVOLUTIONS, "InnerProduct")
 SUFFIX = f".int8{NCNN_SUFFIX}"
 METHODS: dict[str, Callable[[calibration.Histogram], float]] = {
     "percentile": calibration.percentile_threshold,
@@ -29,6 +31,7 @@ METHODS: dict[str, Callable[[calibration.Histogram], float]] = {
 _STEPS = 127  # of a magnitude; ncnn leaves −128 out
 # What ncnn reads in a layer's int8_scale_term: a scale per group of a depthwise convolution, per channel otherwise.
 _PER_GROUP, _PER_CHANNEL = "1", "2"
+_INTEGER_OUTPUT = 100  # is added to it where the output stays in 8 bits
 
 
 def export_int8(
@@ -130,7 +133,51 @@ def quantize(layers: list[Layer], thresholds: dict[str, float]) -> list[Layer]:
         layers: what `ncnn_files.read` returned.
         thresholds: largest magnitude of the input, by the layer's name.
     """
-    return [_quantize(layer, thresholds[layer.name]) if layer.name in thresholds else layer for layer in layers]
+    return chain([_quantize(layer, thresholds[layer.name]) if layer.name in thresholds else layer for layer in layers])
+
+
+def chain(layers: list[Layer]) -> list[Layer]:
+    """Return the layers; a convolution whose output nothing reads but 8-bit convolutions passes on its integers.
+
+    ncnn then neither returns floats nor quantizes them again, and the values are the same. SiLU ends a chain, because
+    in ncnn it is a layer of its own; ReLU does not, because it is a part of the convolution.
+
+    Args:
+        layers: of which some have 8-bit weights, and none is chained yet.
+    """
+    readers: dict[str, list[Layer]] = {}
+    for layer in layers:
+        for blob in layer.inputs:
+            readers.setdefault(blob, []).append(layer)
+    return [_chain(layer, list(_readers(layer.outputs[0], readers))) if layer.outputs else layer for layer in layers]
+
+
+def _chain(layer: Layer, readers: list[Layer | None]) -> Layer:
+    if not all(reader is not None and _is_integer(reader) for reader in (layer, *readers)):
+        return layer
+    scales = {float(reader.weights[-1].values[0]) for reader in readers if reader is not None}
+    if len(scales) != 1:
+        return layer
+    term = str(layer.integer(ncnn_files.INT8) + _INTEGER_OUTPUT)
+    own = Weights(np.array([*scales], np.float32))
+    return layer.changed({ncnn_files.INT8: term}, [*layer.weights, own])
+
+
+def _is_integer(layer: Layer) -> bool:
+    return layer.kind in CONVOLUTIONS and layer.integer(ncnn_files.INT8) != 0
+
+
+def _readers(blob: str, readers: dict[str, list[Layer]]) -> Iterator[Layer | None]:
+    """Yield what reads a blob, also behind copies of it; null where the blob is an output of the network."""
+    found = readers.get(blob, [])
+    if not found:
+        yield None
+    for reader in found:
+        if reader.kind == "Split":
+            for copy in reader.outputs:
+                yield from _readers(copy, readers)
+        else:
+            yield reader
 
 
 def _quantize(layer: Layer, threshold: float) -> Layer:

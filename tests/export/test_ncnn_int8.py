@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,10 +44,10 @@ GROUPED = layer("ConvolutionDepthWise", (4, 2, 1, 1), {"0": "4", "1": "1", "5": 
 DENSE = layer("InnerProduct", (3, 8), {"0": "3", "1": "1", "2": "24"})
 
 
-def compute(made: Layer, inputs: np.ndarray, folder: Path) -> np.ndarray:
-    """Let ncnn compute one layer."""
+def compute(layers: list[Layer], inputs: np.ndarray, folder: Path) -> np.ndarray:
+    """Let ncnn compute some layers."""
     param, weights = folder / "layer.param", folder / "layer.bin"
-    ncnn_files.write([Layer("Input", "in0", [], ["in0"]), made], param, weights)
+    ncnn_files.write([Layer("Input", "in0", [], ["in0"]), *layers], param, weights)
     net = ncnn_runner.ncnn.Net()
     assert net.load_param(str(param)) == net.load_model(str(weights)) == 0
     with net.create_extractor() as extractor:
@@ -94,15 +95,73 @@ def test_ncnn_computes_in_these_integers(made: Layer, tmp_path: Path) -> None:
         side = made.integer("1")
         sums = convolve(integers, values.reshape(outputs, -1, side, side), made.integer("4"), groups)
         expected = sums * rescale[:, None, None] + bias[:, None, None]
-    np.testing.assert_allclose(compute(quantized, inputs, tmp_path), expected, rtol=1e-5, atol=1e-4)
-    assert np.abs(compute(made, inputs, tmp_path) - expected).max() > 1e-3  # fp32 gives something else
+    np.testing.assert_allclose(compute([quantized], inputs, tmp_path), expected, rtol=1e-5, atol=1e-4)
+    assert np.abs(compute([made], inputs, tmp_path) - expected).max() > 1e-3  # fp32 gives something else
+
+
+def pair(between: list[Layer], out: str, **parameters: str) -> list[Layer]:
+    """A convolution, what stands between, and another one."""
+    first = layer("Convolution", (3, 2, 1, 1), {"0": "3", "1": "1", "5": "1", "6": "6", **parameters})
+    second = layer("Convolution", (2, 3, 1, 1), {"0": "2", "1": "1", "5": "1", "6": "6"})
+    return [
+        replace(first, name="first", outputs=["a"]),
+        *between,
+        replace(second, name="second", inputs=[out], outputs=["out0"]),
+    ]
+
+
+SWISH = Layer("Swish", "silu", ["a"], ["b"])
+SPLIT = Layer("Split", "split", ["a"], ["b", "c"])
+THRESHOLDS = {"first": 2.0, "second": 20.0}
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_what_is_chained_computes_the_same(relu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = pair([], "a", **({"9": "1"} if relu else {}))
+    chained = ncnn_int8.quantize(made, THRESHOLDS)
+    assert [one.parameters["8"] for one in chained] == ["102", "2"]
+    assert chained[0].weights[-1].values.tolist() == chained[1].weights[-1].values.tolist() == [np.float32(127 / 20)]
+    monkeypatch.setattr(ncnn_int8, "chain", lambda layers: layers)
+    inputs = np.random.default_rng(1).normal(size=(2, 5, 5)).astype(np.float32)
+    alone = compute(ncnn_int8.quantize(made, THRESHOLDS), inputs, tmp_path)
+    np.testing.assert_allclose(compute(chained, inputs, tmp_path), alone, rtol=1e-6)
+    assert len(np.unique(alone)) > 10
+
+
+@pytest.mark.parametrize(
+    ("layers", "names", "term"),
+    [
+        pytest.param(pair([], "a"), {"first", "second"}, "102", id="nothing between"),
+        pytest.param(pair([SWISH], "b"), {"first", "second"}, "2", id="SiLU between"),
+        pytest.param(pair([], "a"), {"first"}, "2", id="a reader in float"),
+        pytest.param(pair([], "a"), {"second"}, None, id="itself in float"),
+        pytest.param(pair([SPLIT], "b"), {"first", "second"}, "2", id="also an output of the network"),
+        pytest.param(
+            [*pair([SPLIT], "b"), replace(CONVOLUTION, name="third", inputs=["c"])],
+            {"first", "second", "third"},
+            "102",
+            id="two readers of one scale",
+        ),
+    ],
+)
+def test_integers_are_passed_on_where_only_integers_are_read(
+    layers: list[Layer], names: set[str], term: str | None
+) -> None:
+    found = ncnn_int8.quantize(layers, dict.fromkeys(names, 2.0))
+    assert found[0].parameters.get("8") == term
+    assert all(one.parameters.get("8") in (None, "2") for one in found[1:])
+
+
+def test_readers_of_other_scales_get_floats() -> None:
+    layers = [*pair([SPLIT], "b"), replace(CONVOLUTION, name="third", inputs=["c"])]
+    assert ncnn_int8.quantize(layers, {**THRESHOLDS, "third": 3.0})[0].parameters["8"] == "2"
 
 
 def test_zeros_have_a_scale(tmp_path: Path) -> None:
     zeros = [Weights(np.zeros(6, np.float32), 0), Weights(np.array([1, 2, 3], np.float32))]
     (quantized,) = ncnn_int8.quantize([CONVOLUTION.changed({}, zeros)], {"layer": 0.0})
     assert [array.values.tolist() for array in quantized.weights[2:]] == [[1, 1, 1], [1]]
-    outputs = compute(quantized, np.ones((2, 3, 3), np.float32), tmp_path)
+    outputs = compute([quantized], np.ones((2, 3, 3), np.float32), tmp_path)
     assert outputs[:, 0, 0].tolist() == [1, 2, 3]
 
 
