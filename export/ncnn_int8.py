@@ -63,16 +63,14 @@ def export_int8(
         DataError: a split has no images, or no labels to compute mAP from.
         ExportError: as `export.ncnn.export_ncnn`, or no choice of layers meets the budget, or parity fails.
     """
-    import tempfile
-
     from compress.progress import track
     from export import parity
     from export.ncnn import BIN, PARAM, export_ncnn
 
     stage.require_detector(model)
     images = int8.calibration_images(calibration_data, settings)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
-        dense = export_ncnn(model, Path(scratch) / f"fp32{NCNN_SUFFIX}", imgsz=imgsz)
+    with stage.scratch(output) as scratch:
+        dense = export_ncnn(model, scratch / f"fp32{NCNN_SUFFIX}", imgsz=imgsz)
         layers = ncnn_files.read(dense / PARAM, dense / BIN)
         names = [layer.name for layer in layers if can_quantize(layer)]
         squares = [parity.letterbox(path, imgsz)[0] for path in track(images, "images")]

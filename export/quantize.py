@@ -45,8 +45,6 @@ def export_int8(
         DataError: a split has no images, or no labels to compute mAP from.
         ExportError: no choice of layers meets the budget, or parity fails: the file is kept as `NAME.rejected.onnx`.
     """
-    import tempfile
-
     from compress.progress import track
     from export import parity, qdq
     from export.onnx import export_onnx
@@ -54,8 +52,8 @@ def export_int8(
     stage.require_detector(model)
     scheme, bits = qdq.SCHEMES[settings.target], {"reduce_range": settings.reduce_range}
     images = int8.calibration_images(calibration, settings)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
-        dense = export_onnx(model, Path(scratch) / "fp32.onnx", imgsz=imgsz, opset=settings.opset)
+    with stage.scratch(output) as scratch:
+        dense = export_onnx(model, scratch / "fp32.onnx", imgsz=imgsz, opset=settings.opset)
         graph = qdq.load(dense)
         layers = list(qdq.layers_of(graph))
         samples = (parity.letterbox(path, imgsz) for path in track(images, "calibration"))

@@ -4,8 +4,8 @@ usage: python scripts/studies/int8.py accuracy --data D.yaml --model M.pt … [-
        python scripts/studies/int8.py latency [--mode standard]
 
 `accuracy` quantizes within the mAP budget, on training images, and keeps the files in --artefacts; a finished row is on
-disk at once, a row whose model, data, tools and settings are the same is not made again, and a search that was
-killed goes on. `latency` measures, on a quiet machine, each kept file beside its fp32 version, interleaved, with one
+disk at once, a row whose model, data, tools and files are the same is not made again, and a search that was killed
+goes on. `latency` measures, on a quiet machine, each kept file beside its fp32 version, interleaved, with one
 thread, and fills in the rows; one that has its latency is not measured again unless --again says so.
 """
 
@@ -32,7 +32,7 @@ METHODS = {"onnx": ("minmax", "percentile", "entropy"), "ncnn": ("percentile", "
 def make_row(model: Path, identity: dict[str, Any], data: Path, artefacts: Path) -> dict[str, Any]:
     """Quantize a model for the format and by the method of a row, and return the row of what became of it."""
     name, method, imgsz = identity["format"], identity["method"], identity["imgsz"]
-    artefact = artefacts / f"{model_name(model)}.{method}{SUFFIXES[name]}"
+    artefact = artefacts / identity["artefact"]
     if name == "onnx":
         settings = Quantize(method=method)
         record = quantize.export_int8(model, artefact, data, data, imgsz, settings, measured=False)
@@ -52,7 +52,6 @@ def make_row(model: Path, identity: dict[str, Any], data: Path, artefacts: Path)
         "steps": facts["steps"],
         **{key: value for key, value in facts.items() if key.startswith("calibration")},
         "bytes": sum(path.stat().st_size for path in files),
-        "artefact": artefact.name,
         "artefact_sha256": runtimes.sha256(artefact),
         "latency": None,
     }
@@ -78,10 +77,16 @@ def accuracy(arguments: argparse.Namespace) -> None:
                 "format": name,
                 "method": arguments.method,
                 **shared,
+                "artefact": f"{model_name(model)}.{arguments.method}{SUFFIXES[name]}",
             }
-            rows = read(arguments.output)
-            if not any(all(other[key] == row[key] for key in (*KEYS, *SAME)) for other in rows):
-                store(arguments.output, make_row(model, row, data, arguments.artefacts))
+            with manifest.lock(arguments.artefacts / row["artefact"]):
+                same = (old for old in read(arguments.output) if all(old[key] == row[key] for key in (*KEYS, *SAME)))
+                old = next(same, None)
+                if old is None or not is_kept(old, arguments.artefacts):
+                    made = make_row(model, row, data, arguments.artefacts)
+                    if old is not None and old["artefact_sha256"] == made["artefact_sha256"]:
+                        made["latency"] = old["latency"]
+                    store(arguments.output, made)
 
 
 def latency(arguments: argparse.Namespace) -> None:
@@ -91,12 +96,19 @@ def latency(arguments: argparse.Namespace) -> None:
         if row["latency"] is not None and not arguments.again:
             continue
         model, artefact = models.get(row["model_sha256"]), arguments.artefacts / row["artefact"]
-        if model is None or not artefact.exists() or runtimes.sha256(artefact) != row["artefact_sha256"]:
-            print(f"{row['model']} {row['format']}: not measured, the model or {artefact} is not as it was")
+        if model is None or not is_kept(row, arguments.artefacts):
+            missing = "its checkpoint is not among --model" if model is None else f"{artefact} is not as it was"
+            print(f"{row['model']} {row['format']} {row['method']}: not measured, {missing}")
             continue
         dense = arguments.artefacts / f"{row['model']}{runtimes.suffix(artefact)}"
         (export_onnx if row["format"] == "onnx" else export_ncnn)(model, dense, imgsz=row["imgsz"])
         store(arguments.output, {**row, "latency": int8.speed(dense, artefact, row["imgsz"], arguments.mode)})
+
+
+def is_kept(row: dict[str, Any], artefacts: Path) -> bool:
+    """Tell whether the file or folder of a row is there, and as it was."""
+    artefact = artefacts / row["artefact"]
+    return artefact.exists() and runtimes.sha256(artefact) == row["artefact_sha256"]
 
 
 def model_name(model: Path) -> str:
