@@ -168,8 +168,8 @@ def remarks(record: dict[str, Any]) -> list[str]:
     facts, latency = record["quantization"], record["latency"]
     found = [f"{len(facts['float_layers'])} of {facts['layers']} layers in float"]
     if latency is not None:
-        speed = f"{latency['speedup']:.2f} times as fast as fp32"
-        found.append(speed if latency["faster"] else f"NOT FASTER than fp32 on this machine ({speed}): use fp32 here")
+        words = f"{latency['speedup']:.2f} times as fast as fp32"
+        found.append(words if latency["faster"] else f"NOT FASTER than fp32 on this machine ({words}): use fp32 here")
         found += [f"the measurement is noisy: {reason}" for reason in latency["noise"]]
     if facts["calibration_images_in_val"]:
         found.append(f"{facts['calibration_images_in_val']} calibration images are val images too: its mAP flatters")

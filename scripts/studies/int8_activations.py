@@ -41,23 +41,14 @@ def with_relu(layers: list[Layer]) -> list[Layer]:
     return found
 
 
-def unchained(layers: list[Layer]) -> list[Layer]:
-    """Return the layers in 8 bits, each of which returns floats."""
-    return [
-        quantized
-        for layer in layers
-        for quantized in (ncnn_int8.quantize([layer], {layer.name: THRESHOLD}) if is_layer(layer) else [layer])
-    ]
-
-
 def chained(layers: list[Layer]) -> list[Layer]:
     """Return the layers in 8 bits, as `export.ncnn --int8` writes them."""
-    return ncnn_int8.quantize(layers, {layer.name: THRESHOLD for layer in layers if is_layer(layer)})
+    return ncnn_int8.quantize(layers, {layer.name: THRESHOLD for layer in layers if ncnn_int8.can_quantize(layer)})
 
 
-def is_layer(layer: Layer) -> bool:
-    """Tell whether a layer can be quantized."""
-    return ncnn_int8.can_quantize(layer)
+def unchained(layers: list[Layer]) -> list[Layer]:
+    """Return the layers in 8 bits, each quantized as if it were alone: it returns floats."""
+    return [quantized for layer in layers for quantized in chained([layer])]
 
 
 VARIANTS: dict[str, Callable[[list[Layer]], list[Layer]]] = {
