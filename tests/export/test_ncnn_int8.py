@@ -254,7 +254,7 @@ def test_the_command_quantizes_and_says_what_it_did(
     out = tmp_path / "out"
     labels(data)
     arguments = ("--model", detector, "--data", data, "--imgsz", 64, "--output", out, "--int8")
-    assert run(*arguments, "--calibration-images", 2) == 0
+    assert run(*arguments, "--calibration-images", 2, "--bundle", tmp_path / "bundle") == 0
     text = capsys.readouterr().out
     assert "ncnn: 0 of 63 layers in float" in text
     assert "ncnn: 1.25 times as fast as fp32" in text
@@ -273,6 +273,7 @@ def test_the_command_quantizes_and_says_what_it_did(
         "float_layers": [],
     }
     assert metadata["espalier_model_sha256"] == manifest.sha256_file(detector)
+    assert "precision int8\n" in (tmp_path / "bundle/model/detector.txt").read_text()
     assert run(*arguments, "--calibration-images", 2) == 0
     assert "finished before, unchanged" in capsys.readouterr().out
 
