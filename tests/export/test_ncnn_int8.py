@@ -11,7 +11,8 @@ import typer
 
 from benchmark.runners import ncnn_runner
 from compress import manifest
-from compress.errors import run_app
+from compress.errors import CheckpointError, run_app
+from compress.settings import QuantizeNcnn
 from export import ncnn as exporter
 from export import ncnn_files, ncnn_int8, parity
 from export.ncnn_files import Layer, Weights
@@ -374,6 +375,12 @@ def test_mistakes_are_one_line(
     assert message in error
     assert len(error.splitlines()) == 1
     assert not list(tmp_path.glob("out/*_ncnn_model"))
+
+
+def test_only_detectors_are_quantized(models: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"pose\.pt is of the task 'pose', this export is for detectors"):
+        ncnn_int8.export_int8(models["pose"], tmp_path / "a_ncnn_model", data, data, 64, QuantizeNcnn())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_truncated_folder_is_refused(dense: Path, layers: list[Layer], tmp_path: Path) -> None:
