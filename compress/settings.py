@@ -140,19 +140,33 @@ class ExportNcnn(Strict):
     parity_map: bool = Field(default=False, description="compare the mAP on the val split too")
 
 
-class Quantize(Strict):
+class Quantization(Strict):
+    """What every 8-bit export is told."""
+
+    calibration_images: int = Field(default=32, ge=1, description="training images that the ranges are found on")
+    map_budget: float = Field(default=0.010, ge=0.0, le=1.0, description="largest loss of mAP50-95 on the val split")
+    parity_images: int = Field(default=16, ge=1, description="real images that are compared with PyTorch")
+    seed: int = Field(default=0, description="of the choice of calibration images")
+
+
+class Quantize(Quantization):
     """ONNX export in 8 bits."""
 
     target: Literal["onnxruntime", "tensorrt"] = "onnxruntime"
     method: Literal["minmax", "percentile", "entropy"] = Field(
         default="percentile", description="how calibration finds the range of a tensor"
     )
-    calibration_images: int = Field(default=32, ge=1, description="training images that the ranges are found on")
-    map_budget: float = Field(default=0.010, ge=0.0, le=1.0, description="largest loss of mAP50-95 on the val split")
     reduce_range: bool = Field(default=False, description="7-bit weights, for x86 CPUs without VNNI")
     opset: int = Field(default=17, ge=13, le=22)
-    parity_images: int = Field(default=16, ge=1, description="real images that are compared with PyTorch")
-    seed: int = Field(default=0, description="of the choice of calibration images")
+
+
+class QuantizeNcnn(Quantization):
+    """ncnn export in 8 bits."""
+
+    method: Literal["percentile", "kl"] = Field(
+        default="percentile", description="how calibration finds the range of a tensor"
+    )
+    map_budget: float = Field(default=0.015, ge=0.0, le=1.0, description="largest loss of mAP50-95 on the val split")
 
 
 class ExportTrt(Strict):

@@ -15,8 +15,8 @@ import typer
 
 from benchmark.runtimes import NCNN_SUFFIX, RUNNERS
 from compress import manifest
-from compress.errors import ExportError, run_app
-from compress.settings import ExportNcnn, parse
+from compress.errors import ExportError, SettingsError, run_app
+from compress.settings import ExportNcnn, QuantizeNcnn, parse
 from export import stage
 
 STAGE = "ncnn"
@@ -274,10 +274,15 @@ def _metadata(network: Any, model: Path, imgsz: int, half: bool, folder: Path, o
         "strides": [int(stride) for stride in head.stride] if hasattr(head, "one2many") else [],
         "outputs": outputs,
         "max_detections": int(getattr(head, "max_det", 0)),
-        "files": {
-            name: {"bytes": (folder / name).stat().st_size, "sha256": manifest.sha256_file(folder / name)}
-            for name in (PARAM, BIN)
-        },
+        "files": file_facts(folder),
+    }
+
+
+def file_facts(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the size and the hash of a model's graph and weights, as its metadata lists them."""
+    return {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": manifest.sha256_file(folder / name)}
+        for name in (PARAM, BIN)
     }
 
 
@@ -333,6 +338,12 @@ def main(
     parity_map: Annotated[bool, typer.Option(help="compare the mAP on the val split too")] = False,
     parity_images: Annotated[int, typer.Option(help="real images on which ncnn must equal PyTorch")] = 16,
     bundle: Annotated[Path | None, typer.Option(help="new folder: model, C++ program, Android app")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="compute in 8 bits, within --map-budget")] = False,
+    method: Annotated[str, typer.Option(help="with --int8: percentile or kl")] = "percentile",
+    calibration: Annotated[str | None, typer.Option(help="with --int8: as for export.quantize")] = None,
+    calibration_images: Annotated[int, typer.Option(help="with --int8: training images that ranges come from")] = 32,
+    map_budget: Annotated[float, typer.Option(help="with --int8: largest loss of mAP50-95 on the val split")] = 0.015,
+    seed: Annotated[int, typer.Option(help="with --int8: of the choice of calibration images")] = 0,
 ) -> None:
     """Export a model to ncnn and prove on real images that it equals PyTorch."""
     from compress.dataset import resolve
@@ -340,12 +351,40 @@ def main(
 
     if bundle:
         deploy.check_bundle(bundle)
-    settings = parse(ExportNcnn, {"half": half, "parity_images": parity_images, "parity_map": parity_map}, "ncnn")
+    if half and int8:
+        raise SettingsError("--half and --int8 exclude each other: choose one")
     stage.require(model)
-    export_stage({model.stem: model}, resolve(data, labels=parity_map), imgsz, settings, output)
+    if int8:
+        content = {
+            "method": method,
+            "calibration_images": calibration_images,
+            "map_budget": map_budget,
+            "parity_images": parity_images,
+            "seed": seed,
+        }
+        made = output / _export_int8(model, data, calibration, imgsz, parse(QuantizeNcnn, content, "ncnn"), output)
+    else:
+        settings = parse(ExportNcnn, {"half": half, "parity_images": parity_images, "parity_map": parity_map}, "ncnn")
+        export_stage({model.stem: model}, resolve(data, labels=parity_map), imgsz, settings, output)
+        made = output / f"{model.stem}{NCNN_SUFFIX}"
     if bundle:
-        deploy.write_bundle(output / f"{model.stem}{NCNN_SUFFIX}", bundle)
+        deploy.write_bundle(made, bundle)
         print(f"bundle: {bundle} (its README.md says what to type)")
+
+
+def _export_int8(
+    model: Path, data: str, calibration: str | None, imgsz: int, settings: QuantizeNcnn, output: Path
+) -> str:
+    """Run the stage of 8 bits, say what is to be said, and return the folder's name."""
+    from compress.dataset import resolve
+    from export import int8, ncnn_int8
+
+    yaml = resolve(data)
+    source = yaml if calibration is None else resolve(calibration, labels=False)
+    records = ncnn_int8.int8_stage({model.stem: model}, yaml, source, imgsz, settings, output)
+    for remark in int8.remarks(records[model.stem]):
+        print(f"ncnn: {remark}")
+    return f"{model.stem}{ncnn_int8.SUFFIX}"
 
 
 if __name__ == "__main__":

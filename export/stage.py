@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +184,16 @@ def run_stage(
     for name, record in records.items():
         print(f"{stage}: {output / artefact(name)} ({parity.summary(record)})")
     return records
+
+
+@contextmanager
+def scratch(output: Path) -> Iterator[Path]:
+    """Yield a folder beside an artefact for what is on the way to it; what a killed process left there is removed."""
+    prefix = f".{output.name}."
+    for left in output.parent.glob(f"{glob.escape(prefix)}*/"):
+        remove(left)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=prefix) as folder:
+        yield Path(folder)
 
 
 def replace(source: Path, target: Path) -> None:

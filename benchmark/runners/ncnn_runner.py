@@ -9,6 +9,7 @@ head, because on a device only the few anchors above a threshold would be decode
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ class Session:
 def load(path: str, threads: int) -> Session:
     """Open a model folder on the CPU with `threads` threads.
 
-    A model stored in fp16 lets ncnn compute in fp16 where the CPU can; one stored in fp32 stays in fp32 everywhere.
+    A model stored in fp16 lets ncnn compute in fp16 where the CPU can; one stored in fp32 stays in fp32 everywhere. In
+    one stored in int8 the layers with 8-bit weights multiply in integers, and all else is in fp32.
 
     Raises:
         ValueError: the folder is not a model of `export.ncnn`, or a file in it is damaged.
@@ -73,6 +75,24 @@ def infer(session: Session, images: np.ndarray) -> list[np.ndarray]:
     return [np.stack(outputs) for outputs in zip(*found, strict=True)]
 
 
+def blobs(session: Session, image: np.ndarray, names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Run the network on one image (3, height, width) and yield values inside of it, one at a time.
+
+    Args:
+        session: what `load` returned.
+        image: as for `infer`.
+        names: of blobs in the graph.
+
+    Raises:
+        ValueError: ncnn cannot compute one of them.
+    """
+    with session.net.create_extractor() as extractor:
+        extractor.set_light_mode(False)  # nothing is freed before it was asked for
+        extractor.input("in0", ncnn.Mat(image))
+        for name in names:
+            yield name, _extract(extractor, name)
+
+
 def describe(session: Session) -> dict[str, Any]:
     """Return what a benchmark record says about the runtime.
 
@@ -85,7 +105,7 @@ def describe(session: Session) -> dict[str, Any]:
         "version": ncnn.__version__,
         "threads": session.threads,
         "precision": precision,
-        "precision_executed": "fp16" if precision == "fp16" and rounds_to_fp16() else "fp32",
+        "precision_executed": precision if precision != "fp16" or rounds_to_fp16() else "fp32",
         "providers": None,
         "memory_format": None,
         "input_shape": [1, 3, *metadata["imgsz"]],
@@ -233,14 +253,9 @@ def _set_options(net: Any, threads: int, half: bool) -> None:
 
 
 def _infer_one(session: Session, image: np.ndarray) -> list[np.ndarray]:
-    maps = []
     with session.net.create_extractor() as extractor:
         extractor.input("in0", ncnn.Mat(image))
-        for name in session.metadata["outputs"]:
-            status, output = extractor.extract(name)
-            if status != 0:
-                raise ValueError(f"ncnn cannot compute {name} (status {status}): it may be out of memory")
-            maps.append(np.array(output))
+        maps = [_extract(extractor, name) for name in session.metadata["outputs"]]
     metadata, anchors, strides = session.metadata, session.anchors, session.strides
     if not metadata["strides"]:  # a task without boxes
         return maps
@@ -273,6 +288,13 @@ def _sigmoid(values: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):  # 1 / (1 + exp(1000)) is 0, as it should be
         np.exp(np.negative(values, out=values), out=values)
     return np.reciprocal(np.add(values, 1, out=values), out=values)
+
+
+def _extract(extractor: Any, name: str) -> np.ndarray:
+    status, output = extractor.extract(name)
+    if status != 0:
+        raise ValueError(f"ncnn cannot compute {name} (status {status}): it may be out of memory")
+    return np.array(output)
 
 
 def _expectation(logits: np.ndarray) -> np.ndarray:

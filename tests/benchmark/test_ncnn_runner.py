@@ -260,3 +260,12 @@ def test_an_output_that_the_graph_lacks_is_an_error(artefact: Path, tmp_path: Pa
     (folder / "metadata.yaml").write_text(json.dumps(metadata))
     with pytest.raises(ValueError, match=r"ncnn cannot compute out9"):
         ncnn_runner.infer(ncnn_runner.load(str(folder), 1), image)
+
+
+def test_values_inside_the_network(artefact: Path, image: np.ndarray) -> None:
+    session = ncnn_runner.load(str(artefact), 1)
+    found = dict(ncnn_runner.blobs(session, image[0], ["in0", "out0", "out1"]))
+    assert np.array_equal(found["in0"], image[0])
+    assert [found[name].shape for name in ("out0", "out1")] == [(64, 8, 8), (3, 8, 8)]
+    with pytest.raises(ValueError, match=r"ncnn cannot compute nowhere \(status -1\)"):
+        list(ncnn_runner.blobs(session, image[0], ["nowhere"]))

@@ -12,9 +12,9 @@ import typer
 
 from benchmark.runners import onnxruntime_runner
 from compress import manifest
-from compress.errors import CheckpointError, ExportError, run_app
+from compress.errors import CheckpointError, run_app
 from compress.settings import Quantize
-from export import parity, qdq
+from export import mixed, parity, qdq
 from export import quantize as exporter
 from export.onnx import export_onnx
 
@@ -194,44 +194,6 @@ def test_the_range_before_silu_ends_at_its_tail(silu: Path) -> None:
     assert ends["out"] == pytest.approx([20 * ends["b"][0], 400], abs=1e-3)  # no SiLU reads it
 
 
-def fake_search(needed: set[str], lowest: float = 0.5) -> tuple[exporter.Choice, list[int]]:
-    """Search among ten layers, of which `needed` must stay in float; the sensitivity goes down from a to j."""
-    layers = list("abcdefghij")
-    tried = []
-
-    def score(in_float: list[str]) -> float:
-        tried.append(len(in_float))
-        return 0.5 if needed <= set(in_float) else 0.4
-
-    rank = {layer: 1.0 - index / 10 for index, layer in enumerate(layers)}
-    return exporter.choose_float_layers(layers[::-1], score, lambda: rank, lowest), tried
-
-
-@pytest.mark.parametrize(
-    ("needed", "chosen", "tried"),
-    [
-        (set(), "", [0]),
-        ({"a"}, "a", [0, 1]),
-        ({"c"}, "abc", [0, 1, 2, 4, 3]),
-        ({"b", "f"}, "abcdef", [0, 1, 2, 4, 8, 6, 5]),
-        ({"j"}, "abcdefghij", [0, 1, 2, 4, 8, 10, 9]),
-    ],
-)
-def test_as_few_layers_as_needed_stay_in_float(needed: set[str], chosen: str, tried: list[int]) -> None:
-    choice, steps = fake_search(needed)
-    assert ("".join(choice.float_layers), steps) == (chosen, tried)
-    assert choice.map50_95 == 0.5
-    assert [step["float_layers"] for step in choice.steps] == tried
-    assert bool(choice.sensitivity) == bool(needed)
-
-
-def test_a_budget_that_nothing_meets_names_what_was_reached() -> None:
-    with pytest.raises(
-        ExportError, match=r"8 bits reach an mAP50-95 of 0\.5000, 0\.6000 is needed: raise --map-budget"
-    ):
-        fake_search({"a"}, lowest=0.6)
-
-
 def test_the_layer_that_hurts_most_is_the_most_sensitive(
     graph: Any, dense: Path, samples: list[np.ndarray], ranges: Any, tmp_path: Path
 ) -> None:
@@ -248,23 +210,12 @@ def test_the_layer_that_hurts_most_is_the_most_sensitive(
         onnx.save(model, tmp_path / "alone.onnx")
         return tmp_path / "alone.onnx"
 
-    found = exporter.sensitivity(dense, layers, samples[:2], alone)
+    journal = mixed.Journal(tmp_path / "search.json", {})
+    found = mixed.sensitivity(dense, layers, samples[:2], alone, journal)
     assert max(found, key=lambda layer: found[layer]) == layers[2]
     assert sum(found.values()) == pytest.approx(1.0, abs=1e-4)
     assert min(found.values()) > 0
-
-
-def test_errors_by_hand() -> None:
-    expected = np.zeros((1, 6, 2), np.float32)
-    actual = expected.copy()
-    expected[0, 4:] = [[0.6, 0.0], [0.0, 0.8]]  # two anchors with one class each
-    actual[0, 4:] = [[0.6, 0.0], [0.0, 0.5]]
-    actual[0, :4, 0] = 2.0  # every side of the first box moves by 2 px, the second stays
-    scores, boxes = exporter._error(expected, actual)
-    assert scores == pytest.approx(0.3)
-    assert boxes == pytest.approx(math.sqrt(0.36 * 4))  # its weight is 0.6² of 0.6² + 0.8²
-    rows = np.array([[[0, 0, 0, 0, 0.8, 3]]], np.float32)
-    assert exporter._error(rows, rows + np.array([1, 1, 1, 1, 0, 2], np.float32)) == pytest.approx((0.0, 1.0))
+    assert mixed.sensitivity(dense, layers, samples[:2], pytest.fail, journal) == found  # nothing is asked twice
 
 
 @pytest.fixture
@@ -329,7 +280,7 @@ def test_a_budget_that_is_missed_leaves_no_file(
 ) -> None:
     stubbed[".onnx"] = 0.3
     labels(data)
-    monkeypatch.setattr(exporter, "sensitivity", lambda dense, layers, samples, alone: dict.fromkeys(layers, 0.1))
+    monkeypatch.setattr(mixed, "sensitivity", lambda dense, layers, *rest: dict.fromkeys(layers, 0.1))
     arguments = ("--model", detector, "--data", data, "--imgsz", 64, "--output", tmp_path / "out")
     assert run(*arguments, "--method", "minmax", "--calibration-images", 1) == 2
     error = capsys.readouterr().err
@@ -362,28 +313,6 @@ def test_mistakes_are_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1
-
-
-def test_the_calibration_hash_is_of_the_bytes(images: list[Path], tmp_path: Path) -> None:
-    import shutil
-
-    copies = [Path(shutil.copy(path, tmp_path / f"copy-{path.name}")) for path in reversed(images)]
-    assert exporter._hash(copies) == exporter._hash(images)
-    copies[0].write_bytes(copies[0].read_bytes() + b" ")
-    assert exporter._hash(copies) != exporter._hash(images)
-
-
-def test_calibration_images_are_drawn_by_seed(tmp_path: Path) -> None:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for number in range(20):
-        (folder / f"{number:02}.png").touch()
-    yaml = tmp_path / "data.yaml"
-    yaml.write_text("train: images\nval: images\nnames: {0: a}\n")
-    drawn = [exporter._calibration_images(yaml, Quantize(calibration_images=5, seed=seed)) for seed in (0, 0, 1)]
-    assert drawn[0] == drawn[1] != drawn[2]
-    assert len(set(drawn[0])) == 5
-    assert len(exporter._calibration_images(yaml, Quantize(calibration_images=50))) == 20
 
 
 def labels(data: Path) -> None:
