@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import GraphError
@@ -24,13 +27,23 @@ def capture(model: nn.Module, imgsz: int, channels: int = 3) -> ExportedProgram:
 
     device = next(model.parameters()).device
     image = torch.zeros(1, channels, imgsz, imgsz, device=device)
-    with training_head(model), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.export warns about its own internals
+    with training_head(model), warnings.catch_warnings(), _without_logs():
+        warnings.simplefilter("ignore")  # torch.export warns about its own internals, and logs what it raises
         try:
             return torch.export.export(model, (image,), strict=False)
         except Exception as error:  # whatever a stranger's forward raises
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise GraphError(f"torch.export cannot capture {type(model).__name__}: {reason[0]}") from error
+
+
+@contextmanager
+def _without_logs() -> Iterator[None]:
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 class training_head:  # noqa: N801  (reads as a statement: `with training_head(model):`)

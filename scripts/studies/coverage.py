@@ -1,6 +1,6 @@
 """Prove that every model of `zoo.py` can be pruned as it is: docs/results/coverage.json and docs/coverage.md.
 
-usage: python scripts/studies/coverage.py [MODEL …] [--jobs 2] [--output docs/results/coverage.json]
+usage: python -m scripts.studies.coverage [MODEL …] [--jobs 2] [--output docs/results/coverage.json]
 
 For each model: its channel graph, three random plans (30, 45 and 60 % of the prunable channels) against the masked
 dense model, a step of an optimizer, a round trip through a file, and ONNX in onnxruntime against PyTorch.
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import zoo
 from torch import nn
 
 from compress import manifest
@@ -34,6 +33,7 @@ from compress.oracle import noise, oracle_error
 from compress.plan import make_plan, parse_plan
 from compress.settings import Budget
 from compress.surgery import apply_plan
+from scripts.studies import zoo
 
 RESULT, PAGE = Path("docs/results/coverage.json"), Path("docs/coverage.md")
 PEER = Path("docs/results/coverage_torch_pruning.json")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -121,7 +123,7 @@ def test_an_operation_without_a_rule_freezes_and_says_so() -> None:
     assert found["b"] == (6, None)
 
 
-def test_a_model_that_cannot_be_captured_is_named() -> None:
+def test_a_model_that_cannot_be_captured_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     class Branching(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -132,6 +134,8 @@ def test_a_model_that_cannot_be_captured_is_named() -> None:
 
     with pytest.raises(GraphError, match=r"torch\.export cannot capture Branching"):
         build_graph(Branching().eval(), 16)
+    assert capfd.readouterr().err == ""  # the error is said once, by us
+    assert logging.getLogger("torch").isEnabledFor(logging.ERROR)
 
 
 @pytest.mark.parametrize(
