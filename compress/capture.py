@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import GraphError
@@ -27,8 +28,8 @@ def capture(model: nn.Module, imgsz: int, channels: int = 3) -> ExportedProgram:
 
     device = next(model.parameters()).device
     image = torch.zeros(1, channels, imgsz, imgsz, device=device)
-    with training_head(model), warnings.catch_warnings(), _without_logs():
-        warnings.simplefilter("ignore")  # torch.export warns about its own internals, and logs what it raises
+    with training_head(model), warnings.catch_warnings(), _quiet():
+        warnings.simplefilter("ignore")  # torch.export warns about its own internals
         try:
             return torch.export.export(model, (image,), strict=False)
         except Exception as error:  # whatever a stranger's forward raises
@@ -37,11 +38,13 @@ def capture(model: nn.Module, imgsz: int, channels: int = 3) -> ExportedProgram:
 
 
 @contextmanager
-def _without_logs() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
+    """Keep back what torch.export logs and prints of a failure beside the exception that it raises."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
         logging.disable(before)
 
