@@ -5,4 +5,6 @@ set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 setup
-exec .venv/bin/python -m pytest --cov --cov-report=term "$@"
+# Two processes of one thread each: the small models of the tests gain nothing from more threads.
+export OMP_NUM_THREADS=1
+exec .venv/bin/python -m pytest -n 2 --dist loadfile --cov --cov-report=term "$@"
