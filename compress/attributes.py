@@ -22,7 +22,11 @@ def refresh_attributes(module: nn.Module, kept: Kept) -> None:
     """
     for kind in type(module).__mro__:
         if kind.__module__.startswith(("torch.nn.", "ultralytics.")) and kind.__name__ in _REFRESH:
-            _REFRESH[kind.__name__](module, kept)
+            try:
+                _REFRESH[kind.__name__](module, kept)
+            except AttributeError:  # a stranger's subclass that has other parts
+                if kind is type(module):
+                    raise
             return
 
 
@@ -43,7 +47,9 @@ def _linear(module: Any, _: Kept) -> None:
 
 
 def _norm(module: Any, _: Kept) -> None:
-    module.num_features = module.weight.shape[0]
+    vector = module.running_mean if module.weight is None else module.weight
+    if vector is not None:
+        module.num_features = vector.shape[0]
 
 
 def _group_norm(module: Any, _: Kept) -> None:

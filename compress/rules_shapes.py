@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compress.rules import Result, argument, freeze_all, padded, rule
-from compress.slots import FIXED, along, fixed, in_dim, is_fixed, matched_runs, only_in, reshape, without_repeats
+from compress.slots import (
+    FIXED,
+    along,
+    carried,
+    fixed,
+    in_dim,
+    is_fixed,
+    matched_runs,
+    only_in,
+    reshape,
+    without_repeats,
+)
 from compress.walk import operation_name
 
 if TYPE_CHECKING:
@@ -179,7 +190,7 @@ def _shrinking(node: Node, sizes: dict[int, int]) -> int:
     return max(range(len(dims)), key=lambda place: (sizes[dims[place]], place))
 
 
-@rule("transpose", "permute", "t", "movedim")
+@rule("transpose", "permute", "t", "mT", "movedim")
 def permute(walk: Walk, node: Node) -> Result:
     """Dimensions change places, and channels with them."""
     slots = walk.slots(node.args[0])
@@ -188,6 +199,8 @@ def permute(walk: Walk, node: Node) -> Result:
         return np.transpose(slots, [d % slots.ndim for d in order])
     if operation_name(node) == "t":
         return slots.T
+    if operation_name(node) == "mT":
+        return np.swapaxes(slots, -1, -2)
     if operation_name(node) == "movedim":
         return np.moveaxis(slots, node.args[1], node.args[2])  # type: ignore[arg-type]
     first, second = node.args[1] % slots.ndim, node.args[2] % slots.ndim  # type: ignore[operator]
@@ -196,8 +209,10 @@ def permute(walk: Walk, node: Node) -> Result:
 
 @rule("expand", "expand_as")
 def expand(walk: Walk, node: Node) -> Result:
-    """Repetition of dimensions of size 1, which carry no channels."""
-    return padded(walk.slots(node.args[0]), len(walk.shape(node)))
+    """Repetition of dimensions of size 1, which carry no channels; those of a tensor that is imitated are its own."""
+    slots = padded(walk.slots(node.args[0]), len(walk.shape(node)))
+    imitated = walk.slots(node.args[1]) if operation_name(node) == "expand_as" else slots
+    return slots if carried(slots) else imitated
 
 
 @rule("pixel_shuffle")

@@ -21,6 +21,7 @@ from compress.surgery import apply_plan
 from topologies import Block, randomised
 
 Forward = Callable[[Any, torch.Tensor], Any]
+_TWICE = "meets fixed channels in another use of b.conv.weight"
 CASES: dict[str, tuple[Forward, dict[str, Callable[[], nn.Module]], dict[str, str]]] = {}
 
 
@@ -170,6 +171,73 @@ case(
     b=block(3, 3),
     head=conv(3),
 )(lambda m, x: m.head(m.b(m.b(x))))
+case("masks among the outputs", {"head": "gt in the model has no rule"}, a=block(), head=conv())(
+    lambda m, x: (m.head(m.a(x)), m.head(m.a(x)) > 0)
+)
+case("a weight that is also read as a whole", {"b.conv": _TWICE, "a.conv": _TWICE}, a=block(), b=block(8), head=conv())(
+    lambda m, x: m.head(m.b(m.a(x))) * m.b.conv.weight.mean()
+)
+case(
+    "a weight that an operation without a rule reads too",
+    {"b.conv": "meets fixed channels in another use of b.bn.weight"},
+    a=block(),
+    b=block(8),
+    head=conv(),
+)(lambda m, x: m.head(m.b(m.a(x))) * torch.linalg.norm(m.b.bn.weight))
+case("a buffer among the outputs", a=block(), n=lambda: nn.BatchNorm2d(4), head=conv())(
+    lambda m, x: (m.head(m.a(x)), m.n.running_mean)
+)
+
+
+class Kernel(nn.Module):
+    """A depthwise kernel that no checkpoint holds, so that no cut of it could be loaded again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kernel", torch.rand(8, 1, 3, 3), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.conv2d(x, self.get_buffer("kernel"), padding=1, groups=8)
+
+
+case(
+    "a kernel that is not stored",
+    {"a.conv": "k computes its weight in the forward pass"},
+    a=block(),
+    k=Kernel,
+    b=block(8),
+    head=conv(),
+)(lambda m, x: m.head(m.b(m.k(m.a(x)))))
+case("a batch norm without scales", a=block(), n=lambda: nn.BatchNorm2d(8, affine=False), head=conv())(
+    lambda m, x: m.head(m.n(m.a(x)))
+)
+case("one map for all channels", a=block(), gate=conv(8, 1), b=block(8), head=conv())(
+    lambda m, x: m.head(m.b(y := m.a(x)) * m.gate(y).sigmoid().expand_as(y))
+)
+case("a convolution without a batch", a=block(), b=conv(8, 8), up=lambda: nn.ConvTranspose2d(8, 6, 2, 2), head=conv(6))(
+    lambda m, x: m.head(m.up(m.b(m.a(x).squeeze(0))).unsqueeze(0))
+)
+case("a pool over channels", {"a.conv": "avg_pool1d over channels in the model"}, a=block(), b=block(8), head=conv())(
+    lambda m, x: m.head(m.b(functional.avg_pool1d(m.a(x).flatten(2).mT, 3, 1, 1).mT.unflatten(2, (16, 16))))
+)
+case("a bound for each channel", {"a.conv": "clamp in the model has no rule"}, a=block(), b=conv(8, 8), head=conv())(
+    lambda m, x: m.head(torch.clamp(m.a(x), max=m.b.bias.reshape(8, 1, 1)))
+)
+case(
+    "a sum over no dimension, which is all", {"b": "sum over channels in the model"}, a=block(), b=conv(), head=conv()
+)(lambda m, x: m.head(m.a(x)) + m.b(m.a(x)).sum(dim=[]))
+
+
+def test_macs_count_what_is_folded_into_the_batch() -> None:
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.rows = nn.Conv2d(3, 8, 1), nn.Conv1d(8, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.rows(self.a(x)[0].transpose(0, 1))
+
+    assert build_graph(Rows(), 16).positions == {"a.weight": 256, "rows.weight": 256}
 
 
 @pytest.mark.parametrize("name", CASES)
