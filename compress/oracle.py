@@ -41,12 +41,16 @@ def oracle_error(graph: Graph, pruned: nn.Module, keep: list[np.ndarray], image:
         expected = masked_outputs(graph, image, keep)
         try:
             outputs = [value for value in pytree.tree_leaves(pruned(image)) if isinstance(value, torch.Tensor)]
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise SurgeryError(f"the pruned model does not run: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # whatever a stranger's forward raises
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise SurgeryError(f"the pruned model does not run: {reason[0]}") from error
+    if len(outputs) != len(expected):
+        raise SurgeryError(f"the pruned model returns {len(outputs)} tensors, it must be {len(expected)}")
     worst = 0.0
     for number, (ours, reference) in enumerate(zip(outputs, expected, strict=True)):
         if ours.shape != reference.shape:
             raise SurgeryError(f"output {number} has shape {tuple(ours.shape)}, it must be {tuple(reference.shape)}")
+        ours, reference = ours.float(), reference.float()  # masks and indices too
         scale = reference.abs().max().clamp(min=1e-12)
         relative = float((ours - reference).abs().max() / scale)
         worst = max(worst, relative if math.isfinite(relative) else math.inf)  # max() passes over NaN
@@ -120,7 +124,9 @@ def masked_outputs(graph: Graph, image: Tensor, keep: list[np.ndarray]) -> list[
                 # In place where the operation itself is: later readers of its input see the change in both.
                 # Filled, not multiplied: what a division by a removed channel left there may not be finite.
                 fill = value.masked_fill_ if operation_name(node).endswith("_") else value.masked_fill
-                value = fill(torch.from_numpy(~mask).to(value.device), 0)
+                filled = fill(torch.from_numpy(~mask).to(value.device), 0)
+                # What a view shows is mostly masked already; the view itself is kept, for what is written through it.
+                value = value if torch.equal(value, filled) else filled
             values[node] = value
         else:
             return [_select(values[o], kept(o)) for o in _output_nodes(graph, node)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -38,38 +38,47 @@ def freeze_what_breaks(graph: Graph, model: nn.Module) -> Graph:
         graph: of the model, as walking found it.
         model: the model, which stays as it is.
     """
-    untried = _untried_modules(graph)
-    suspects = {index for groups in untried.values() for index in groups if not graph.groups[index].frozen}
-    while suspects:
-        failed = _failing_module(graph, model, suspects)
-        if failed is None and _is_equal(graph, model, suspects):
+    touched, suspects = _untried(graph)
+    while suspects := {index for index in suspects if not graph.groups[index].frozen}:
+        if _is_equal(graph, model, suspects):
             break
-        kind, name = failed or ("", "")
-        reason = f"{name} does not run with fewer channels"
-        guilty = untried.get(kind, set()) & suspects
-        if not guilty:  # it computes something else, or breaks what comes after it: try one tie after the other
-            reason = "the model computes something else with fewer channels"
-            guilty = _guilty_alone(graph, model, suspects) or suspects
-        graph = _freeze(graph, guilty, reason)
-        suspects = {index for index in suspects if not graph.groups[index].frozen}
+        kind, name = _failing_module(graph, model, suspects) or ("", "")
+        guilty = touched[kind] & suspects
+        # Modules of one class are taken to be alike; what one of a kind cannot spare is looked for.
+        if sum(_kind_of(module) == kind for module in model.modules()) < 2 or not guilty:
+            guilty = _guilty(graph, model, guilty) or _guilty(graph, model, suspects)
+        blamed = name and (touched[kind] or not _is_library(kind))  # not the layer that comes after
+        what = f"{name} does not run" if blamed else "the model computes something else"
+        graph = _freeze(graph, guilty, f"{what} with fewer channels")
     return graph
 
 
-def _untried_modules(graph: Graph) -> dict[str, set[int]]:
-    """Return the groups that untried modules reshape, or that strangers' modules touch, by the class of the module."""
-    found: dict[str, set[int]] = defaultdict(set)
+def _untried(graph: Graph) -> tuple[dict[str, set[int]], set[int]]:
+    """Return the groups that untried modules touch, by the class of the module, and all that may break.
+
+    A module is untried that a stranger wrote, or that reshapes. A stranger's may also refuse what its parts would take.
+    """
+    touched: dict[str, set[int]] = defaultdict(set)
+    suspects: set[int] = set()
     for node in graph.program.graph.nodes:
-        if node.op != "call_function" or not modules_of(node):
+        if node.op != "call_function" or not (kinds := [kind for _, kind in modules_of(node)]):
             continue
-        package, _, name = (kind := modules_of(node)[-1][1]).rpartition(".")
-        library = package.startswith(("torch.nn.", "ultralytics."))
-        if library and (operation_name(node) not in _RESHAPES or name in _TRIED):
-            continue
-        for described in (node, *node.all_input_nodes):
-            groups = graph.descriptions.get(described.name, (np.array([]), None))[0]
-            if (groups != FIXED).any():
-                found[kind] |= set(np.unique(groups[groups != FIXED]).tolist())
-    return found
+        groups = [graph.descriptions[n.name][0] for n in (node, *node.all_input_nodes) if n.name in graph.descriptions]
+        found = {index for described in groups for index in np.unique(described[described != FIXED]).tolist()}
+        reshapes = operation_name(node) in _RESHAPES and kinds[-1].rpartition(".")[2] not in _TRIED
+        if reshapes or not _is_library(kinds[-1]):
+            touched[kinds[-1]] |= found
+        if reshapes or not all(map(_is_library, kinds)):
+            suspects |= found
+    return touched, suspects
+
+
+def _is_library(kind: str) -> bool:
+    return kind.startswith(("torch.nn.", "ultralytics."))
+
+
+def _kind_of(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _cut_half(graph: Graph, model: nn.Module, groups: set[int]) -> tuple[nn.Module, list[np.ndarray]]:
@@ -86,13 +95,13 @@ def _cut_half(graph: Graph, model: nn.Module, groups: set[int]) -> tuple[nn.Modu
 
 def _is_equal(graph: Graph, model: nn.Module, groups: set[int]) -> bool:
     """Tell whether a trial cut of these groups passes the oracle."""
-    from compress.errors import SurgeryError
+    from compress.errors import PlanError, SurgeryError
     from compress.oracle import ORACLE_TOLERANCE, noise, oracle_error
 
-    pruned, keep = _cut_half(graph, model, groups)
     try:
+        pruned, keep = _cut_half(graph, model, groups)
         return oracle_error(graph, pruned, keep, noise(graph, model)) <= ORACLE_TOLERANCE
-    except SurgeryError:
+    except (PlanError, SurgeryError, AttributeError):  # attributes that a subclass of a known module lacks
         return False
 
 
@@ -124,34 +133,33 @@ def _failing_module(graph: Graph, model: nn.Module, groups: set[int]) -> tuple[s
     from compress.capture import training_head
     from compress.oracle import noise
 
-    pruned, _ = _cut_half(graph, model, groups)
-    running: list[nn.Module] = []
+    running: list[tuple[str, str]] = []
 
-    def begin(module: nn.Module, _: Any) -> None:
-        running.append(module)
-
-    def end(*_: Any) -> None:
+    def end(*_: object) -> None:  # a hook that returns something replaces the result
         running.pop()
 
-    for module in pruned.modules():
-        module.register_forward_pre_hook(begin)
-        module.register_forward_hook(end)
     try:
+        pruned, _ = _cut_half(graph, model, groups)
+        for name, module in pruned.named_modules():
+            found = _kind_of(module), name or type(module).__name__
+            module.register_forward_pre_hook(lambda *_, found=found: running.append(found))
+            module.register_forward_hook(end)
         with torch.inference_mode(), training_head(pruned):
             pruned(noise(graph, model))
     except Exception:  # whatever a stranger's forward raises when sizes do not fit
-        failed: Any = running[-1] if running else pruned
-        name = next(name for name, module in pruned.named_modules() if module is failed)
-        return f"{type(failed).__module__}.{type(failed).__qualname__}", name or type(failed).__name__
+        return running[-1] if running else None
     return None
 
 
-def _guilty_alone(graph: Graph, model: nn.Module, groups: set[int]) -> set[int]:
-    """Return those groups whose trial cut, with what is tied to them and nothing else, is not equal."""
-    ties: dict[int, set[int]] = defaultdict(set)
-    for index in groups:
-        ties[graph.groups[index].tie].add(index)
-    return {index for members in ties.values() if not _is_equal(graph, model, members) for index in members}
+def _guilty(graph: Graph, model: nn.Module, groups: set[int]) -> set[int]:
+    """Return the ties of these groups without which the trial cut passes, found by halving."""
+    if not groups or _is_equal(graph, model, groups):
+        return set()
+    ties = sorted({graph.groups[index].tie for index in groups})
+    if len(ties) == 1:
+        return groups
+    first = {index for index in groups if graph.groups[index].tie in ties[: len(ties) // 2]}
+    return _guilty(graph, model, first) | _guilty(graph, model, groups - first) or groups
 
 
 def _freeze(graph: Graph, groups: set[int], reason: str) -> Graph:

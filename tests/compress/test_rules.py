@@ -170,6 +170,9 @@ case(
     b=block(3, 3),
     head=conv(3),
 )(lambda m, x: m.head(m.b(m.b(x))))
+case("masks among the outputs", {"head": "gt in the model has no rule"}, a=block(), head=conv())(
+    lambda m, x: (m.head(m.a(x)), m.head(m.a(x)) > 0)
+)
 
 
 @pytest.mark.parametrize("name", CASES)

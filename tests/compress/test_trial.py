@@ -66,6 +66,49 @@ def test_only_the_guilty_of_two_modules_is_frozen() -> None:
     assert list(frozen(Two())) == ["b.conv"]
 
 
+class Strict(nn.Module):
+    """Takes 8 channels and no other number, and does nothing of its own with them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Block(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.shape[1] == 8
+        return self.inner(x)
+
+
+def test_a_module_that_refuses_other_widths_keeps_its_input() -> None:
+    assert frozen(Between(Strict())) == {"a.conv": "blocks.0 does not run with fewer channels"}
+
+
+def test_of_one_module_only_the_guilty_channels_are_frozen() -> None:
+    class Once(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = Block(3, 8), Block(8, 8), Block(8, 6), Block(8, 6)
+            self.head = nn.Conv2d(6, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.a(x)
+            x = x + self.b(x)
+            y = self.d(x * 2.0)
+            return self.head(self.c(x).view(1, 6, 16, 16) * y)
+
+    assert frozen(Once()) == {"d.conv": "Once does not run with fewer channels"}
+
+
+def test_writing_through_a_view_does_not_freeze() -> None:
+    class Writing(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x.clone()
+            x.view(-1).mul_(2.0)
+            x[:, :, ::2].add_(1.0)
+            return x
+
+    assert frozen(Between(Writing())) == {}
+
+
 def test_the_model_stays_as_it_was() -> None:
     model = Between(Counting())
     before = {name: value.clone() for name, value in randomised(model).state_dict().items()}
