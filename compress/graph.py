@@ -128,7 +128,7 @@ def build_graph(model: nn.Module, imgsz: int, channels: int = 3) -> Graph:
         elif node.op == "call_function":
             walk.results[node.name] = RULES.get(operation_name(node), freeze_all)(walk, node)
     _tie_attention(walk, program)
-    _freeze_outputs(walk, program)
+    _freeze_outputs(walk, program, _SHAPE_ONLY_OUTPUTS if _has_detection_head(model) else set())
     shapes = {name: tuple(t.shape) for name, t in program.state_dict.items()}
     graph = _collect(walk, program, shapes, aliases)
     return freeze_what_breaks(graph, model)
@@ -155,19 +155,24 @@ def _tie_attention(walk: Walk, program: ExportedProgram) -> None:
                         walk.ledger.tie(parts, f"input and values of {name}")
 
 
-def _freeze_outputs(walk: Walk, program: ExportedProgram) -> None:
+def _has_detection_head(model: nn.Module) -> bool:
+    """Tell whether the names among the outputs are those of Ultralytics."""
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+    return any(kind.__module__ == "ultralytics.nn.modules.head" for kind in kinds)
+
+
+def _freeze_outputs(walk: Walk, program: ExportedProgram, shape_only: set[str]) -> None:
     from torch.utils import _pytree as pytree
 
+    nodes = {node.name: node for node in program.graph.nodes}
     outputs = [spec.arg for spec in program.graph_signature.output_specs if spec.kind.name == "USER_OUTPUT"]
     assert program.call_spec.out_spec is not None
     tree = pytree.tree_unflatten(outputs, program.call_spec.out_spec)
     for path, output in pytree.tree_flatten_with_path(tree)[0]:
         keys = {getattr(key, "key", None) for key in path}
-        if keys & _SHAPE_ONLY_OUTPUTS or not hasattr(output, "name"):
-            continue
-        described = walk.results.get(output.name)
-        if isinstance(described, np.ndarray):
-            walk.ledger.freeze(described, "output of the model")
+        node = nodes.get(getattr(output, "name", None))  # None for a constant
+        if node and not keys & shape_only:
+            walk.ledger.freeze(walk.slots(node), "output of the model")
 
 
 def _collect(

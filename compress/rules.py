@@ -43,7 +43,7 @@ def freeze_all(walk: Walk, node: Node) -> Result:
 
 
 def computed_weight(walk: Walk, node: Node) -> Result:
-    """Freeze what reaches a layer whose weight is made of others in the forward pass: nothing there could be cut."""
+    """Freeze what reaches a layer whose weight is made of others in the forward pass, or not stored: it cannot be cut."""
     for source in node.all_input_nodes:
         walk.freeze(source, f"{walk.place(node)} computes its weight in the forward pass")
     return walk.fixed_like(node)

@@ -87,6 +87,12 @@ class Ledger:
             self.unite(before, slots, f"another use of {tensor}")
         self.uses.append(Use(tensor, dim, slots, reads))
 
+    def keep_whole(self, tensor: str, shape: Sequence[int]) -> None:
+        """Freeze all channels that index a weight, here or elsewhere: something reads all of it."""
+        for dim, size in enumerate(shape):
+            whole = np.full(size, FIXED)
+            self.unite(self._first_use.setdefault((tensor, dim), whole), whole, f"another use of {tensor}")
+
     def multiply(self, tensor: str, positions: int) -> None:
         """Record that a weight is multiplied at so many output positions."""
         self.positions[tensor] = self.positions.get(tensor, 0) + positions

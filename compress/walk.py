@@ -29,8 +29,8 @@ class Walk:
         self.results: dict[str, Any] = {}
         signature = program.graph_signature
         names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        self._tensors = {node: aliases.get(name, name) for node, name in names.items()}
-        self._stored = set(program.state_dict)
+        # A buffer that is not in the state dict cannot be cut: it counts as a constant.
+        self._tensors = {node: aliases.get(name, name) for node, name in names.items() if name in program.state_dict}
 
     def slots(self, node: Any) -> Any:
         """Return the description of a node's result (see `slots`)."""
@@ -41,11 +41,12 @@ class Walk:
     def _slots_of_weight(self, node: Any) -> Any:
         """Describe a weight that is used as a feature map is: one of a single dimension makes channels of its own.
 
-        What they meet binds them, such as the channels that a learned scale multiplies.
+        What they meet binds them, such as the channels that a learned scale multiplies. Any other is read as a whole.
         """
         shape = self.shape(node)
         wide = [dim for dim, size in enumerate(shape) if size > 1]
-        if len(wide) != 1 or self._tensors[node.name] not in self._stored:
+        if len(wide) != 1:
+            self.ledger.keep_whole(self._tensors[node.name], shape)
             return fixed(len(shape))
         slots = self.ledger.new(shape[wide[0]])
         self.ledger.use(self._tensors[node.name], wide[0], slots)
@@ -82,6 +83,8 @@ class Walk:
     def freeze(self, node: Any, reason: str) -> None:
         """Freeze every channel of a node's result."""
         described = self.results.get(node.name)
+        if described is None and self.is_weight(node):
+            self.ledger.keep_whole(self.tensor_name(node), self.shape(node))
         for slots in described if isinstance(described, list) else [described]:
             if slots is not None:
                 self.ledger.freeze(slots, reason)

@@ -155,3 +155,17 @@ def test_a_model_that_cannot_be_captured_is_named(capfd: pytest.CaptureFixture[s
 )
 def test_reshape(old: tuple[int, ...], new: tuple[int, ...], slots: list, expected: list) -> None:
     assert reshape(np.array(slots), old, new).tolist() == expected
+
+
+def test_a_strangers_output_is_kept_whatever_its_name() -> None:
+    """Ultralytics' heads hand on "feats" for their shape; others hand on what will be read."""
+
+    class Backbone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Conv2d(3, 8, 1)
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"feats": self.a(x)}
+
+    assert groups_of(Backbone()) == {"a": (8, "output of the model")}

@@ -21,6 +21,7 @@ from compress.surgery import apply_plan
 from topologies import Block, randomised
 
 Forward = Callable[[Any, torch.Tensor], Any]
+_TWICE = "meets fixed channels in another use of b.conv.weight"
 CASES: dict[str, tuple[Forward, dict[str, Callable[[], nn.Module]], dict[str, str]]] = {}
 
 
@@ -173,6 +174,40 @@ case(
 case("masks among the outputs", {"head": "gt in the model has no rule"}, a=block(), head=conv())(
     lambda m, x: (m.head(m.a(x)), m.head(m.a(x)) > 0)
 )
+case("a weight that is also read as a whole", {"b.conv": _TWICE, "a.conv": _TWICE}, a=block(), b=block(8), head=conv())(
+    lambda m, x: m.head(m.b(m.a(x))) * m.b.conv.weight.mean()
+)
+case(
+    "a weight that an operation without a rule reads too",
+    {"b.conv": "meets fixed channels in another use of b.bn.weight"},
+    a=block(),
+    b=block(8),
+    head=conv(),
+)(lambda m, x: m.head(m.b(m.a(x))) * torch.linalg.norm(m.b.bn.weight))
+case("a buffer among the outputs", a=block(), n=lambda: nn.BatchNorm2d(4), head=conv())(
+    lambda m, x: (m.head(m.a(x)), m.n.running_mean)
+)
+
+
+class Kernel(nn.Module):
+    """A depthwise kernel that no checkpoint holds, so that no cut of it could be loaded again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kernel", torch.rand(8, 1, 3, 3), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.conv2d(x, self.get_buffer("kernel"), padding=1, groups=8)
+
+
+case(
+    "a kernel that is not stored",
+    {"a.conv": "k computes its weight in the forward pass"},
+    a=block(),
+    k=Kernel,
+    b=block(8),
+    head=conv(),
+)(lambda m, x: m.head(m.b(m.k(m.a(x)))))
 
 
 @pytest.mark.parametrize("name", CASES)
