@@ -43,7 +43,9 @@ def _linear(module: Any, _: Kept) -> None:
 
 
 def _norm(module: Any, _: Kept) -> None:
-    module.num_features = module.weight.shape[0]
+    vector = module.running_mean if module.weight is None else module.weight
+    if vector is not None:
+        module.num_features = vector.shape[0]
 
 
 def _group_norm(module: Any, _: Kept) -> None:

@@ -43,7 +43,7 @@ def freeze_all(walk: Walk, node: Node) -> Result:
 
 
 def computed_weight(walk: Walk, node: Node) -> Result:
-    """Freeze what reaches a layer whose weight is made of others in the forward pass, or not stored: it cannot be cut."""
+    """Freeze what reaches a layer whose weight is computed in the forward pass, or not stored: it cannot be cut."""
     for source in node.all_input_nodes:
         walk.freeze(source, f"{walk.place(node)} computes its weight in the forward pass")
     return walk.fixed_like(node)
@@ -58,8 +58,9 @@ def convolution(walk: Walk, node: Node) -> Result:
     groups = argument(node, 6, "groups", 1)
     out_count, in_per_group = walk.shape(weight)[:2]
     in_count = in_per_group * groups
-    slots = channels(walk, node, data, 1, in_count)
-    walk.ledger.multiply(walk.tensor_name(weight), math.prod(walk.shape(node)[2:]))
+    dim = _channel_dim(walk, data, weight)
+    slots = channels(walk, node, data, dim, in_count)
+    walk.ledger.multiply(walk.tensor_name(weight), math.prod(walk.shape(node)) // out_count)
     if groups == 1:
         walk.ledger.use(walk.tensor_name(weight), 1, slots, reads=True)
         out = walk.ledger.new(out_count)
@@ -76,7 +77,7 @@ def convolution(walk: Walk, node: Node) -> Result:
         walk.ledger.tie(np.split(out, groups), f"grouped convolution {walk.place(node)}")
     walk.ledger.use(walk.tensor_name(weight), 0, out)
     use_vector(walk, argument(node, 2, "bias", None), out)
-    return in_dim(out, len(walk.shape(node)), 1)
+    return in_dim(out, len(walk.shape(node)), dim)
 
 
 @rule("conv_transpose2d", "conv_transpose1d", "conv_transpose3d")
@@ -89,8 +90,9 @@ def transposed_convolution(walk: Walk, node: Node) -> Result:
     in_count, out_per_group = walk.shape(weight)[:2]
     if groups not in (1, in_count):
         return freeze_all(walk, node)
-    slots = channels(walk, node, data, 1, in_count)
-    walk.ledger.multiply(walk.tensor_name(weight), math.prod(walk.shape(data)[2:]))
+    dim = _channel_dim(walk, data, weight)
+    slots = channels(walk, node, data, dim, in_count)
+    walk.ledger.multiply(walk.tensor_name(weight), math.prod(walk.shape(data)) // in_count)
     walk.ledger.use(walk.tensor_name(weight), 0, slots, reads=groups == 1)
     if groups == 1:
         out = walk.ledger.new(out_per_group)
@@ -98,7 +100,12 @@ def transposed_convolution(walk: Walk, node: Node) -> Result:
     else:
         out = np.repeat(slots, out_per_group)
     use_vector(walk, argument(node, 2, "bias", None), out)
-    return in_dim(out, len(walk.shape(node)), 1)
+    return in_dim(out, len(walk.shape(node)), dim)
+
+
+def _channel_dim(walk: Walk, data: Any, weight: Any) -> int:
+    """Return where the input of a convolution has its channels: behind the batch, or in front where there is none."""
+    return len(walk.shape(data)) + 1 - len(walk.shape(weight))
 
 
 @rule("linear")
@@ -120,8 +127,8 @@ def linear(walk: Walk, node: Node) -> Result:
 @rule("batch_norm", "instance_norm")
 def batch_norm(walk: Walk, node: Node) -> Result:
     """Channels pass; scale, shift, mean and variance are indexed by them."""
-    if operation_name(node) == "instance_norm" and node.args[1] is None:
-        return freeze_all(walk, node)  # without weights nothing tells surgery to set its number of features anew
+    if all(vector is None for vector in node.args[1:5]):
+        return freeze_all(walk, node)  # nothing is cut that tells surgery to set its number of features anew
     shape = walk.shape(node)
     slots = channels(walk, node, node.args[0], 1, shape[1])
     for vector in node.args[1:5]:
@@ -170,14 +177,28 @@ def prelu(walk: Walk, node: Node) -> Result:
     *("mish_", "elu", "elu_", "selu", "celu", "softplus", "log_sigmoid", "hardshrink", "softsign"),
     *("clamp", "clamp_", "dropout", "dropout_", "feature_dropout", "clone", "contiguous", "detach", "detach_", "alias"),
     *("to", "_to_copy", "type_as", "exp", "neg", "abs", "sqrt", "rsqrt", "square", "log", "reciprocal"),
-    *("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
-    *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d"),
-    *("adaptive_max_pool1d", "max_pool2d_with_indices"),
-    *("upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_linear1d", "upsample_nearest1d"),
+    *("sin", "cos", "erf", "expm1", "log1p", "floor", "round", "sign", "threshold", "softshrink"),
 )
 def same_channels(walk: Walk, node: Node) -> Result:
-    """Activations, pooling over space, resizing: channel i of the result, or of each result, comes from channel i."""
+    """Activations: channel i of the result comes from channel i."""
+    if operation_name(node).startswith("clamp") and len(node.all_input_nodes) > 1:
+        return freeze_all(walk, node)  # bounds for each channel
+    return walk.slots(node.args[0])
+
+
+@rule(
+    *("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
+    *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
+    *("adaptive_max_pool1d", "adaptive_max_pool2d", "max_pool2d_with_indices"),
+    *("upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_linear1d", "upsample_nearest1d"),
+)
+def resampling(walk: Walk, node: Node) -> Result:
+    """Pooling and resizing of space: channel i of the result, or of each result, comes from channel i."""
     slots = walk.slots(node.args[0])
+    space = next(int(digit) for digit in operation_name(node) if digit.isdigit())
+    if any(size > 1 for size in slots.shape[slots.ndim - space :]):
+        walk.freeze(node.args[0], f"{operation_name(node)} over channels in {walk.place(node)}")
+        return walk.fixed_like(node)
     return [slots] * len(walk.shapes(node)) if isinstance(node.meta.get("val"), (list, tuple)) else slots
 
 
@@ -230,7 +251,11 @@ def reduction(walk: Walk, node: Node) -> Result:
     if walk.is_tensor(dims):  # the larger of two tensors
         return elementwise(walk, node)
     slots = walk.slots(node.args[0])
-    dims = range(slots.ndim) if dims is None else [d % slots.ndim for d in ([dims] if isinstance(dims, int) else dims)]
+    dims = (
+        range(slots.ndim)
+        if dims is None or dims == []
+        else [d % slots.ndim for d in ([dims] if isinstance(dims, int) else dims)]
+    )
     if any(slots.shape[d] > 1 for d in dims):
         walk.freeze(node.args[0], f"{operation_name(node)} over channels in {walk.place(node)}")
         return walk.fixed_like(node)

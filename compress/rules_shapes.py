@@ -179,7 +179,7 @@ def _shrinking(node: Node, sizes: dict[int, int]) -> int:
     return max(range(len(dims)), key=lambda place: (sizes[dims[place]], place))
 
 
-@rule("transpose", "permute", "t", "movedim")
+@rule("transpose", "permute", "t", "mT", "movedim")
 def permute(walk: Walk, node: Node) -> Result:
     """Dimensions change places, and channels with them."""
     slots = walk.slots(node.args[0])
@@ -188,6 +188,8 @@ def permute(walk: Walk, node: Node) -> Result:
         return np.transpose(slots, [d % slots.ndim for d in order])
     if operation_name(node) == "t":
         return slots.T
+    if operation_name(node) == "mT":
+        return np.swapaxes(slots, -1, -2)
     if operation_name(node) == "movedim":
         return np.moveaxis(slots, node.args[1], node.args[2])  # type: ignore[arg-type]
     first, second = node.args[1] % slots.ndim, node.args[2] % slots.ndim  # type: ignore[operator]

@@ -208,6 +208,33 @@ case(
     b=block(8),
     head=conv(),
 )(lambda m, x: m.head(m.b(m.k(m.a(x)))))
+case("a batch norm without scales", a=block(), n=lambda: nn.BatchNorm2d(8, affine=False), head=conv())(
+    lambda m, x: m.head(m.n(m.a(x)))
+)
+case("a convolution without a batch", a=block(), b=conv(8, 8), up=lambda: nn.ConvTranspose2d(8, 6, 2, 2), head=conv(6))(
+    lambda m, x: m.head(m.up(m.b(m.a(x).squeeze(0))).unsqueeze(0))
+)
+case("a pool over channels", {"a.conv": "avg_pool1d over channels in the model"}, a=block(), b=block(8), head=conv())(
+    lambda m, x: m.head(m.b(functional.avg_pool1d(m.a(x).flatten(2).mT, 3, 1, 1).mT.unflatten(2, (16, 16))))
+)
+case("a bound for each channel", {"a.conv": "clamp in the model has no rule"}, a=block(), b=conv(8, 8), head=conv())(
+    lambda m, x: m.head(torch.clamp(m.a(x), max=m.b.bias.reshape(8, 1, 1)))
+)
+case(
+    "a sum over no dimension, which is all", {"b": "sum over channels in the model"}, a=block(), b=conv(), head=conv()
+)(lambda m, x: m.head(m.a(x)) + m.b(m.a(x)).sum(dim=[]))
+
+
+def test_macs_count_what_is_folded_into_the_batch() -> None:
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.rows = nn.Conv2d(3, 8, 1), nn.Conv1d(8, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.rows(self.a(x)[0].transpose(0, 1))
+
+    assert build_graph(Rows(), 16).positions == {"a.weight": 256, "rows.weight": 256}
 
 
 @pytest.mark.parametrize("name", CASES)
