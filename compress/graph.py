@@ -265,6 +265,7 @@ def _name_groups(
     makers: dict[int, dict[str, None]] = defaultdict(dict)
     consumers: dict[int, dict[str, None]] = defaultdict(dict)
     names: dict[int, str] = {}
+    vectors: dict[int, str] = {}  # for groups that no layer makes
     units = [0] * len(widths)
     for axis in axes:
         layer, _, weight = axis.tensor.rpartition(".")
@@ -273,12 +274,13 @@ def _name_groups(
             mine = np.flatnonzero(axis.group == index)
             units[index] = math.gcd(units[index], *np.unique(axis.unit[mine], return_counts=True)[1].tolist())
             (consumers if axis.reads else makers)[index][layer] = None
-            if index not in names and len(shapes[axis.tensor]) > 1:
+            if not axis.reads:
                 whole = mine.size == axis.group.size
-                names[index] = layer if whole else f"{layer}[{mine[0]}:{mine[-1] + 1}]"
+                found = layer if whole else f"{layer}[{mine[0]}:{mine[-1] + 1}]"
+                (names if len(shapes[axis.tensor]) > 1 else vectors).setdefault(index, found)
     return [
         Group(
-            name=names.get(index) or next(iter({**makers[index], **consumers[index]}), f"group {index}"),
+            name=names.get(index) or vectors.get(index) or next(iter(consumers[index]), f"group {index}"),
             width=width,
             unit=max(units[index], 1),
             layers=tuple(makers[index]),

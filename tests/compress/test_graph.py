@@ -169,3 +169,23 @@ def test_a_strangers_output_is_kept_whatever_its_name() -> None:
             return {"feats": self.a(x)}
 
     assert groups_of(Backbone()) == {"a": (8, "output of the model")}
+
+
+def test_a_vector_that_layers_read_has_a_name_of_its_own() -> None:
+    """Plans tell groups apart by their names."""
+
+    class Prompted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.first, self.last = nn.Conv2d(3, 4, 1), nn.Linear(8, 6), nn.Linear(6, 4)
+            self.prompt, self.halves = nn.Parameter(torch.rand(8)), nn.Parameter(torch.rand(12))
+            self.b, self.c = nn.Linear(6, 4), nn.Linear(6, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            left, right = self.halves.chunk(2)
+            bias = self.last(torch.relu(self.first(self.prompt.sigmoid()))) + self.b(left) * self.c(right)
+            return self.a(x) + bias.reshape(1, -1, 1, 1)
+
+    names = [group.name for group in build_graph(Prompted(), 16).groups]
+    assert len(names) == len(set(names))
+    assert {"prompt", "first", "halves[0:6]", "halves[6:12]"} <= set(names)
