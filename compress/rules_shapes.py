@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compress.rules import Result, argument, freeze_all, padded, rule
-from compress.slots import FIXED, along, fixed, in_dim, is_fixed, matched_runs, only_in, reshape, without_repeats
+from compress.slots import (
+    FIXED,
+    along,
+    carried,
+    fixed,
+    in_dim,
+    is_fixed,
+    matched_runs,
+    only_in,
+    reshape,
+    without_repeats,
+)
 from compress.walk import operation_name
 
 if TYPE_CHECKING:
@@ -198,8 +209,10 @@ def permute(walk: Walk, node: Node) -> Result:
 
 @rule("expand", "expand_as")
 def expand(walk: Walk, node: Node) -> Result:
-    """Repetition of dimensions of size 1, which carry no channels."""
-    return padded(walk.slots(node.args[0]), len(walk.shape(node)))
+    """Repetition of dimensions of size 1, which carry no channels; those of a tensor that is imitated are its own."""
+    slots = padded(walk.slots(node.args[0]), len(walk.shape(node)))
+    imitated = walk.slots(node.args[1]) if operation_name(node) == "expand_as" else slots
+    return slots if carried(slots) else imitated
 
 
 @rule("pixel_shuffle")

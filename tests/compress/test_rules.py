@@ -211,6 +211,9 @@ case(
 case("a batch norm without scales", a=block(), n=lambda: nn.BatchNorm2d(8, affine=False), head=conv())(
     lambda m, x: m.head(m.n(m.a(x)))
 )
+case("one map for all channels", a=block(), gate=conv(8, 1), b=block(8), head=conv())(
+    lambda m, x: m.head(m.b(y := m.a(x)) * m.gate(y).sigmoid().expand_as(y))
+)
 case("a convolution without a batch", a=block(), b=conv(8, 8), up=lambda: nn.ConvTranspose2d(8, 6, 2, 2), head=conv(6))(
     lambda m, x: m.head(m.up(m.b(m.a(x).squeeze(0))).unsqueeze(0))
 )
