@@ -22,7 +22,11 @@ def refresh_attributes(module: nn.Module, kept: Kept) -> None:
     """
     for kind in type(module).__mro__:
         if kind.__module__.startswith(("torch.nn.", "ultralytics.")) and kind.__name__ in _REFRESH:
-            _REFRESH[kind.__name__](module, kept)
+            try:
+                _REFRESH[kind.__name__](module, kept)
+            except AttributeError:  # a stranger's subclass that has other parts
+                if kind is type(module):
+                    raise
             return
 
 

@@ -98,6 +98,17 @@ def test_of_one_module_only_the_guilty_channels_are_frozen() -> None:
     assert frozen(Once()) == {"d.conv": "Once does not run with fewer channels"}
 
 
+def test_a_subclass_with_other_parts_is_cut() -> None:
+    from ultralytics.nn.modules.block import C2f
+
+    class Own(C2f):
+        def __init__(self) -> None:
+            super().__init__(8, 8)
+            self.cv1 = nn.Conv2d(8, 2 * self.c, 1)  # type: ignore[assignment]
+
+    assert frozen(Between(Own())) == {}
+
+
 def test_writing_through_a_view_does_not_freeze() -> None:
     class Writing(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
