@@ -134,12 +134,16 @@ def _failing_module(graph: Graph, model: nn.Module, groups: set[int]) -> tuple[s
     from compress.oracle import noise
 
     running: list[tuple[str, str]] = []
+
+    def end(*_: object) -> None:  # a hook that returns something replaces the result
+        running.pop()
+
     try:
         pruned, _ = _cut_half(graph, model, groups)
         for name, module in pruned.named_modules():
             found = _kind_of(module), name or type(module).__name__
             module.register_forward_pre_hook(lambda *_, found=found: running.append(found))
-            module.register_forward_hook(lambda *_: running.pop() and None)
+            module.register_forward_hook(end)
         with torch.inference_mode(), training_head(pruned):
             pruned(noise(graph, model))
     except Exception:  # whatever a stranger's forward raises when sizes do not fit
