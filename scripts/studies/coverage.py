@@ -12,6 +12,7 @@ import argparse
 import copy
 import io
 import json
+import re
 import time
 import warnings
 from collections import Counter
@@ -91,6 +92,9 @@ def with_trained_norms(model: nn.Module, imgsz: int) -> nn.Module:
         nn.init.uniform_(norm.weight, 0.5, 1.5)
         nn.init.uniform_(norm.bias, -0.3, 0.3)
         norm.momentum = 1.0
+    for name, parameter in model.named_parameters():
+        if name.endswith((".gamma", ".layer_scale")):  # these begin at 0.01 or less, and a branch behind them unseen
+            nn.init.uniform_(parameter, 0.5, 1.5)
     with torch.no_grad():
         model.train()(torch.rand(4, 3, imgsz, imgsz))
     for norm, momentum in zip(norms, before, strict=True):
@@ -108,7 +112,8 @@ def reasons(graph: Graph) -> dict[str, int]:
     found: Counter[str] = Counter()
     for group in graph.groups:
         if group.frozen and not group.frozen.endswith("output of the model"):
-            found[group.frozen.partition(" in ")[0].partition(":")[0]] += group.width * group.unit
+            reason = re.sub(r"^\S+ computes its weight", "computed weight", group.frozen)
+            found[re.split(r" in |:| \[", reason)[0]] += group.width * group.unit
     return dict(found.most_common())
 
 
@@ -219,7 +224,8 @@ def _peer(found: dict[str, Any] | None) -> str:
         return "not measured"
     if found["status"] == "ok":
         return f"{found['prunable_params']:.1%}, {found['oracle_error']:.0e}"
-    return "no answer in 100 s" if found["status"] == "timeout" else found["error"].partition(":")[0]
+    error = re.search(r"\w+Error", found["error"])
+    return "no answer in 100 s" if found["status"] == "timeout" else error[0] if error else found["error"]
 
 
 def write_page(rows: list[dict[str, Any]]) -> None:
