@@ -210,6 +210,10 @@ def _open(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         try:
             checkpoint, _ = torch_safe_load(str(path), safe_only=True)
         except Exception as error:  # damaged files surface as a dozen unrelated exception types
+            if not path.is_file():
+                raise CheckpointError(
+                    f"{path} is not here and cannot be downloaded ({_reason(error)}): download it and give its path"
+                ) from None
             raise CheckpointError(
                 f"{path} cannot be opened: it is damaged, or holds other things than a model ({_reason(error)}); "
                 "download or train it again"

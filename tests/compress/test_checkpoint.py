@@ -78,6 +78,17 @@ def test_every_task_is_built_and_opened(tmp_path: Path, name: str, kind: str) ->
     assert type(load_model(tmp_path / "model.pt")).__name__ == kind
 
 
+def test_an_official_name_without_a_network_is_not_called_damaged(tmp_path: Path, monkeypatch) -> None:
+    def refuse(*_: object) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ultralytics.utils.downloads.attempt_download_asset", refuse)
+    message = r"yolov8n\.pt is not here and cannot be downloaded \(ConnectionError: no route to host\): download it"
+    with pytest.raises(CheckpointError, match=message):
+        load_model("yolov8n.pt")
+
+
 def test_a_pruned_model_survives_the_round_trip(tmp_path: Path, narrow: Path) -> None:
     model, _ = prune_at_random(randomised(build_model(str(narrow))))
     before = copy.deepcopy(model.state_dict())
