@@ -94,7 +94,7 @@ class LatencyTable(Strict):
     runtime_version: str
     precision: str
     threads: int = Field(ge=1)
-    imgsz: int = Field(ge=32)
+    imgsz: int = Field(ge=1)
     structure: str
     budget: Budget
     dense: float = Field(gt=0.0)
