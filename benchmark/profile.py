@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -79,6 +79,8 @@ def profile(model: nn.Module, wanted: Wanted, output: Path | None = None) -> tup
     for kind, value, known in (("device", wanted.device, DEVICES), ("runtime", wanted.runtime, RUNTIMES)):
         if value not in known:
             raise SettingsError(f"{kind} '{value}' cannot be profiled: choose {' or '.join(known)}")
+    # Where a rule comes from changes no width.
+    wanted = replace(wanted, budget=wanted.budget.model_copy(update={"source": ""}))
     structure = checkpoint.structure_hash(model)
     path = output or default_path(wanted.device, wanted.runtime, wanted.threads, wanted.imgsz, structure, wanted.budget)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -303,7 +305,7 @@ def main(
     wanted = Wanted(
         runtime=runtime,
         imgsz=imgsz,
-        budget=parse(Budget, content | {"source": ""}, "budget"),
+        budget=parse(Budget, content, "budget"),
         device=device,
         threads=threads,
         variants=variants,

@@ -143,6 +143,11 @@ def prune(model: Path, data: Path, settings: Prune, imgsz: int, seed: int, outpu
     from compress.dataset import fingerprint
 
     parents = manifest.input_hashes({"model": model}) | {"data": fingerprint(data)}
+    if settings.by_latency:
+        from compress.latency_plan import find_table
+
+        structure = checkpoint.structure_hash(checkpoint.load_model(model))
+        parents["table"] = find_table(settings, imgsz, structure, str(model))[0].sha256
     result = output / MODEL
     with manifest.lock(output):
         if manifest.is_finished(output, "prune", config, parents):
