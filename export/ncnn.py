@@ -375,15 +375,14 @@ def main(
 def _export_int8(
     model: Path, data: str, calibration: str | None, imgsz: int, settings: QuantizeNcnn, output: Path
 ) -> str:
-    """Run the stage of 8 bits, say what is to be said, and return the folder's name."""
+    """Run the stage of 8 bits, and return the folder's name."""
     from compress.dataset import resolve
     from export import int8, ncnn_int8
 
     yaml = resolve(data)
     source = yaml if calibration is None else resolve(calibration, labels=False)
-    records = ncnn_int8.int8_stage({model.stem: model}, yaml, source, imgsz, settings, output)
-    for remark in int8.remarks(records[model.stem]):
-        print(f"ncnn: {remark}")
+    models, export = {model.stem: model}, ncnn_int8.export_int8
+    int8.export_stage(ncnn_int8.STAGE, ncnn_int8.SUFFIX, export, models, yaml, source, imgsz, settings, output)
     return f"{model.stem}{ncnn_int8.SUFFIX}"
 
 
