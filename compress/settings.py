@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -222,6 +223,17 @@ class Run(Strict):
     benchmark: Benchmark = Benchmark()
 
 
+def check_imgsz(imgsz: int, stride: int) -> None:
+    """Check that an image size, px, fits a model's stride.
+
+    Raises:
+        SettingsError: it does not; the message names the nearest one that does.
+    """
+    if imgsz < stride or imgsz % stride:
+        nearest = max(stride, round(imgsz / stride) * stride)
+        raise SettingsError(f"imgsz {imgsz} must be a multiple of the model's stride {stride}: use {nearest}")
+
+
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping with the safe loader.
 
@@ -307,18 +319,34 @@ def parse(kind: type[Section], content: dict[str, Any], source: str) -> Section:
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
-        mistakes = [_describe(item) for item in error.errors()]
+        mistakes = [_describe(item, kind) for item in error.errors()]
         raise SettingsError(f"{source}: {'; '.join(mistakes)}") from None
 
 
-def _describe(item: Any) -> str:
+def _describe(item: Any, kind: type[Strict]) -> str:
+    """Say in a few words what pydantic found wrong, and what may have been meant."""
     where = ".".join(str(part) for part in item["loc"]) or "settings"
     if item["type"] == "extra_forbidden":
-        return f"unknown key '{where}'"
+        *parents, last = item["loc"]
+        close = difflib.get_close_matches(str(last), _keys(kind, parents), n=1)
+        return f"unknown key '{where}'" + (f", did you mean '{close[0]}'?" if close else "")
     if item["type"] == "missing":
         return f"'{where}' is missing"
     got = "" if item["type"] == "value_error" else f" (got {item['input']!r})"
-    return f"{where}: {item['msg'].removeprefix('Value error, ')}{got}"
+    text = f"{where}: {item['msg'].removeprefix('Value error, ')}{got}"
+    if item["type"] in ("less_than", "less_than_equal") and 1 < item["input"] <= 100:
+        text += f": a share is meant, such as {item['input'] / 100:g}"
+    return text
+
+
+def _keys(kind: Any, parents: list[str | int]) -> list[str]:
+    """Return the keys of the section that lies at a place inside a section."""
+    for name in parents:
+        if isinstance(name, str):  # a number is a place in a list of sections
+            annotation = kind.model_fields[name].annotation
+            inner = (annotation, *get_args(annotation))
+            kind = next(part for part in inner if isinstance(part, type) and issubclass(part, Strict))
+    return list(kind.model_fields)
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:

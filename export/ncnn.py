@@ -16,7 +16,7 @@ import typer
 from benchmark.runtimes import NCNN_SUFFIX, RUNNERS
 from compress import manifest
 from compress.errors import ExportError, SettingsError, run_app
-from compress.settings import ExportNcnn, QuantizeNcnn, parse
+from compress.settings import ExportNcnn, QuantizeNcnn, check_imgsz, parse
 from export import stage
 
 STAGE = "ncnn"
@@ -64,7 +64,8 @@ def export_ncnn(model: Path, output: Path, *, imgsz: int, half: bool = False) ->
 
     Raises:
         CheckpointError: `model` is of a task that cannot be exported.
-        ExportError: `imgsz` does not fit, an operation has no ncnn layer, pnnx fails, or ncnn cannot run the result.
+        SettingsError: `imgsz` does not fit the model's stride.
+        ExportError: an operation has no ncnn layer, pnnx fails, or ncnn cannot run the result.
     """
     import tempfile
 
@@ -72,7 +73,7 @@ def export_ncnn(model: Path, output: Path, *, imgsz: int, half: bool = False) ->
 
     stage.require(model)
     network = inference_network(str(model))
-    stage.check_imgsz(imgsz, int(max(network.stride)))  # type: ignore[arg-type]
+    check_imgsz(imgsz, int(max(network.stride)))  # type: ignore[arg-type]
     traced = _trace(network, model, imgsz)
     _refuse_unsupported(traced, model)
     # Beside the output, so that the finished folder only has to be renamed.

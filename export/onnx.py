@@ -9,7 +9,7 @@ import typer
 
 from compress import manifest
 from compress.errors import ExportError, run_app
-from compress.settings import Export, parse
+from compress.settings import Export, check_imgsz, parse
 from export import stage
 
 STAGE = "export"
@@ -44,7 +44,8 @@ def export_onnx(
 
     Raises:
         CheckpointError: `model` is of a task that cannot be exported.
-        ExportError: `imgsz` does not fit, the model has nothing to suppress, or the graph cannot be exported, checked,
+        SettingsError: `imgsz` does not fit the model's stride.
+        ExportError: the model has nothing to suppress, or the graph cannot be exported, checked,
             simplified or converted.
     """
     import onnx
@@ -54,7 +55,7 @@ def export_onnx(
     stage.require(model)
     wanted = settings or Export()
     network = inference_network(str(model))
-    stage.check_imgsz(imgsz, int(max(network.stride)))  # type: ignore[arg-type]
+    check_imgsz(imgsz, int(max(network.stride)))  # type: ignore[arg-type]
     graph = _trace(network, model, imgsz, opset, wanted)
     try:
         onnx.checker.check_model(graph, full_check=True)

@@ -38,17 +38,6 @@ def require_detector(model: Path) -> None:
         raise CheckpointError(f"{model} is of the task '{task}', this export is for detectors: use export.onnx or ncnn")
 
 
-def check_imgsz(imgsz: int, stride: int) -> None:
-    """Check that an image size fits a model's stride.
-
-    Raises:
-        ExportError: it does not; the message names the nearest one that does.
-    """
-    if imgsz < stride or imgsz % stride:
-        nearest = max(stride, round(imgsz / stride) * stride)
-        raise ExportError(f"imgsz {imgsz} must be a multiple of the model's stride {stride}: use {nearest}")
-
-
 def metadata(network: Any, model: Path, imgsz: int, args: dict[str, Any], batch: int = 1) -> dict[str, Any]:
     """Return what Ultralytics' AutoBackend and our runners read about a model; no dates, so that bytes repeat.
 

@@ -13,7 +13,7 @@ import typer
 
 from compress import manifest
 from compress.checkpoint import load_model, save_model
-from compress.errors import CheckpointError, ExportError, run_app
+from compress.errors import CheckpointError, ExportError, SettingsError, run_app
 from compress.settings import ExportNcnn
 from export import ncnn as exporter
 
@@ -140,7 +140,7 @@ def test_a_pruned_model_is_exported_with_its_plan(
 
 
 def test_imgsz_must_fit_the_stride(detector: Path, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"imgsz 100 must be a multiple of the model's stride 32: use 96$"):
+    with pytest.raises(SettingsError, match=r"imgsz 100 must be a multiple of the model's stride 32: use 96$"):
         exporter.export_ncnn(detector, tmp_path / "a_ncnn_model", imgsz=100)
     assert names(tmp_path) == []
 

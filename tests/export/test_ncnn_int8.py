@@ -266,7 +266,7 @@ def test_the_command_quantizes_and_says_what_it_did(
     text = capsys.readouterr().out
     assert "ncnn_int8: 0 of 63 layers in float" in text
     assert "ncnn_int8: 1.25 times as fast as fp32" in text
-    assert "ncnn: 2 calibration images are val images too" in text  # the data set has one split for both
+    assert "ncnn_int8: 2 calibration images are val images too" in text  # the data set has one split for both
     folder = out / "tiny.int8_ncnn_model"
     assert sorted(path.name for path in folder.iterdir()) == FILES
     assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "parity.json", folder.name]
