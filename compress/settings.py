@@ -137,6 +137,7 @@ class ExportNcnn(Strict):
     """ncnn export; a pipeline does it where `benchmark.runtimes` asks for ncnn."""
 
     half: bool = Field(default=False, description="store weights in fp16, and let the device compute in fp16")
+    dynamic: Literal["size"] | None = Field(default=None, description="what of the input's shape is left open")
     parity_images: int = Field(default=16, ge=1, description="real images on which ncnn must equal PyTorch")
     parity_map: bool = Field(default=False, description="compare the mAP on the val split too")
 

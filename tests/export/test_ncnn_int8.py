@@ -354,6 +354,7 @@ def test_a_budget_that_is_missed_leaves_no_folder(
     ("changes", "message"),
     [
         ({"--half": None}, "--half and --int8 exclude each other: choose one"),
+        ({"--dynamic": "size"}, "--dynamic and --int8 exclude each other: choose one"),
         ({"--method": "entropy"}, "method: Input should be 'percentile' or 'kl' (got 'entropy')"),
         ({"--calibration-images": "0"}, "calibration_images: Input should be greater than or equal to 1 (got 0)"),
         ({"--calibration": "empty"}, "'train' holds no images"),
