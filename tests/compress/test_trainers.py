@@ -18,15 +18,13 @@ from compress.checkpoint import build_model, load_model, plans_of, structure_has
 from compress.errors import CheckpointError, EspalierError, PlanError, SettingsError
 from compress.graph import Graph, build_graph
 from compress.manifest import read_json, write_json
+from compress.penalty import SPARSITY, GammaLog, GroupPenalty
 from compress.settings import Training
 from compress.slots import FIXED
 from compress.trainers import (
     FADE_PLAN,
     RESUME,
     RESUME_BEST,
-    SPARSITY,
-    GammaLog,
-    GroupPenalty,
     PlanTrainer,
     SparsityTrainer,
     check_arguments,
