@@ -51,6 +51,11 @@ class GroupPenalty:
             if gamma.grad is not None:
                 gamma.grad.add_((strength * weight * gamma / norm[unit]).to(gamma.grad.dtype))
 
+    def values(self) -> np.ndarray:
+        """Return |γ| of the prunable channels."""
+        kept = [gamma.detach().abs()[weight > 0] for gamma, _, weight in self.gammas]
+        return torch.cat(kept).double().cpu().numpy() if kept else np.ones(1)
+
 
 class GammaLog:
     """γ of the prunable channels, watched in TensorBoard."""

@@ -13,6 +13,7 @@ from compress.errors import SettingsError
 
 Importance = Literal["bn", "l1", "l2", "taylor", "random"]
 Runtime = Literal["torch", "onnxruntime", "ncnn", "tensorrt"]
+AUTO = "auto"
 Section = TypeVar("Section", bound="Strict")
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 
@@ -68,8 +69,11 @@ class Sparsity(Training):
     # Adam would divide the constant pull of the penalty by its own magnitude, and λ would mean nothing.
     optimizer: str = "SGD"
 
-    sr: float = Field(
-        default=1e-4, ge=0.0, description="penalty λ, added to the gradient of γ as λ·γ/‖γ‖ per coupled unit"
+    sr: Annotated[float, Field(ge=0.0)] | Literal["auto"] = Field(
+        default=1e-4, description="penalty λ, added to the gradient of γ as λ·γ/‖γ‖ per coupled unit; or auto"
+    )
+    share: Share | None = Field(
+        default=None, description="share of γ that auto brings near zero; what `prune` will remove when not given"
     )
     sr_decay: float = Field(
         default=0.1, gt=0.0, le=1.0, description="share of λ that is left at the last epoch (linear)"
@@ -320,13 +324,15 @@ def parse(kind: type[Section], content: dict[str, Any], source: str) -> Section:
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
-        mistakes = [_describe(item, kind) for item in error.errors()]
+        # Of a number that may be a word too, pydantic says twice what is wrong: as a number, and as a word.
+        items = [item for item in error.errors() if not str(["", *item["loc"]][-1]).startswith("literal[")]
+        mistakes = [_describe(item, kind) for item in items]
         raise SettingsError(f"{source}: {'; '.join(mistakes)}") from None
 
 
 def _describe(item: Any, kind: type[Strict]) -> str:
     """Say in a few words what pydantic found wrong, and what may have been meant."""
-    where = ".".join(str(part) for part in item["loc"]) or "settings"
+    where = ".".join(str(part) for part in item["loc"]).removesuffix(".constrained-float") or "settings"
     if item["type"] == "extra_forbidden":
         *parents, last = item["loc"]
         close = difflib.get_close_matches(str(last), _keys(kind, parents), n=1)

@@ -23,7 +23,7 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.models.yolo.obb import OBBTrainer
 from ultralytics.models.yolo.pose import PoseTrainer
 from ultralytics.models.yolo.segment import SegmentationTrainer
-from ultralytics.utils import DEFAULT_CFG_DICT, RANK
+from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
 from compress.checkpoint import load_model, plans_of, read_architecture
@@ -32,10 +32,11 @@ from compress.fade import START, Fade, remaining
 from compress.graph import build_graph
 from compress.labels import FreshClasses, fresh_labels
 from compress.manifest import read_json, write_bytes_atomic, write_json
-from compress.penalty import SPARSITY, GammaLog, GroupPenalty
+from compress.penalty import NEAR_ZERO, SPARSITY, GammaLog, GroupPenalty
 from compress.plan import load_plan, save_plan
 from compress.prune import plan_pruning
-from compress.settings import Prune, Training, parse
+from compress.settings import AUTO, Prune, Training, parse
+from compress.steering import Steering
 
 TRAINING = "training"  # Ultralytics' own folder inside a stage's
 # The newest and the best checkpoint, whole even if the process is killed while it writes last.pt and best.pt.
@@ -123,7 +124,7 @@ class Sparse(Planned):
     def _setup_train(self) -> None:
         super()._setup_train()
         settings = read_json(Path(self.save_dir).parent / SPARSITY)
-        self.sr, self.sr_decay = float(settings["sr"]), float(settings["sr_decay"])
+        self.sr, self.sr_decay = settings["sr"], float(settings["sr_decay"])
         model: Any = unwrap_model(self.model)  # type: ignore[arg-type]  (a module from here on)
         for module in model.modules():
             if isinstance(module, _BatchNorm):
@@ -131,7 +132,14 @@ class Sparse(Planned):
         graph = build_graph(model, _TRACE_IMGSZ, self.data["channels"])
         self.penalty = GroupPenalty(graph, model)
         optimizer: Any = self.optimizer
-        optimizer.register_step_pre_hook(lambda *_: self.penalty.add_gradient(self.current_sr()))
+        optimizer.register_step_pre_hook(lambda *_: self.pull())
+        self.pulled = 0.0
+        if self.sr == AUTO:
+            self.add_callback("on_train_epoch_start", Sparse.steer)
+            if RANK in (-1, 0):
+                folder, gammas = Path(self.save_dir).parent, self.penalty.values()
+                self.steering = Steering(folder, settings["share"], NEAR_ZERO, gammas)
+                self.add_callback("on_fit_epoch_end", Sparse.record_course)
         if settings.get("fade"):
             self.fade: Fade | None = None
             self.add_callback("on_train_epoch_start", Sparse.choose_what_fades)
@@ -142,8 +150,46 @@ class Sparse(Planned):
             self.gamma_log = GammaLog(graph, Path(self.save_dir).parent, model)
             self.add_callback("on_fit_epoch_end", Sparse.log_gammas)
 
+    def pull(self) -> None:
+        """Add the penalty to the gradients of this step, and count how far λ = 1 would move a γ in it."""
+        group: Any = self._gamma_options()
+        self.pulled += group["lr"] / (1.0 - group.get("momentum", 0.0))
+        self.penalty.add_gradient(self.current_sr())
+
+    def steer(self) -> None:
+        """Set λ of this epoch; the first process decides for all."""
+        group: Any = self._gamma_options()
+        schedule: Any = self.lf
+        steps = len(self.train_loader) / max(self.accumulate, 1)
+        full = steps * group.get("initial_lr", group["lr"]) / (1.0 - self.args.momentum)
+        chosen = [0.0]
+        if RANK in (-1, 0):
+            chosen = [self.steering.strength(self.epoch, self.epochs, lambda epoch: full * schedule(epoch))]
+        if RANK != -1 and self.world_size > 1:
+            torch.distributed.broadcast_object_list(chosen, src=0)
+        self.steered, self.pulled = chosen[0], 0.0
+
+    def record_course(self) -> None:
+        """Write down what this epoch did to γ, and say what a person should know."""
+        if self.epoch < self.epochs:  # Ultralytics calls once more after its final evaluation
+            fitness = float(self.fitness or 0.0)
+            said = self.steering.record(self.steered, self.pulled, self.penalty.values(), fitness, self.epochs)
+            course = self.steering.history[-1]
+            shares = f"{course.share:.1%} of γ near zero, {self.steering.share:.1%} wanted"
+            LOGGER.info(f"sparsity: λ {course.strength:.2g}, {shares}")
+            if said:
+                LOGGER.warning(f"sparsity: {said}")
+
+    def _gamma_options(self) -> dict[str, Any]:
+        """Return the optimizer's options of batch-norm scales."""
+        optimizer: Any = self.optimizer
+        groups = optimizer.param_groups
+        return next((group for group in groups if group.get("param_group") == "bn"), groups[0])
+
     def current_sr(self) -> float:
-        """Return λ of this epoch: from `sr` it falls linearly to `sr · sr_decay`."""
+        """Return λ of this epoch: from `sr` it falls linearly to `sr · sr_decay`; or what was steered."""
+        if self.sr == AUTO:
+            return self.steered
         progress = self.epoch / max(self.epochs - 1, 1)
         return self.sr * (1.0 - (1.0 - self.sr_decay) * min(progress, 1.0))
 
