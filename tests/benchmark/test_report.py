@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import typer
 
-from benchmark import report
+from benchmark import report, sections
 from benchmark.pages import Code, Table, Text, to_html, to_markdown
 from compress.errors import run_app
 
@@ -185,7 +185,7 @@ def test_markdown_holds_the_numbers(tmp_path: Path) -> None:
 
 def test_the_page_says_the_same_as_the_markdown(tmp_path: Path) -> None:
     page, _ = write(tmp_path, summary(), record())
-    for text in (report.verdict(summary()), "2.50×", "−0.0110", "9.80–10.30", "Acme 9000", "Reproduce"):
+    for text in (sections.verdict(summary()), "2.50×", "−0.0110", "9.80–10.30", "Acme 9000", "Reproduce"):
         assert text in page.text
 
 
@@ -242,15 +242,17 @@ def test_the_verdict_follows_the_numbers(
     content["speedup"]["onnxruntime"] = ratio
     content["speedup_interval"]["onnxruntime"] = interval
     content["pruned"]["map50_95"] = pruned_map
-    assert expected in report.verdict(content)
+    assert expected in sections.verdict(content)
 
 
 def test_the_verdict_speaks_of_another_runtime_or_of_none() -> None:
     content = summary()
     del content["speedup"]["onnxruntime"]
-    assert report.verdict(content).startswith("In torch the pruned model is 1.50 times as fast")
+    assert sections.verdict(content).startswith("In torch the pruned model is 1.50 times as fast")
     content["speedup"] = {}
-    assert report.verdict(content).startswith("The latency was not measured; the mAP50-95 of the pruned model is 0.011")
+    assert sections.verdict(content).startswith(
+        "The latency was not measured; the mAP50-95 of the pruned model is 0.011"
+    )
 
 
 def test_quick_and_noisy_measurements_say_so(tmp_path: Path) -> None:
