@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -40,6 +41,24 @@ def stem(model: Path) -> str:
     """Return the name of a model, the same for all its files: `yolov8n.onnx` and `yolov8n_ncnn_model` are yolov8n."""
     ending = suffix(model)
     return model.name[: -len(ending)] if ending else model.stem
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """Return the end of each path, as short as it can be without looking like another one's.
+
+    >>> distinct_names([Path("runs/a/model.pt"), Path("runs/b/model.pt"), Path("runs/b/model.onnx")])
+    ['a/model.pt', 'b/model.pt', 'model.onnx']
+    """
+    different = set(paths)
+
+    def name(path: Path) -> str:
+        for length in range(1, len(path.parts)):
+            end = path.parts[-length:]
+            if not any(other != path and other.parts[-length:] == end for other in different):
+                return Path(*end).as_posix()
+        return path.as_posix()
+
+    return [name(path) for path in paths]
 
 
 def require(model: Path) -> None:
