@@ -34,6 +34,7 @@ class Score:
     split: str | None = None
     imgsz: int | None = None
     images: int | None = None
+    device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ class _Accuracy(_Lenient):
     split: str | None = None
     imgsz: int | None = None
     images: int | None = None
+    device: str | dict[str, Any] | None = None
 
 
 def measurements(record: Any, where: object = "the record") -> list[Measurement]:
@@ -181,8 +183,9 @@ def scores(record: Any, where: object = "the record", **known: Any) -> list[Scor
         entry = _parse(_Accuracy, {**known, **item} if isinstance(item, dict) else item, where)
         metric = next((key for key in METRICS if getattr(entry, key) is not None), None)
         if metric is not None:
-            rest = entry.model_dump(exclude={"map50_95", "top1"})
-            found.append(Score(metric=METRICS[metric], value=getattr(entry, metric), **rest))
+            rest = entry.model_dump(exclude={"map50_95", "top1", "device"})
+            device = device_key(entry.device) if isinstance(entry.device, dict) else entry.device
+            found.append(Score(metric=METRICS[metric], value=getattr(entry, metric), device=device, **rest))
     return found
 
 

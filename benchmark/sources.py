@@ -42,13 +42,13 @@ def read(folder: Path) -> Source | None:
     name = folder.resolve().name
     summary, latency, accuracy = folder / SUMMARY, folder / BENCHMARK / LATENCY, folder / BENCHMARK / ACCURACY
     if summary.is_file() and latency.is_file():
-        known = manifest.read_json(accuracy) if accuracy.is_file() else None
+        known = scores_of(accuracy) if accuracy.is_file() else None
         return of_pipeline(manifest.read_json(summary), manifest.read_json(latency), known)
     places = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
     found = [manifest.read_json(place / LATENCY) for place in places if (place / LATENCY).is_file()]
     for record in found:
         records.measurements(record, folder)
-    known = [score for place in places if (place / ACCURACY).is_file() for score in _scores_in(place)]
+    known = [score for place in places if (place / ACCURACY).is_file() for score in scores_of(place / ACCURACY)]
     parity: dict[str, Any] = {}
     for place in places:
         if (place / PARITY).is_file() and isinstance(content := manifest.read_json(place / PARITY), dict):
@@ -56,28 +56,37 @@ def read(folder: Path) -> Source | None:
     return Source(name, None, found, known, parity) if found or known else None
 
 
-def of_pipeline(summary: dict[str, Any], record: dict[str, Any], accuracy: Any = None) -> Source:
-    """Return what a pipeline left: its models are known by their names.
+def of_pipeline(
+    summary: dict[str, Any], record: dict[str, Any], known: Sequence[records.Score] | None = None
+) -> Source:
+    """Return what a pipeline left.
 
     Args:
         summary: its `summary.json`.
         record: its `latency.json`.
-        accuracy: its `accuracy.json`; without it the scores are those of the summary, taken in torch.
+        known: the scores of its `accuracy.json`; without them those of its summary, taken in torch.
     """
-    if accuracy is None:
+    if known is None:
         runtimes = dict.fromkeys(cell.runtime for cell in records.measurements(record))
-        accuracy = {side: dict.fromkeys(runtimes, summary[side]) for side in ("dense", "pruned")}
-    context = {key: summary.get(key) for key in ("data", "split", "imgsz")}
-    known = records.scores(accuracy, "the accuracy of a run", **context)
+        taken = {side: dict.fromkeys(runtimes, summary[side]) for side in ("dense", "pruned")}
+        context = {key: summary.get(key) for key in ("data", "split", "imgsz")}
+        known = records.scores(taken, "the summary of a run", **context)
     return Source(summary["name"], summary, [record], known, summary.get("parity") or {})
 
 
-def _scores_in(folder: Path) -> list[records.Score]:
-    """Return the scores of a folder; its manifest knows what older entries do not say."""
-    known: dict[str, Any] = {}
-    if (folder / manifest.MANIFEST).is_file():
-        stage = manifest.read_json(folder / manifest.MANIFEST)
-        manifest.check_schema(stage, folder / manifest.MANIFEST)
+def scores_of(accuracy: Path, **known: Any) -> list[records.Score]:
+    """Return the scores of an `accuracy.json`; the manifest beside it knows what its entries do not say.
+
+    Args:
+        accuracy: the file.
+        known: what the caller knows better than the manifest: data, split, imgsz.
+    """
+    path, context = accuracy.with_name(manifest.MANIFEST), {}
+    if path.is_file():
+        stage = manifest.read_json(path)
+        manifest.check_schema(stage, path)
         config, parents = stage.get("config") or {}, stage.get("parents") or {}
-        known = {"split": config.get("split"), "imgsz": config.get("imgsz"), "data_sha256": parents.get("data")}
-    return records.scores(manifest.read_json(folder / ACCURACY), folder / ACCURACY, **known)
+        context = {key: config.get(key) for key in ("split", "imgsz")} | {"data_sha256": parents.get("data")}
+        if isinstance(data := config.get("data"), str):
+            context["data"] = Path(data).name
+    return records.scores(manifest.read_json(accuracy), accuracy, **(context | known))

@@ -109,7 +109,7 @@ def benchmark(
     models: dict[str, Path], parity: dict[str, Any], data: Path, settings: Run, command: str, folder: Path
 ) -> dict[str, Any]:
     """Score and time the dense and the pruned model, and write summary, report and record."""
-    from benchmark import runtimes
+    from benchmark import runtimes, store
     from benchmark.accuracy import evaluate
     from benchmark.latency import measure
     from benchmark.report import print_table, write_report
@@ -135,7 +135,10 @@ def benchmark(
             manifest.begin(output, "benchmark", config, parents)
             scores = {
                 name: {
-                    runtime: evaluate(path, data, split=wanted.split, imgsz=settings.imgsz)
+                    runtime: {
+                        "model_sha256": parents[f"{name}.{runtime}"],
+                        **evaluate(path, data, split=wanted.split, imgsz=settings.imgsz),
+                    }
                     for runtime, path in files.items()
                 }
                 for name, files in artefacts.items()
@@ -154,6 +157,8 @@ def benchmark(
     write_report(summary, record, folder)
     print_table(summary)
     print(f"report: {folder / 'report.html'}")
+    for name in ("latency.json", "accuracy.json"):
+        store.add(output / name, prefix=f"{settings.name}/")
     return summary
 
 

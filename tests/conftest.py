@@ -13,6 +13,7 @@ import pytest
 _config = tempfile.TemporaryDirectory(prefix="espalier-tests-")
 os.environ["YOLO_CONFIG_DIR"] = _config.name
 os.environ["YOLO_OFFLINE"] = "true"
+os.environ["ESPALIER_STORE"] = f"{_config.name}/espalier.sqlite"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 # Strides 8, 16 and 32: enough for the heads of every task.

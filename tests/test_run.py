@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from benchmark import store
 from compress import manifest, run
 from compress.checkpoint import build_model, load_model, plans_of, save_model
 from compress.errors import run_app
@@ -172,6 +173,19 @@ def test_the_report_shows_the_numbers(finished, home: Path) -> None:
     summary = json.loads((folder / "summary.json").read_text())
     for name in ("report.md", "report.html"):
         assert f"{summary['macs_speedup']:.2f}" in (folder / name).read_text(), name
+
+
+def test_the_store_knows_what_was_measured(finished, home: Path) -> None:
+    rows = store.find(model="tiny/")
+    assert sorted({(row.kind, row.model, row.runtime) for row in rows}) == [
+        (kind, f"tiny/{model}", runtime)
+        for kind in ("accuracy", "latency")
+        for model in ("dense", "pruned")
+        for runtime in ("onnxruntime", "torch")
+    ]
+    for row in rows:
+        assert {other.kind for other in rows if other.model_sha256 == row.model_sha256} == {"accuracy", "latency"}
+    assert {(row.data, row.split, row.imgsz) for row in rows if row.kind == "accuracy"} == {("shapes.yaml", "test", 64)}
 
 
 def test_the_pruned_model_carries_its_plan_to_the_end(finished, home: Path) -> None:
