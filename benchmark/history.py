@@ -83,10 +83,10 @@ def cost(row: Row) -> str:
     """Return the p50 of a latency row with its unit and interval; nothing for a score."""
     if row.p50 is None:
         return ""
-    if row.unit == "instructions":
-        return f"{wording.size(row.p50)} instructions"
-    span = "" if row.low is None or row.high is None else f" ({wording.interval((row.low, row.high))})"
-    return f"{row.p50:.2f} ms{span}"
+    span = (
+        "" if row.unit != "ms" or row.low is None or row.high is None else f" ({wording.interval((row.low, row.high))})"
+    )
+    return wording.cost(row.p50, row.unit) + span
 
 
 def _or(value: float | None, other: float) -> float:

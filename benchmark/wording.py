@@ -52,3 +52,10 @@ def known(value: object) -> str:
     if isinstance(value, list):
         return " ".join(str(item) for item in value)
     return UNKNOWN if value is None else str(value)
+
+
+def cost(value: float | None, unit: str | None) -> str:
+    """Return a latency in ms, or a number of instructions, which are never called ms."""
+    if value is None:
+        return UNKNOWN
+    return f"{value:.2f} ms" if unit == "ms" else f"{size(value)} {unit}".replace("  ", " ")
