@@ -1,101 +1,141 @@
-"""The report of a run: what became of speed and accuracy, for people, in a page, in Markdown and in the terminal."""
+"""The report of one or several benchmarks: one page that needs no network, Markdown, CSV and an image of each plot.
+
+It takes a pipeline's run, and any folder in which latency or accuracy left its record.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from benchmark import sections, wording
-from benchmark.pages import Block, Heading, Plot, printable, to_html, to_markdown
-from benchmark.plots import Point, image, interactive
+from benchmark import charts, facts, plots, sections, sources
+from benchmark.entries import Entry, entries, panels, short_table, table, to_csv
+from benchmark.pages import Block, Code, Heading, Plot, Table, Text, plain, printable, to_html, to_markdown
+from benchmark.runtimes import distinct_names
+from benchmark.sources import Source
 from compress import manifest
-from compress.errors import BenchmarkError, RunError, run_app
+from compress.errors import RunError, run_app
 
 IMAGE = "pareto.png"
-
-Run = tuple[dict[str, Any], dict[str, Any]]
+FILES = ("report.html", "report.md", "report.csv")
 
 
 def write_report(summary: dict[str, Any], record: dict[str, Any], folder: Path) -> None:
-    """Write `report.md`, `report.html` (one page that needs no network) and `pareto.png` for one run.
+    """Write the report of a pipeline's run, as `write_reports` does.
 
     Args:
-        summary: `summary.json` of a run.
+        summary: `summary.json` of the run.
         record: its benchmark record, as `benchmark.latency.measure` returns it.
-        folder: where the files go.
+        folder: where the files go; scores of each runtime are read from the run that is there.
     """
-    write_reports([(summary, record)], folder)
+    accuracy = folder / sources.BENCHMARK / sources.ACCURACY
+    known = sources.scores_of(accuracy) if accuracy.is_file() else None
+    write_reports([sources.of_pipeline(summary, record, known)], folder)
 
 
-def write_reports(runs: Sequence[Run], folder: Path) -> None:
-    """Write one report about one or several runs; the plot shows all of them."""
-    points = [point for summary, record in runs for point in _points(summary, record)]
-    title = runs[0][0]["name"] if len(runs) == 1 else f"{len(runs)} runs side by side"
-    plot: list[Block] = []
-    if points:
-        image(points, folder / IMAGE)
-        plot = [Plot(IMAGE, interactive(points), _caption(points))]
-    blocks: list[Block] = [Heading(1, title)]
-    if len(runs) == 1:
-        blocks += [*sections.opening(*runs[0]), *plot, *sections.details(*runs[0], level=2)]
+def write_reports(found: Sequence[Source], folder: Path) -> list[Entry]:
+    """Write one report, and return its rows.
+
+    It is `report.html`, one page that needs no network, `report.md` and `report.csv`, and a picture of each plot:
+    `pareto.png`, `pareto-2.png` …
+    """
+    rows = entries(found)
+    title = found[0].name if len(found) == 1 else f"{len(found)} runs side by side"
+    figures: list[Block] = []
+    for number, panel in enumerate(panels(rows), 1):
+        name = IMAGE if number == 1 else f"pareto-{number}.png"
+        plots.image(panel, folder / name)
+        figures.append(Plot(name, charts.pareto(panel), plots.caption(panel)))
+    blocks: list[Block] = [Heading(1, printable(title))]
+    if len(found) == 1:
+        blocks += [*_opening(found[0]), *figures, *_details(found[0], rows, 2, _all_rows(rows, 2))]
     else:
-        blocks += [sections.overview([summary for summary, _ in runs]), *plot]
-        for summary, record in runs:
-            blocks += [
-                Heading(2, summary["name"]),
-                *sections.opening(summary, record),
-                *sections.details(summary, record, level=3),
-            ]
-    manifest.write_bytes_atomic(folder / "report.md", to_markdown(blocks).encode())
-    manifest.write_bytes_atomic(folder / "report.html", to_html(f"{title} – Espalier", blocks).encode())
+        pipelines = [source.summary for source in found if source.summary]
+        blocks += [sections.overview(pipelines)] if pipelines else []
+        blocks += [*figures, *_all_rows(rows, 2)]
+        for source in found:
+            own = [row for row in rows if row.run == source.name]
+            blocks += [Heading(2, source.name), *_opening(source), *_details(source, own, 3)]
+    contents = (to_html(f"{title} – Espalier", blocks), to_markdown(blocks), to_csv(rows))
+    for name, content in zip(FILES, contents, strict=True):
+        manifest.write_bytes_atomic(folder / name, content.encode(errors="replace"))
+    return rows
 
 
 def print_table(summary: dict[str, Any]) -> None:
-    """Print dense against pruned, the realised speed-up and the verdict to the terminal."""
+    """Print dense against pruned, the realised speed-up and the verdict of a pipeline to the terminal."""
+    for block in (sections.comparison(summary), sections.realised(summary)):
+        _print(block)
+    print(printable(sections.verdict(summary)))
+
+
+def _opening(source: Source) -> list[Block]:
+    blocks: list[Block] = sections.opening(source.summary, source.records[0]) if source.summary else []
+    return blocks + list(dict.fromkeys(block for record in source.records for block in facts.warnings(record)))
+
+
+def _all_rows(rows: Sequence[Entry], level: int) -> list[Block]:
+    blocks: list[Block] = [Heading(level, "All measurements"), table(rows)]
+    if any(row.cost and row.cost.unit == "ms" for row in rows):
+        blocks.append(Text("p50, p90 and p99 of single queries. No query was dropped for being slow.", "note"))
+    if any(row.cost and row.cost.unit == "instructions" for row in rows):
+        blocks.append(Text("Instructions were counted by an emulator; how long they take, nobody measured.", "note"))
+    missing = sum(1 for row in rows if row.cost and not row.score)
+    if missing:
+        blocks.append(
+            Text(
+                f"Of {missing} of {len(rows)} the accuracy is not known, and they are in no plot: run "
+                "benchmark.accuracy on the very files that were timed.",
+                "note",
+            )
+        )
+    return blocks
+
+
+def _details(source: Source, rows: Sequence[Entry], level: int, more: Sequence[Block] = ()) -> list[Block]:
+    blocks: list[Block] = sections.details(source.summary, level) if source.summary else []
+    blocks += more
+    for record in source.records:
+        compared = [] if source.summary else facts.comparisons(record)
+        blocks += [Heading(level, "Speed-up"), *compared] if compared else []
+    blocks += facts.layers(rows, level)
+    for record in source.records:
+        blocks += [Heading(level, "Device"), facts.device(record), Heading(level, "Protocol"), facts.protocol(record)]
+    if source.summary or source.parity:
+        blocks += facts.parity(source.parity, level)
+    if source.summary:
+        blocks += [Heading(level, "Reproduce"), Code(source.summary["commands"])]
+    return blocks
+
+
+def _distinct(found: dict[Path, Source]) -> list[Source]:
+    """Return the sources of folders; if two have the same name, all are named by their paths, as short as can be."""
+    names = [source.name for source in found.values()]
+    if len(set(names)) < len(names):
+        names = distinct_names(list(found))
+    return [
+        replace(source, name=name, summary=source.summary and {**source.summary, "name": name})
+        for source, name in zip(found.values(), names, strict=True)
+    ]
+
+
+def _print(block: Table) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table as RichTable
     from rich.text import Text as RichText
 
-    console = Console()
-    for block in (sections.comparison(summary), sections.realised(summary)):
-        table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-        for index, name in enumerate(block.columns):
-            table.add_column(name, justify="right" if index else "left")
-        for row in block.rows:
-            table.add_row(*(RichText(printable(cell)) for cell in row))
-        console.print(table)
-    console.print(printable(sections.verdict(summary)), markup=False)
-
-
-def _points(summary: dict[str, Any], record: dict[str, Any]) -> list[Point]:
-    cells = {(cell["model"], cell["runtime"]): cell for cell in record["cells"]}
-    points = []
-    for side in sections.SIDES:
-        model = summary[side]
-        for runtime, latency in model["latency_ms"].items():
-            if latency["p50"] is None or model["map50_95"] is None:
-                continue
-            cell = cells.get((side, runtime))
-            interval = tuple(cell["intervals"]["p50_ms"]) if cell else None
-            details = (
-                f"{runtime}: p50 {wording.number(latency['p50'], 2)} ms ({wording.interval(interval)}), "
-                f"p90 {wording.number(latency['p90'], 2)} ms; mAP50-95 {model['map50_95']:.4f}; "
-                f"{wording.size(model['macs'])} MACs"
-            )
-            points.append(Point(summary["name"], side, runtime, latency["p50"], interval, model["map50_95"], details))
-    return points
-
-
-def _caption(points: Sequence[Point]) -> str:
-    several = len({point.run for point in points}) > 1
-    colours = ", colours tell the runs apart" if several else ""
-    return (
-        f"Latency against mAP. Hollow marks are dense, filled ones pruned{colours}; bars are 95 % intervals of the p50."
-    )
+    shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for index, name in enumerate(block.columns):
+        shown.add_column(name, justify="right" if index else "left")
+    for row in block.rows:
+        shown.add_row(*(RichText(printable(plain(cell))) for cell in row))
+    Console().print(shown)
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -103,33 +143,37 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="run folders, such as runs/demo")],
-    output: Annotated[Path | None, typer.Option(help="folder of the report; the run folder if there is one")] = None,
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="FOLDER...", help="runs, or folders of benchmark.latency and accuracy")
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="folder of the report; that of the run, or 'report' beside several")
+    ] = None,
 ) -> None:
-    """Write the report of a run anew, or one report about several runs."""
-    if output is None and len(runs) > 1:
-        raise BenchmarkError("a report about several runs needs a folder of its own: add --output DIR")
-    folder = output or runs[0]
-    loaded = [_read(run) for run in runs]
+    """Write a report about one or several runs or benchmarks."""
+    paths = list(dict.fromkeys(run.resolve() for run in runs))
+    folder = output or (runs[0] if len(paths) == 1 else Path(os.path.commonpath(paths)) / "report")
+    read = {path: sources.read(path) for path in paths if path != folder.resolve() or len(paths) == 1}
+    found = _distinct({path: source for path, source in read.items() if source})
+    if not found:
+        names = ", ".join(str(run) for run in runs)
+        raise RunError(f"no record of a benchmark in {names}: give the folder of a finished run, such as runs/demo")
+    for path in (path for path, source in read.items() if source is None):
+        print(f"report: {printable(str(path))} holds no record, left out")
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        write_reports(loaded, folder)
+        rows = write_reports(found, folder)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        names = ", ".join(str(run) for run in runs)
+        names = ", ".join(source.name for source in found)
         raise RunError(
-            f"{names}: the summary or the record is incomplete ({error!r}): run the pipeline again"
+            f"{names}: the summary or the record is incomplete ({error!r}): run the pipeline or the benchmark again"
         ) from None
-    for summary, _ in loaded:
-        print_table(summary)
-    print(f"report: {folder / 'report.html'}")
-
-
-def _read(run: Path) -> Run:
-    summary, record = run / "summary.json", run / "06_benchmark" / "latency.json"
-    for path in (summary, record):
-        if not path.is_file():
-            raise RunError(f"{path} does not exist: give the folder of a finished run, such as runs/demo")
-    return manifest.read_json(summary), manifest.read_json(record)
+    if any(source.summary is None for source in found):
+        _print(short_table(rows))
+    for source in found:
+        if source.summary:
+            print_table(source.summary)
+    print(f"report: {folder / FILES[0]}")
 
 
 if __name__ == "__main__":

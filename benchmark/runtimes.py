@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import ModuleType
 
 from compress import manifest
@@ -43,7 +43,7 @@ def stem(model: Path) -> str:
     return model.name[: -len(ending)] if ending else model.stem
 
 
-def distinct_names(paths: Sequence[Path]) -> list[str]:
+def distinct_names(paths: Sequence[PurePath]) -> list[str]:
     """Return the end of each path, as short as it can be without looking like another one's.
 
     >>> distinct_names([Path("runs/a/model.pt"), Path("runs/b/model.pt"), Path("runs/b/model.onnx")])
@@ -51,11 +51,11 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
     """
     different = set(paths)
 
-    def name(path: Path) -> str:
+    def name(path: PurePath) -> str:
         for length in range(1, len(path.parts)):
             end = path.parts[-length:]
             if not any(other != path and other.parts[-length:] == end for other in different):
-                return Path(*end).as_posix()
+                return PurePath(*end).as_posix()
         return path.as_posix()
 
     return [name(path) for path in paths]
