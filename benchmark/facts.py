@@ -69,7 +69,7 @@ def protocol(record: dict[str, Any]) -> Facts:
 
 
 def comparisons(record: dict[str, Any]) -> list[Block]:
-    """Return the speed-up of each model over the first one."""
+    """Return by how much each model is faster, or cheaper in instructions, than the first one."""
     found = record.get("comparisons") or []
     if not found:
         return []
@@ -82,7 +82,8 @@ def comparisons(record: dict[str, Any]) -> list[Block]:
         ]
         for item in found
     ]
-    return [Table(["", "runtime", "speed-up", "95 % interval"], rows)]
+    counted = any(item.get("unit") == "instructions" for item in found)
+    return [Table(["", "runtime", "fewer instructions" if counted else "speed-up", "95 % interval"], rows)]
 
 
 def layers(rows: Sequence[Entry], level: int) -> list[Block]:

@@ -50,6 +50,7 @@ class Layer:
 class Measurement:
     """What one query of a model cost on one runtime: milliseconds, or instructions where an emulator counted them.
 
+    `device` tells devices apart, see `device_key`; `device_name` is the name of a file of configs/devices.
     `rounds` holds all samples; those of one round were taken together. Measurements of one `record` whose rounds are
     as many were interleaved.
     """
@@ -58,6 +59,7 @@ class Measurement:
     model: str
     model_sha256: str | None
     device: str | None
+    device_name: str | None
     runtime: str
     runtime_version: str | None
     precision: str | None
@@ -192,11 +194,13 @@ def scores(record: Any, where: object = "the record", **known: Any) -> list[Scor
 def device_key(device: dict[str, Any]) -> str | None:
     """Return what tells one device from another, and stays the same when its system is updated.
 
+    The name "cpu" is left out: it may be any.
+
     >>> device_key({"cpu": "AMD EPYC", "architecture": "x86_64", "cores": 2, "kernel": "Linux 6"})
     'AMD EPYC, x86_64, 2 cores'
     """
     cores = device.get("cores")
-    parts = [device.get(key) for key in ("name", "cpu", "gpu", "architecture")]
+    parts = [device.get(key) for key in ("name", "cpu", "gpu", "architecture") if device.get(key) != "cpu"]
     if cores is not None:
         parts.append(f"{cores} cores" if cores != 1 else "1 core")
     return ", ".join(str(part) for part in parts if part) or None
@@ -206,9 +210,11 @@ def score_of(measured: Measurement, known: Iterable[Score]) -> Score | None:
     """Return the score of the very file that was measured; None where no score says that it is of it.
 
     Files are known by their sha256, and in a score of a pipeline, which has none, by model and runtime. An image size
-    that both tell must be the same, because mAP depends on it.
+    that both tell must be the same, because mAP depends on it, and so must the device.
     """
     for score in known:
+        if None not in (score.device, measured.device_name) and score.device != measured.device_name:
+            continue
         if score.model_sha256 is None:
             same = (score.model, score.runtime) == (measured.model, measured.runtime)
         else:
@@ -236,6 +242,7 @@ def _measurement(cell: _Cell, record: _Latency, identity: str, where: object) ->
         model=cell.model,
         model_sha256=cell.model_sha256,
         device=device_key(record.device),
+        device_name=record.device.get("name"),
         runtime=cell.runtime,
         runtime_version=cell.runtime_version,
         precision=cell.precision,

@@ -102,7 +102,7 @@ def _details(source: Source, rows: Sequence[Entry], level: int, more: Sequence[B
     blocks += more
     for record in source.records:
         compared = [] if source.summary else facts.comparisons(record)
-        blocks += [Heading(level, "Speed-up"), *compared] if compared else []
+        blocks += [Heading(level, "Against the first model"), *compared] if compared else []
     blocks += facts.layers(rows, level)
     for record in source.records:
         blocks += [Heading(level, "Device"), facts.device(record), Heading(level, "Protocol"), facts.protocol(record)]

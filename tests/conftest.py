@@ -11,9 +11,9 @@ import pytest
 
 # Ultralytics, OpenMP and torch read these once, at their own import, which no test module precedes.
 _config = tempfile.TemporaryDirectory(prefix="espalier-tests-")
+os.environ["ESPALIER_STORE"] = f"{_config.name}/espalier.sqlite"
 os.environ["YOLO_CONFIG_DIR"] = _config.name
 os.environ["YOLO_OFFLINE"] = "true"
-os.environ["ESPALIER_STORE"] = f"{_config.name}/espalier.sqlite"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 # Strides 8, 16 and 32: enough for the heads of every task.

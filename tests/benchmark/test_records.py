@@ -72,6 +72,7 @@ def test_instructions_are_summed_up_like_times_but_keep_their_unit() -> None:
         ({"name": "rpi5", "cpu": "Cortex-A76", "architecture": "aarch64", "cores": 4}, "rpi5, Cortex-A76, aarch64, 4"),
         ({"cpu": None, "cores": 1, "os": "Debian"}, "1 core"),
         ({"os": "Debian"}, None),
+        ({"name": "cpu", "cpu": "Acme", "cores": 1}, "Acme, 1 core"),
     ],
 )
 def test_a_device_keeps_its_key_when_its_system_is_updated(device: dict[str, Any], key: str | None) -> None:
@@ -126,6 +127,17 @@ def test_a_score_belongs_to_a_file_and_not_to_a_name() -> None:
     assert records.score_of(measured, [other, wrong_size]) is None
     assert records.score_of(measured, [other, wrong_size, right]) == right
     assert records.score_of(measured, [Score("a", None, "torch", "mAP50-95", 0.4), named]) == named
+
+
+def test_a_score_belongs_to_the_device_that_it_was_taken_on() -> None:
+    (here,) = records.measurements(latency(cell("a", 2.0)))
+    (there,) = records.measurements(latency(cell("a", 2.0), device={"name": "rpi5", "cpu": "Cortex-A76"}))
+    assert (here.device_name, there.device_name, there.device) == (None, "rpi5", "rpi5, Cortex-A76")
+    on_cpu = Score("a", "sha-a", "onnxruntime", "mAP50-95", 0.5, device="cpu")
+    on_rpi5 = Score("a", "sha-a", "onnxruntime", "mAP50-95", 0.4, device="rpi5")
+    assert records.score_of(there, [on_cpu, on_rpi5]) == on_rpi5
+    assert records.score_of(there, [on_cpu]) is None
+    assert records.score_of(here, [on_cpu]) == on_cpu  # an earlier record does not say where
 
 
 def test_a_folder_of_records_one_level_down(tmp_path: Path) -> None:

@@ -464,13 +464,17 @@ def test_all_of_a_folder_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_instructions_have_a_plot_and_columns_of_their_own(tmp_path: Path) -> None:
     counted = {"unit": "instructions", "runtime": "ncnn", "instructions": [200e6, 202e6, 201e6]}
     kept = {key: value for key, value in cell("c", 1.0).items() if not key.endswith("_ms") and key != "intervals"}
-    folder = benchmark_folder(tmp_path / "x", [cell("a", 20.0), {**kept, **counted}], {"a": 0.5, "c": 0.4})
+    compared = {"runtime": "ncnn", "baseline": "b", "model": "c", "speedup": 2.0, "interval": [1.99, 2.01]}
+    more = {"comparisons": [{**compared, "unit": "instructions"}]}
+    folder = benchmark_folder(tmp_path / "x", [cell("a", 20.0), {**kept, **counted}], {"a": 0.5, "c": 0.4}, **more)
     assert run(folder) == 0
     assert sorted(path.name for path in folder.glob("*.png")) == ["pareto-2.png", "pareto.png"]
     markdown = (folder / "report.md").read_text()
     assert "| a | onnxruntime | 0.5000 | 20.00 | 19.80–20.20 | 20.00 | 20.00 | – | – | – | – | front |" in markdown
     assert "| c | ncnn | 0.4000 | – | – | – | – | 201 M | 3 | – | – | front |" in markdown
     assert "how long they take, nobody measured" in markdown
+    assert "| c against b | ncnn | 2.00× | 1.99–2.01 |" in markdown
+    assert "| runtime | fewer instructions |" in markdown
     content = (folder / "report.html").read_text()
     first, second = re.findall(r"<figure>.*?</figure>", content, re.DOTALL)
     assert ("latency, ms" in first, "instructions" in first) == (True, False)
