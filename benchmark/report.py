@@ -151,6 +151,9 @@ def main(
     ] = None,
 ) -> None:
     """Write a report about one or several runs or benchmarks."""
+    for run in runs:
+        if not run.exists():
+            raise RunError(f"{run} does not exist: check the path")
     paths = list(dict.fromkeys(run.resolve() for run in runs))
     folder = output or (runs[0] if len(paths) == 1 else Path(os.path.commonpath(paths)) / "report")
     read = {path: sources.read(path) for path in paths if path != folder.resolve() or len(paths) == 1}
@@ -158,7 +161,7 @@ def main(
     if not found:
         names = ", ".join(str(run) for run in runs)
         raise RunError(f"no record of a benchmark in {names}: give the folder of a finished run, such as runs/demo")
-    for path in (path for path, source in read.items() if source is None):
+    for path in (path for path, source in read.items() if source is None and path.is_dir()):
         print(f"report: {printable(str(path))} holds no record, left out")
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -456,6 +456,9 @@ def test_all_of_a_folder_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert run(*sorted(tmp_path.iterdir())) == 0
     out = capsys.readouterr().out
     assert f"report: {tmp_path / 'notes'} holds no record, left out" in out
+    assert "espalier.sqlite" not in out
+    assert run(*sorted(tmp_path.iterdir()), tmp_path / "nowhere") == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'nowhere'} does not exist: check the path\n"
     assert (tmp_path / "report" / "report.md").read_text().startswith(f"# {len(runs)} runs side by side\n")
     assert run(*sorted(tmp_path.iterdir())) == 0
     assert f"{tmp_path / 'report'} holds no record" not in capsys.readouterr().out
