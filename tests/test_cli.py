@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("torch", "torchvision", "ultralytics", "onnx", "onnxruntime", "matplotlib", "tensorrt", "tensorrt_rtx")
+HEAVY = ("torch", "torchvision", "ultralytics", "onnx", "onnxruntime", "plotly", "tensorrt", "tensorrt_rtx")
 PROGRAMS = ("worker.py", "trt_builder.py")  # started by our own code, not by a person
 RUN = f"""
 import runpy, sys
