@@ -32,6 +32,9 @@ _PROTOCOL = {
     "imgsz": "image side, px",
     "min_queries": "least queries per cell",
     "min_seconds": "least seconds per cell",
+    "burst_s": "length of a burst, s",
+    "lead_in_queries": "lead-in of a burst, queries that do not count",
+    "seconds": "duration of all, s",
 }
 
 

@@ -107,9 +107,14 @@ pre { background: var(--wash); border-radius: 4px; padding: .8rem 1rem; font-siz
   .table { background: none; overflow: visible; }
   table { font-size: 8.5pt; }
   th, td { padding-left: .6rem; }
+  .sortable { font-size: 7.5pt; }
+  .sortable th, .sortable td { padding-left: .45rem; }
+  .sortable thead th { font-size: 7pt; }
+  .sortable .text, tbody th { min-width: 0; }
+  .sortable button { display: contents; }
   h2 { margin-top: 1.5rem; padding-top: .9rem; }
   h2, h3 { break-after: avoid; }
-  figure, tr, dl, pre, .table:not(:has(tr:nth-child(25))) { break-inside: avoid; }
+  figure, tr, dl, pre, .table:not(:has(tr:nth-child(13))) { break-inside: avoid; }
   thead { display: table-header-group; }
 }
 """
