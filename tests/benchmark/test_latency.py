@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import typer
 
-from benchmark import latency, statistics, system
+from benchmark import cell as cell_module
+from benchmark import latency, latency_record, statistics, system
 from compress.errors import BenchmarkError, run_app
 
 # A runner whose model files say how to behave. Every inference is logged, so that the order can be checked.
@@ -202,7 +203,7 @@ def test_a_model_that_cannot_be_measured_is_named(folder: Path, behaviour: str, 
 
 
 def test_a_silent_worker_is_named_and_ended(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "SILENCE_S", 4.0)
+    monkeypatch.setattr(cell_module, "SILENCE_S", 4.0)
     with pytest.raises(BenchmarkError, match=r"^slow\.pt on torch wrote nothing for 4 s"):
         latency.measure({"slow": {"torch": model(folder, "slow.pt", "hang")}}, imgsz=32, threads=1, mode="quick")
     assert [is_running(call[1]) for call in calls(folder)] == [False]
@@ -236,22 +237,22 @@ def state(throttled: int | None = None) -> dict[str, Any]:
 
 def cell(rounds_ms: list[list[float]], plateau: bool = True) -> Any:
     warm_up = {"plateau": plateau, "seconds": 10.0, "queries": 9}
-    return latency._Cell("dense", "torch", Path("dense.pt"), Any, {}, warm_up, 1, rounds_ms)  # type: ignore[arg-type]
+    return latency_record.Cell("dense", "torch", Path("dense.pt"), Any, {}, warm_up, 1, rounds_ms)  # type: ignore[arg-type]
 
 
 def test_reasons_to_doubt_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     steady, rising = cell([[1.0], [1.0], [1.09]]), cell([[1.0], [1.0], [1.2]])
-    assert latency._noise([steady], state(), state(), None) == []
-    assert latency._noise([steady], state(4), state(4), 0.2) == []
-    assert latency._noise([steady], state(4), state(6), 0.21) == [
+    assert latency_record.noise([steady], state(), state(), None) == []
+    assert latency_record.noise([steady], state(4), state(4), 0.2) == []
+    assert latency_record.noise([steady], state(4), state(6), 0.21) == [
         "other processes kept 0.21 of 2 cores busy",
         "the CPU throttled 2 times",
     ]
-    assert latency._noise([rising], state(), state(), 0.0) == [
+    assert latency_record.noise([rising], state(), state(), 0.0) == [
         "dense on torch changed by +20% from its first to its last third"
     ]
-    assert latency._noise([cell([[1.0]], plateau=False)], state(), state(), 0.0) == [
+    assert latency_record.noise([cell([[1.0]], plateau=False)], state(), state(), 0.0) == [
         "dense on torch reached no plateau in 10 s of warm-up"
     ]
 
@@ -268,7 +269,7 @@ def test_reasons_to_doubt_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None
 def test_work_of_other_processes(
     before_s: float | None, after_s: float | None, own_s: float, expected: float | None
 ) -> None:
-    assert latency._others_cores(before_s, after_s, own_s, elapsed_s=8.0) == expected
+    assert latency_record.others_cores(before_s, after_s, own_s, elapsed_s=8.0) == expected
 
 
 def test_the_device_is_described_or_null(folder: Path) -> None:
