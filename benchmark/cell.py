@@ -1,114 +1,176 @@
-"""The parent's side of `benchmark.worker`: it starts one, asks it, and ends it whatever happens."""
+"""The parent's side of `benchmark.worker`: starts one, here or on a device, asks it, and ends it whatever happens."""
 
 from __future__ import annotations
 
 import json
-import os
 import queue
 import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import IO, Any
 
-from compress.errors import BenchmarkError
+from benchmark import transports
+from benchmark.transports import Local, Transport
+from compress.errors import BenchmarkError, DeviceError
 
 SILENCE_S = 120.0
-_THREAD_VARIABLES = (
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "NUMEXPR_NUM_THREADS",
-    "VECLIB_MAXIMUM_THREADS",
-)
+PING_S = 10.0  # how often a worker on a device is told that we are still here
+_NO_COMMAND, _KILLED, _LOST = (126, 127), 137, 255
+
+Answer = tuple[dict[str, Any], bytes]
 
 
 @dataclass
 class Worker:
-    """The parent's side of `benchmark.worker`."""
+    """A worker that was started.
+
+    Attributes:
+        name: what messages call it.
+        place: where it runs.
+        silence_s: how long it may write nothing.
+    """
 
     name: str
-    process: subprocess.Popen[str]
-    answers: queue.Queue[str | None]
-    log: IO[str]
+    place: Transport
+    process: subprocess.Popen[bytes]
+    answers: queue.Queue[Answer | None]
+    log: IO[bytes]
+    silence_s: float = SILENCE_S
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def receive(self) -> dict[str, Any]:
-        """Return the worker's next answer.
+    def ask(self, content: dict[str, Any], payload: bytes = b"") -> Answer:
+        """Send a request and return the answer, see `benchmark.worker`."""
+        self.send(json.dumps(content).encode() + b"\n" + payload)
+        return self.receive()
+
+    def send(self, line: bytes) -> None:
+        """Send bytes; where the worker is gone, the next `receive` says why."""
+        stdin = self.process.stdin
+        assert stdin is not None
+        with self.lock, suppress(BrokenPipeError, ValueError):
+            stdin.write(line)
+            stdin.flush()
+
+    def receive(self) -> Answer:
+        """Return the worker's next answer and the bytes behind it.
 
         Raises:
             BenchmarkError: it reports an error, falls silent, or ends.
+            DeviceError: its device is gone.
         """
-        try:
-            line = self.answers.get(timeout=SILENCE_S)
-        except queue.Empty:
-            raise BenchmarkError(
-                f"{self.name} wrote nothing for {SILENCE_S:g} s: use a smaller --imgsz or more --threads{self._said()}"
-            ) from None
-        if line is None:
-            raise BenchmarkError(f"{self.name} crashed ({_exit_reason(self.process.wait())}){self._said()}")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise BenchmarkError(f"{self.name}: {answer['error']}")
+        deadline = time.monotonic() + self.silence_s
+        while True:
+            try:
+                answer = self.answers.get(timeout=min(PING_S, max(deadline - time.monotonic(), 0.01)))
+                break
+            except queue.Empty:
+                if not transports.is_alive(self.place):
+                    raise DeviceError(self._lost("it no longer answers")) from None
+                if time.monotonic() < deadline:
+                    continue
+                raise BenchmarkError(
+                    f"{self.name} wrote nothing for {self.silence_s:g} s: use a smaller --imgsz or more "
+                    f"--threads{self._said()}"
+                ) from None
+        if answer is None:
+            raise self._ended(self.process.wait())
+        if "error" in answer[0]:
+            raise BenchmarkError(f"{self.name}: {answer[0]['error']}")
         return answer
-
-    def time_queries(self, queries: int) -> list[float]:
-        """Return the latencies of a burst of queries, ms."""
-        stdin = self.process.stdin
-        assert stdin is not None
-        with suppress(BrokenPipeError):  # `receive` says why the worker is gone
-            stdin.write(json.dumps({"queries": queries}) + "\n")
-            stdin.flush()
-        return self.receive()["samples_ms"]
 
     def finish(self) -> dict[str, Any]:
         """End the worker's input and return what the whole cost it."""
         assert self.process.stdin is not None
-        self.process.stdin.close()
-        return self.receive()
+        with self.lock, suppress(BrokenPipeError):
+            self.process.stdin.close()
+        return self.receive()[0]
+
+    def _ended(self, code: int) -> BenchmarkError | DeviceError:
+        if not isinstance(self.place, Local):
+            if code < 0 or code == _LOST or not transports.is_alive(self.place):
+                return DeviceError(self._lost(self._last() or "no message"))
+            if code in _NO_COMMAND:
+                return DeviceError(f"{self.place.name} has no {self.place.python}: name an interpreter with --python")
+            code = -signal.SIGKILL if code == _KILLED else code
+        return BenchmarkError(f"{self.name} crashed ({_exit_reason(code)}){self._said()}")
+
+    def _lost(self, reason: str) -> str:
+        return (
+            f"{self.name}: the connection to {self.place.name} was lost ({reason}): check it, then run the same "
+            "command again"
+        )
 
     def _said(self) -> str:
+        return f"; its last line was: {last}" if (last := self._last()) else ""
+
+    def _last(self) -> str | None:
         self.log.seek(0)
-        lines = [line.strip() for line in self.log if line.strip()]
-        return f"; its last line was: {lines[-1]}" if lines else ""
+        lines = [line.strip() for line in self.log.read().decode(errors="replace").splitlines() if line.strip()]
+        return lines[-1] if lines else None
 
 
 @contextmanager
-def start(name: str, command: list[str], threads: int) -> Iterator[Worker]:
-    """Start a worker, and end it whatever happens."""
-    root = str(Path(__file__).parents[1])
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, **dict.fromkeys(_THREAD_VARIABLES, str(threads)), "PYTHONPATH": path}
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-        process = subprocess.Popen(  # noqa: S603  (our own module in our own interpreter)
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            env=environment,
-            encoding="utf-8",
-        )
-        answers: queue.Queue[str | None] = queue.Queue()
-        reader = threading.Thread(target=_read_lines, args=(process.stdout, answers), daemon=True)
+def connect(
+    name: str,
+    place: Transport,
+    arguments: list[str],
+    environment: dict[str, str],
+    folder: str | None = None,
+    silence_s: float | None = None,
+) -> Iterator[Worker]:
+    """Start a worker, and end it whatever happens.
+
+    Args:
+        name: what messages call it.
+        place: where.
+        arguments: its program and arguments.
+        environment: variables beside those that it has there.
+        folder: where it starts.
+        silence_s: how long it may write nothing; `SILENCE_S` when not given.
+    """
+    with tempfile.TemporaryFile() as log:
+        process = transports.start(place, arguments, environment, log, folder)
+        answers: queue.Queue[Answer | None] = queue.Queue()
+        worker = Worker(name, place, process, answers, log, SILENCE_S if silence_s is None else silence_s)
+        reader = threading.Thread(target=_read, args=(process.stdout, answers.put), daemon=True)
         reader.start()
+        done = threading.Event()
+        if not isinstance(place, Local):
+            threading.Thread(target=_ping, args=(worker, done), daemon=True).start()
         try:
-            yield Worker(name, process, answers, log)
+            yield worker
         finally:
+            done.set()
             process.kill()
             process.wait()
             reader.join()
             for stream in (process.stdin, process.stdout):
-                with suppress(BrokenPipeError):
+                with worker.lock, suppress(BrokenPipeError):
                     stream.close()  # type: ignore[union-attr]
 
 
-def _read_lines(stream: IO[str], answers: queue.Queue[str | None]) -> None:
+def _read(stream: IO[bytes], put: Callable[[Answer | None], None]) -> None:
+    started = False
     for line in stream:
-        answers.put(line)
-    answers.put(None)
+        # A login shell may greet first.
+        if not (started := started or line.startswith(b'{"')):
+            continue
+        try:
+            content = json.loads(line)
+            put((content, stream.read(content.get("bytes", 0))))
+        except ValueError:
+            break
+    put(None)
+
+
+def _ping(worker: Worker, done: threading.Event) -> None:
+    while not done.wait(PING_S):
+        worker.send(b"\n")
 
 
 def _exit_reason(code: int) -> str:

@@ -1,17 +1,15 @@
-"""Latency on this machine: every cell in a fresh process, checked, warmed up, then measured interleaved.
+"""Latency: every cell in a fresh process on the device, checked, warmed up, then measured interleaved.
 
 A cell is one model file on one runtime. The cells take turns in short bursts of queries, in an order that is shuffled
-anew each round, so that whatever the machine does meanwhile meets all of them alike. No query of a burst is dropped
-for being slow.
+anew each round, so that whatever the device does meanwhile meets all of them alike. No query of a burst is dropped
+for being slow. An emulated device counts instructions instead, because its time says nothing.
 """
 
 from __future__ import annotations
 
-import difflib
 import random
-import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,22 +17,22 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmark import runtimes, statistics, system
-from benchmark.cell import start
-from benchmark.latency_record import Cell, cell_record, compare, noise, others_cores, print_table
-from benchmark.runtimes import RUNNERS
+from benchmark import prepare, runtimes, sites, statistics
+from benchmark.latency_record import INSTRUCTIONS, Cell, cell_record, compare, noise, others_cores, print_table
+from benchmark.sites import Site
 from compress import manifest
-from compress.errors import BenchmarkError, run_app
+from compress.devices import load_device
+from compress.errors import run_app
 
 SCHEMA = 1
 STAGE = "latency"
-RESULT = "latency.json"
-DEVICES = ("cpu",)
+RESULT, ACCURACY = "latency.json", "accuracy.json"
 WINDOW_S = 0.1
 WARM_UP_CAP_S = 10.0
 MIN_BURST = 5
 # Another cell has just used the caches: the first queries of a burst bring them back and are not counted.
 LEAD_IN = 2
+COUNTED = 3  # queries of a cell where instructions are counted: they repeat to 0.1 %
 
 
 @dataclass(frozen=True)
@@ -55,73 +53,83 @@ MODES = {
 
 
 def measure(
-    models: dict[str, dict[str, Path]], *, imgsz: int, threads: int, mode: str, seed: int = 0
+    models: dict[str, dict[str, Path]],
+    *,
+    imgsz: int,
+    threads: int,
+    mode: str,
+    seed: int = 0,
+    site: Site | None = None,
+    lock_clocks: bool = False,
 ) -> dict[str, Any]:
-    """Measure the latency of models on this machine's CPU, batch 1, and compare each with the first one.
+    """Measure the latency of models on a device, batch 1, and compare each with the first one.
 
     Only the runtime's inference is timed: no reading, letterbox or suppression. Each query has the same noise image.
 
     Args:
-        models: model name → runtime (torch, onnxruntime, ncnn) → model file or folder.
+        models: model name → runtime (torch, onnxruntime, ncnn, tensorrt) → model file or folder.
         imgsz: side of the square input, px.
         threads: threads of each worker's runtime.
         mode: quick, standard or mlperf.
         seed: of the input, the order of the cells and the bootstrap.
+        site: the device; this machine's CPU when not given.
+        lock_clocks: fix the device's clocks meanwhile, as its file says.
 
     Returns:
         `cells` (per model and runtime: percentiles in ms with 95 % intervals, all samples in ms per round, memory,
-        cold start), `comparisons` (per runtime: speed-up of p50 over the first model, 95 % interval), `device`,
-        `protocol`, `noisy` and, if so, the reasons in `noise`.
+        cold start; or, where `unit` is instructions, those of each query), `comparisons` (per runtime: speed-up of
+        p50 over the first model, 95 % interval), `device`, `protocol`, `noisy` and, if so, the reasons in `noise`.
 
     Raises:
         BenchmarkError: an unknown mode or runtime, a file that is missing, a model that cannot be run or returns
             values that are not finite, a worker that crashes or falls silent.
+        DeviceError: the device is gone, has no space left, or cannot lock its clocks.
     """
-    plan = MODES[_known("mode", mode, MODES)]
+    plan = MODES[runtimes.known("mode", mode, MODES)]
     for files in models.values():
         for runtime, path in files.items():
-            _known("runtime", runtime, RUNNERS)
+            runtimes.known("runtime", runtime, runtimes.RUNNERS)
             runtimes.require(path)
-    started, before, busy, own = time.monotonic(), system.state(), system.busy_s(), time.process_time()
+    site = site or sites.here()
+    counted = site.device.counter is not None
     with ExitStack() as stack:
+        if lock_clocks:
+            stack.enter_context(sites.locked_clocks(site))
+        before, started, own = sites.snapshot(site), time.monotonic(), time.process_time()
         show = stack.enter_context(_progress())
         cells = []
         for name, files in models.items():
             for runtime, path in files.items():
                 show(f"start {name} on {runtime}", 0.0)
-                command = [sys.executable, "-m", "benchmark.worker", RUNNERS[runtime], str(path.resolve())]
-                command += [str(threads), str(imgsz), str(seed)]
-                worker = stack.enter_context(start(f"{path.name} on {runtime}", command, threads))
+                worker = stack.enter_context(sites.worker(site, runtime, path, threads=threads, imgsz=imgsz, seed=seed))
                 # One after another, so that no cold start competes with the next one's.
-                cells.append(Cell(name, runtime, path, worker, worker.receive()))
-        for cell in cells:
-            show(f"warm up {cell.model} on {cell.runtime}", 0.0)
-            _warm_up(cell, plan)
-        order = []
-        generator = random.Random(seed)
-        while (done := min(cell.progress(plan.min_queries, plan.min_seconds) for cell in cells)) < 1.0:
-            show("latency", done)
-            order.append(generator.sample(range(len(cells)), len(cells)))
-            for index in order[-1]:
-                cell = cells[index]
-                cell.rounds_ms.append(cell.worker.time_queries(LEAD_IN + cell.burst)[LEAD_IN:])
+                ready, _ = worker.receive()
+                cells.append(Cell(name, runtime, path, worker, ready, unit=INSTRUCTIONS if counted else "ms"))
+        order = _count(cells, seed, show) if counted else _time(cells, plan, seed, show)
         costs = [cell.worker.finish() for cell in cells]
-    after, elapsed_s = system.state(), time.monotonic() - started
-    own_s = time.process_time() - own + sum(cost["cpu_s"] for cost in costs)
-    others = others_cores(busy, system.busy_s(), own_s, elapsed_s)
-    doubts = noise(cells, before, after, others)
+        elapsed_s, after = time.monotonic() - started, sites.snapshot(site)
+    own_s = sum(cost["cpu_s"] for cost in costs) + (time.process_time() - own if site.is_here else 0.0)
+    others = others_cores(before["busy_s"], after["busy_s"], own_s, elapsed_s)
+    doubts = noise(cells, before["state"], after["state"], others, before["device"]["cores"])
     return {
         "schema": SCHEMA,
         "cells": [cell_record(cell, cost, threads, imgsz, seed) for cell, cost in zip(cells, costs, strict=True)],
         "comparisons": compare(cells, seed),
-        "device": {**system.device(), "start": before, "end": after, "others_cores": others},
+        "device": {
+            "name": site.device.name,
+            **before["device"],
+            "start": before["state"],
+            "end": after["state"],
+            "start_log": before["log"],
+            "end_log": after["log"],
+            "clocks_locked": lock_clocks,
+            "others_cores": None if counted else others,
+        },
         "protocol": {
+            "device": site.device.name,
             "mode": mode,
-            "label": plan.label,
-            "min_queries": plan.min_queries,
-            "min_seconds": plan.min_seconds,
-            "burst_s": plan.burst_s,
-            "lead_in_queries": LEAD_IN,
+            "label": "counted, not timed" if counted else plan.label,
+            **(_counted_protocol() if counted else _timed_protocol(plan)),
             "rounds": len(order),
             "order": order,
             "imgsz": imgsz,
@@ -129,7 +137,6 @@ def measure(
             "threads": threads,
             "seed": seed,
             "input": "uniform noise in [0, 1), float32 NCHW, the same for every query",
-            "timed": "inference only, host clock",
             "interval": f"{100 * statistics.LEVEL:g} %, bootstrap over rounds, {statistics.RESAMPLES} resamples",
             "seconds": round(elapsed_s, 1),
         },
@@ -138,12 +145,53 @@ def measure(
     }
 
 
+def _time(cells: list[Cell], plan: Mode, seed: int, show: Any) -> list[list[int]]:
+    """Warm all cells up, then measure them in turns; return the order of each round."""
+    for cell in cells:
+        show(f"warm up {cell.model} on {cell.runtime}", 0.0)
+        _warm_up(cell, plan)
+    order: list[list[int]] = []
+    generator = random.Random(seed)
+    while (done := min(cell.progress(plan.min_queries, plan.min_seconds) for cell in cells)) < 1.0:
+        show("latency", done)
+        order.append(generator.sample(range(len(cells)), len(cells)))
+        for index in order[-1]:
+            cell = cells[index]
+            cell.rounds.append(cell.query(LEAD_IN + cell.burst)[LEAD_IN:])
+    return order
+
+
+def _count(cells: list[Cell], seed: int, show: Any) -> list[list[int]]:
+    """Count the instructions of all cells in turns; return the order of each round. The checks were the warm-up."""
+    generator = random.Random(seed)
+    order = [generator.sample(range(len(cells)), len(cells)) for _ in range(COUNTED)]
+    for number, turn in enumerate(order):
+        for place, index in enumerate(turn):
+            show("instructions", (number + place / len(cells)) / COUNTED)
+            cells[index].rounds.append(cells[index].query(1))
+    return order
+
+
+def _timed_protocol(plan: Mode) -> dict[str, Any]:
+    return {
+        "min_queries": plan.min_queries,
+        "min_seconds": plan.min_seconds,
+        "burst_s": plan.burst_s,
+        "lead_in_queries": LEAD_IN,
+        "timed": "inference only, clock of the device's own processor",
+    }
+
+
+def _counted_protocol() -> dict[str, Any]:
+    return {"min_queries": COUNTED, "counted": "instructions of the inference, on an emulated processor"}
+
+
 def _warm_up(cell: Cell, mode: Mode) -> None:
     """Run windows of queries until their medians stay within 3 %, or until the cap; then set the length of a burst."""
     window, queries, medians = MIN_BURST, 0, []
     began = time.monotonic()
     while True:
-        samples = cell.worker.time_queries(window)
+        samples = cell.query(window)
         queries += window
         median_ms = sorted(samples)[len(samples) // 2]
         window = max(MIN_BURST, round(WINDOW_S * 1000 / median_ms))
@@ -174,33 +222,6 @@ def _progress() -> Iterator[Any]:
         yield show
 
 
-def _known(kind: str, value: str, choices: Collection[str]) -> str:
-    """Return a value that is among the choices.
-
-    Raises:
-        BenchmarkError: it is not; the message lists the choices, the closest first.
-    """
-    if value not in choices:
-        closest = difflib.get_close_matches(value, choices, n=len(choices), cutoff=0.0)
-        raise BenchmarkError(f"unknown {kind} '{value}': choose one of {', '.join(closest)}")
-    return value
-
-
-def _by_name(paths: list[Path], runtime: str | None) -> dict[str, dict[str, Path]]:
-    """Group files by model name and runtime; files of one name and runtime keep their whole paths as names."""
-    if runtime is not None:
-        _known("runtime", runtime, RUNNERS)
-    found: dict[str, dict[str, Path]] = {}
-    for path in paths:
-        own = runtimes.runtime_of(path)
-        if own is None or runtime not in (None, own):
-            raise BenchmarkError(f"{path} must be {runtimes.kinds(runtime)} to run in {runtime or 'a known runtime'}")
-        runtimes.require(path)
-        name = str(path) if own in found.get(runtimes.stem(path), {}) else runtimes.stem(path)
-        found.setdefault(name, {})[own] = path
-    return found
-
-
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -209,32 +230,64 @@ def main(
     models: Annotated[
         list[Path], typer.Option("--models", "--model", help="models: .pt, .onnx, .engine or folders NAME_ncnn_model")
     ],
-    output: Annotated[Path, typer.Option(help=f"folder for {RESULT} and the manifest")],
+    output: Annotated[
+        Path | None, typer.Option(help=f"folder for {RESULT} and the manifest; runs/latency/DEVICE")
+    ] = None,
     more: Annotated[list[Path] | None, typer.Argument(metavar="MODEL", help="more models")] = None,
-    runtime: Annotated[str | None, typer.Option(help="accept only files of this runtime")] = None,
-    imgsz: Annotated[int, typer.Option(min=32, help="side of the square input, px")] = 640,
-    threads: Annotated[int, typer.Option(min=1, help="threads of each runtime")] = 1,
+    data: Annotated[str | None, typer.Option(help="data set: score the models on the device too")] = None,
+    split: Annotated[str, typer.Option(help="with --data: train, val or test")] = "val",
+    runtime: Annotated[str | None, typer.Option(help="accept only this runtime; a .pt is exported for it")] = None,
+    precision: Annotated[str | None, typer.Option(help="of exports: fp32 or fp16; the device's own")] = None,
+    imgsz: Annotated[int | None, typer.Option(min=32, help="side of the square input, px; 640")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="threads of each runtime; the device's own")] = None,
     mode: Annotated[str, typer.Option(help=", ".join(MODES))] = "quick",
-    device: Annotated[str, typer.Option(help=", ".join(DEVICES))] = "cpu",
+    device: Annotated[str, typer.Option(help="a name of configs/devices, shortened or not, or a .yaml file")] = "cpu",
+    host: Annotated[str | None, typer.Option(help="[user@]host[:port], an alias of ssh, or a serial of adb")] = None,
+    python: Annotated[str | None, typer.Option(help="interpreter on the device")] = None,
+    bootstrap: Annotated[bool, typer.Option("--bootstrap", help="put missing packages into a folder there")] = False,
+    lock_clocks: Annotated[bool, typer.Option("--lock-clocks", help="fix the device's clocks meanwhile")] = False,
+    keep_outputs: Annotated[bool, typer.Option("--keep-outputs", help="keep what the device inferred")] = False,
     seed: Annotated[int, typer.Option(help="of the input, the order and the bootstrap")] = 0,
 ) -> None:
     """Measure the latency of model files side by side; the first one is what the others are compared with."""
-    _known("device", device, DEVICES)
-    _known("mode", mode, MODES)
-    named = _by_name([*models, *(more or [])], runtime)
-    parents = {f"{name}.{own}": runtimes.sha256(path) for name, files in named.items() for own, path in files.items()}
-    config = {"device": device, "imgsz": imgsz, "threads": threads, "mode": mode, "seed": seed}
+    runtimes.known("mode", mode, MODES)
+    wanted = prepare.request(
+        load_device(device), [*models, *(more or [])], runtime=runtime, precision=precision, imgsz=imgsz,
+        threads=threads, data=data, split=split, host=host,
+    )  # fmt: skip
+    output = output or Path("runs") / STAGE / wanted.device.name
+    config = {**wanted.config(), "mode": mode, "lock_clocks": lock_clocks, "seed": seed}
+    parents = wanted.parents()
     with manifest.lock(output):
         if manifest.is_finished(output, STAGE, config, parents):
             print(f"latency: finished before, unchanged: {output}")
             record = manifest.read_json(output / RESULT)
         else:
             manifest.begin(output, STAGE, config, parents)
-            record = measure(named, imgsz=imgsz, threads=threads, mode=mode, seed=seed)
+            with prepare.open_models(wanted, output, host, python, bootstrap) as (site, files):
+                scores = prepare.score(wanted, site, files, output)
+                record = measure(
+                    files, imgsz=wanted.imgsz, threads=wanted.threads, mode=mode, seed=seed, site=site,
+                    lock_clocks=lock_clocks,
+                )  # fmt: skip
+            for cell in record["cells"]:
+                cell["accuracy"] = scores.get(f"{cell['model']}.{cell['runtime']}")
+            written = [RESULT]
             manifest.write_json(output / RESULT, record)
-            metrics = {f"{cell['model']}.{cell['runtime']}.p50_ms": cell["p50_ms"] for cell in record["cells"]}
-            manifest.finish(output, STAGE, config, parents, [RESULT], metrics, seed)
+            if scores:
+                manifest.write_json(output / ACCURACY, list(scores.values()))
+                written.append(ACCURACY)
+            manifest.finish(output, STAGE, config, parents, written, _metrics(record), seed)
+            prepare.clean_up(output, keep_outputs)
     print_table(record)
+
+
+def _metrics(record: dict[str, Any]) -> dict[str, Any]:
+    metrics = {}
+    for cell in record["cells"]:
+        key = "instructions" if cell["unit"] == INSTRUCTIONS else "p50_ms"
+        metrics[f"{cell['model']}.{cell['runtime']}.{key}"] = cell[key]
+    return metrics
 
 
 if __name__ == "__main__":

@@ -136,6 +136,7 @@ def run(
     arguments: list[str],
     *,
     folder: str | None = None,
+    environment: Mapping[str, str] | None = None,
     purpose: str | None = None,
     timeout_s: float | None = None,
 ) -> subprocess.CompletedProcess[str]:
@@ -145,14 +146,17 @@ def run(
         place: where.
         arguments: program and arguments.
         folder: where it starts.
+        environment: variables beside those that it has there.
         purpose: what failed, for the message; null where the caller looks at the exit code.
         timeout_s: how long it may take.
 
     Raises:
         DeviceError: the device cannot be reached, or the command takes too long, or fails and `purpose` is given.
     """
-    command = arguments if isinstance(place, Local) else _there(place, _script(arguments, folder))
-    done = _call(command, folder if isinstance(place, Local) else None, timeout_s, place)
+    if isinstance(place, Local):
+        done = _call(arguments, timeout_s, place, folder, environment)
+    else:
+        done = _call(_there(place, _script(arguments, folder, environment)), timeout_s, place)
     if _is_lost(place, done) or (purpose and done.returncode != 0):
         raise DeviceError(explain(place, done.stderr, done.returncode, purpose))
     return done
@@ -204,7 +208,7 @@ def make_folder(place: Transport) -> str:
     script = "umask 077 && mktemp -d -t espalier.XXXXXXXX"
     if isinstance(place, Adb):
         script = f"mkdir -p {_ADB_FOLDER} && export TMPDIR={_ADB_FOLDER} && {script}"
-    done = _call(_there(place, script), None, None, place)
+    done = _call(_there(place, script), None, place)
     if done.returncode != 0:
         raise DeviceError(explain(place, done.stderr, done.returncode, "make a folder"))
     folder = last_line(done.stdout)  # a login shell may greet first
@@ -219,7 +223,7 @@ def remove_folder(place: Transport, folder: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         return
     with suppress(DeviceError):
-        _call(_there(place, _script(["rm", "-rf", "--", folder])), None, CLEAN_UP_S, place)
+        _call(_there(place, _script(["rm", "-rf", "--", folder])), CLEAN_UP_S, place)
 
 
 def home_folder(place: Transport) -> str:
@@ -228,7 +232,7 @@ def home_folder(place: Transport) -> str:
         return str(Path.home())
     if isinstance(place, Adb):
         return _ADB_FOLDER
-    done = _call(_there(place, 'printf "%s\\n" "$HOME"'), None, None, place)
+    done = _call(_there(place, 'printf "%s\\n" "$HOME"'), None, place)
     folder = last_line(done.stdout)
     if done.returncode != 0 or not _FOLDER.fullmatch(folder):
         raise DeviceError(f"{place.name} has the home folder {folder!r}, whose name is not plain: use another account")
@@ -301,7 +305,7 @@ def is_alive(place: Transport) -> bool:
     if not isinstance(place, Adb):
         return True
     try:
-        return last_line(_call([*_adb(place), "get-state"], None, CLEAN_UP_S, place).stdout) == "device"
+        return last_line(_call([*_adb(place), "get-state"], CLEAN_UP_S, place).stdout) == "device"
     except DeviceError:
         return False
 
@@ -341,8 +345,9 @@ def last_line(text: str) -> str:
 def _script(arguments: list[str], folder: str | None = None, environment: Mapping[str, str] | None = None) -> str:
     """Return a command as the shell in between reads it: every word quoted."""
     words = ["env", *(f"{key}={value}" for key, value in environment.items())] if environment else []
-    command = shlex.join([*words, *arguments])
-    return command if folder is None else f"cd {shlex.quote(folder)} && exec {command}"
+    # `exit` keeps the shell as its parent: ssh tells a signal that ends its own child from a lost connection no more.
+    command = f"{shlex.join([*words, *arguments])}; exit $?"
+    return command if folder is None else f"cd {shlex.quote(folder)} && {command}"
 
 
 def _there(place: Ssh | Adb, script: str) -> list[str]:
@@ -383,7 +388,7 @@ def _remote(place: Ssh, path: str) -> str:
 
 
 def _copy(place: Transport, command: list[str]) -> None:
-    done = _call(command, None, None, place)
+    done = _call(command, None, place)
     if done.returncode != 0:
         raise DeviceError(explain(place, done.stderr or done.stdout, done.returncode, "copy files"))
 
@@ -399,12 +404,17 @@ def _is_adb_error(said: str) -> bool:
 
 
 def _call(
-    command: list[str], folder: str | None, timeout_s: float | None, place: Transport
+    command: list[str],
+    timeout_s: float | None,
+    place: Transport,
+    folder: str | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(  # noqa: S603  (words, checked or ours)
             command,
             cwd=folder,
+            env={**os.environ, **environment} if environment else None,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
