@@ -148,10 +148,13 @@ def connect(
             done.set()
             process.kill()
             process.wait()
+            assert process.stdin is not None
+            assert process.stdout is not None
+            # First its input: what a killed program started itself may still hold its output.
+            with worker.lock, suppress(BrokenPipeError):
+                process.stdin.close()
             reader.join()
-            for stream in (process.stdin, process.stdout):
-                with worker.lock, suppress(BrokenPipeError):
-                    stream.close()  # type: ignore[union-attr]
+            process.stdout.close()
 
 
 def _read(stream: IO[bytes], put: Callable[[Answer | None], None]) -> None:
