@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from benchmark import transports
+from benchmark import transfer, transports
 from benchmark.transports import Adb, Transport
 from compress.errors import DeviceError
 
@@ -33,7 +33,7 @@ def folder(place: Transport, facts: dict[str, Any], wanted: Sequence[str]) -> st
     major, minor, *_ = facts["python"]
     name = "-".join([*sorted(wanted), f"cp{major}{minor}", facts["machine"]])
     hidden = "espalier" if isinstance(place, Adb) else ".espalier"
-    return f"{transports.home_folder(place)}/{hidden}/packages/{name}"
+    return f"{transfer.home_folder(place)}/{hidden}/packages/{name}"
 
 
 def put(place: Transport, facts: dict[str, Any], wanted: Sequence[str], target: str) -> None:
@@ -56,8 +56,8 @@ def put(place: Transport, facts: dict[str, Any], wanted: Sequence[str], target: 
         parent = target.rpartition("/")[0]
         transports.run(place, ["mkdir", "-p", parent], purpose="make a folder")
         transports.run(place, ["rm", "-rf", f"{parent}/packages.new", target], purpose="make a folder")
-        transports.require_room(place, parent, sum(p.stat().st_size for p in unpacked.rglob("*") if p.is_file()))
-        transports.push(place, [unpacked], parent)
+        transfer.require_room(place, parent, sum(p.stat().st_size for p in unpacked.rglob("*") if p.is_file()))
+        transfer.push(place, [unpacked], parent)
         transports.run(place, ["mv", f"{parent}/packages.new", target], purpose="rename a folder")
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmark import bootstrap, runtimes, system, transports
+from benchmark import bootstrap, runtimes, system, transfer, transports
 from benchmark.cell import SILENCE_S, Worker, connect
 from benchmark.transports import Adb, Local, Ssh, Transport
 from benchmark.worker import COUNTER, WATCHDOG
@@ -119,19 +119,18 @@ def open_site(
     for runtime in wanted:
         if runtime not in device.runtimes:
             raise SettingsError(f"{device.name} does not run {runtime}: it runs {', '.join(device.runtimes)}")
+        if runtime not in runtimes.MODULES and device.transport != "local":
+            raise SettingsError(f"{runtime} runs on this machine only: export the model for {device.name}")
     place = transport_of(device, host, python)
     if isinstance(place, Local):
         yield Site(device, place)
         return
-    with transports.job_folder(place) as folder:
+    with transfer.job_folder(place) as folder:
         _push_package(place, folder, wanted)
-        facts = _probe(place, folder, [])
+        packages, modules = None, ["numpy", *(runtimes.MODULES[runtime] for runtime in wanted)]
+        facts = _probe(place, folder, modules)
         _check_facts(device, place, facts)
-        packages = None
-        if "torch" in wanted:
-            raise SettingsError(f"torch runs on this machine only: export the model for {device.name}")
-        modules = ["numpy", *(runtimes.MODULES[runtime] for runtime in wanted)]
-        missing = _missing(_probe(place, folder, modules)["packages"])
+        missing = _missing(facts["packages"])
         if missing:
             packages = bootstrap.folder(place, facts, wanted)
             missing = _missing(_probe(place, folder, modules, packages)["packages"])
@@ -193,13 +192,25 @@ def locked_clocks(site: Site) -> Iterator[None]:
     """
     if not site.device.lock:
         raise DeviceError(f"{site.device.name} has no commands that lock clocks: leave out --lock-clocks")
+    locked = False
     try:
         for command in site.device.lock:
             transports.run(site.place, list(command), purpose=f"run {' '.join(command)}", timeout_s=_COMMAND_S)
+            locked = True
         yield
     finally:
+        if locked:
+            _unlock(site)
+
+
+def _unlock(site: Site) -> None:
+    try:
         for command in site.device.unlock:
-            transports.run(site.place, list(command), timeout_s=_COMMAND_S)
+            transports.run(
+                site.place, list(command), purpose=f"run {' '.join(command)}", timeout_s=transports.CLEAN_UP_S
+            )
+    except DeviceError as error:  # what came before matters more
+        print(f"the clocks of {site.device.name} may still be fixed: {error}", file=sys.stderr)
 
 
 def _log(site: Site) -> dict[str, str]:
@@ -229,14 +240,14 @@ def _push_package(place: Transport, folder: str, wanted: Sequence[str]) -> None:
         for runtime in wanted:
             for path in (source / "runners").glob(f"{runtime}_*.py"):
                 shutil.copyfile(path, package / "runners" / path.name)
-        transports.push(place, [package], folder)
+        transfer.push(place, [package], folder)
 
 
 def _push_model(place: Transport, folder: str, number: str, model: Path) -> str:
     """Copy a model there under a name of ours, and return its path relative to the folder."""
     beside = [path for path in (model.with_name(f"{model.name}{ending}") for ending in (".json",)) if path.is_file()]
     files = [path for path in model.rglob("*") if path.is_file()] if model.is_dir() else [model, *beside]
-    transports.require_room(place, folder, sum(path.stat().st_size for path in files))
+    transfer.require_room(place, folder, sum(path.stat().st_size for path in files))
     name = f"model{runtimes.suffix(model)}"
     with tempfile.TemporaryDirectory() as scratch:
         staged = Path(scratch) / number
@@ -247,7 +258,7 @@ def _push_model(place: Transport, folder: str, number: str, model: Path) -> str:
             shutil.copyfile(model, staged / name)
             for path in beside:
                 shutil.copyfile(path, staged / f"{name}{path.suffix}")
-        transports.push(place, [staged], folder)
+        transfer.push(place, [staged], folder)
     return f"{number}/{name}"
 
 

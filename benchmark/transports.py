@@ -9,12 +9,9 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -29,9 +26,7 @@ _HOST = re.compile(
 )
 _SERIAL = re.compile(r"[A-Za-z0-9][\w.:-]*")
 _PYTHON = re.compile(r"[A-Za-z0-9/][\w./+-]*")
-_FOLDER = re.compile(r"/[\w./-]+")
 _LOST = re.compile(r"connection (closed|refused|reset|timed out)", re.IGNORECASE)
-_ADB_FOLDER = "/data/local/tmp"  # what adb's shell may write and run
 _UNREACHABLE = 255
 _PACKAGES = {"ssh": "openssh-client", "scp": "openssh-client", "adb": "adb"}
 
@@ -154,9 +149,9 @@ def run(
         DeviceError: the device cannot be reached, or the command takes too long, or fails and `purpose` is given.
     """
     if isinstance(place, Local):
-        done = _call(arguments, timeout_s, place, folder, environment)
+        done = call(arguments, timeout_s, place, folder, environment)
     else:
-        done = _call(_there(place, _script(arguments, folder, environment)), timeout_s, place)
+        done = call(there(place, script(arguments, folder, environment)), timeout_s, place)
     if _is_lost(place, done) or (purpose and done.returncode != 0):
         raise DeviceError(explain(place, done.stderr, done.returncode, purpose))
     return done
@@ -173,7 +168,7 @@ def start(
         DeviceError: the program, ssh or adb is not installed here.
     """
     here = isinstance(place, Local)
-    command = arguments if here else _there(place, _script(arguments, folder, environment))
+    command = arguments if here else there(place, script(arguments, folder, environment))
     try:
         return subprocess.Popen(  # noqa: S603  (words, checked or ours)
             command,
@@ -187,125 +182,12 @@ def start(
         raise DeviceError(_not_started(command[0], error, place)) from None
 
 
-@contextmanager
-def job_folder(place: Transport) -> Iterator[str]:
-    """Make a private folder there, yield its path, and remove it, whatever happens.
-
-    Raises:
-        DeviceError: the device cannot be reached, or has no place for it.
-    """
-    folder = make_folder(place)
-    try:
-        yield folder
-    finally:
-        remove_folder(place, folder)
-
-
-def make_folder(place: Transport) -> str:
-    """Make a private temporary folder there and return its path, which is plain: it may be part of a command."""
-    if isinstance(place, Local):
-        return tempfile.mkdtemp(prefix="espalier.")
-    script = "umask 077 && mktemp -d -t espalier.XXXXXXXX"
-    if isinstance(place, Adb):
-        script = f"mkdir -p {_ADB_FOLDER} && export TMPDIR={_ADB_FOLDER} && {script}"
-    done = _call(_there(place, script), None, place)
-    if done.returncode != 0:
-        raise DeviceError(explain(place, done.stderr, done.returncode, "make a folder"))
-    folder = last_line(done.stdout)  # a login shell may greet first
-    if not _FOLDER.fullmatch(folder):
-        raise DeviceError(f"{place.name} made the folder {folder!r}, whose name is not plain: set TMPDIR there")
-    return folder
-
-
-def remove_folder(place: Transport, folder: str) -> None:
-    """Remove a folder that `make_folder` made; what goes wrong is not told, what came before matters more."""
-    if isinstance(place, Local):
-        shutil.rmtree(folder, ignore_errors=True)
-        return
-    with suppress(DeviceError):
-        _call(_there(place, _script(["rm", "-rf", "--", folder])), CLEAN_UP_S, place)
-
-
-def home_folder(place: Transport) -> str:
-    """Return the folder there in which things may stay."""
-    if isinstance(place, Local):
-        return str(Path.home())
-    if isinstance(place, Adb):
-        return _ADB_FOLDER
-    done = _call(_there(place, 'printf "%s\\n" "$HOME"'), None, place)
-    folder = last_line(done.stdout)
-    if done.returncode != 0 or not _FOLDER.fullmatch(folder):
-        raise DeviceError(f"{place.name} has the home folder {folder!r}, whose name is not plain: use another account")
-    return folder
-
-
-def push(place: Transport, sources: list[Path], folder: str) -> None:
-    """Copy files and folders into a folder there; they keep their names.
-
-    Raises:
-        DeviceError: the device cannot be reached, or has no space left.
-    """
-    if isinstance(place, Local):
-        for source in sources:
-            (shutil.copytree if source.is_dir() else shutil.copy2)(source, Path(folder) / source.name)
-        return
-    names = [str(source.resolve()) for source in sources]  # absolute: no option, and no host before a colon
-    if isinstance(place, Adb):
-        _copy(place, [*_adb(place), "push", *names, f"{folder}/"])
-    else:
-        recursive = ["-r"] if any(source.is_dir() for source in sources) else []
-        _copy(place, [*_scp(place), *recursive, "--", *names, _remote(place, f"{folder}/")])
-
-
-def pull(place: Transport, folder: str, names: list[str], output: Path) -> None:
-    """Copy files of a folder there into a folder here; names that are not there are left out.
-
-    Args:
-        names: plain names of files.
-
-    Raises:
-        DeviceError: the device cannot be reached.
-    """
-    found = sorted(set(names) & set(run(place, ["ls", folder], purpose="list a folder").stdout.split()))
-    if not found:
-        return
-    if isinstance(place, Local):
-        for name in found:
-            shutil.copy2(Path(folder) / name, output / name)
-    elif isinstance(place, Adb):
-        for name in found:
-            _copy(place, [*_adb(place), "pull", f"{folder}/{name}", str(output.resolve() / name)])
-    else:
-        sources = [_remote(place, f"{folder}/{name}") for name in found]
-        _copy(place, [*_scp(place), "--", *sources, str(output.resolve())])
-
-
-def free_bytes(place: Transport, folder: str) -> int | None:
-    """Return the free space where a folder lies; null where no df speaks POSIX: then copying tells."""
-    lines = run(place, ["df", "-Pk", folder], purpose="ask for free space").stdout.splitlines()
-    fields = lines[-1].split() if lines else []
-    return int(fields[3]) << 10 if len(fields) >= 4 and fields[3].isdigit() else None
-
-
-def require_room(place: Transport, folder: str, needed_bytes: int) -> None:
-    """Check that there is space for so many bytes.
-
-    Raises:
-        DeviceError: there is not.
-    """
-    free, needed = free_bytes(place, folder), (needed_bytes >> 20) + 1
-    if free is not None and free >> 20 < needed:
-        raise DeviceError(
-            f"{place.name} has {free >> 20} MiB free in {folder}, {needed} are needed: free some space there"
-        )
-
-
 def is_alive(place: Transport) -> bool:
     """Tell whether the device answers, where its connection does not notice by itself as ssh does."""
     if not isinstance(place, Adb):
         return True
     try:
-        return last_line(_call([*_adb(place), "get-state"], CLEAN_UP_S, place).stdout) == "device"
+        return last_line(call([*adb_words(place), "get-state"], CLEAN_UP_S, place).stdout) == "device"
     except DeviceError:
         return False
 
@@ -342,36 +224,36 @@ def last_line(text: str) -> str:
     return lines[-1] if lines else "no message"
 
 
-def _script(arguments: list[str], folder: str | None = None, environment: Mapping[str, str] | None = None) -> str:
+def script(arguments: list[str], folder: str | None = None, environment: Mapping[str, str] | None = None) -> str:
     """Return a command as the shell in between reads it: every word quoted."""
     words = ["env", *(f"{key}={value}" for key, value in environment.items())] if environment else []
-    # `exit` keeps the shell as its parent: ssh tells a signal that ends its own child from a lost connection no more.
+    # `exit` keeps the shell in between: a signal that ends ssh's own child looks like a connection that was lost.
     command = f"{shlex.join([*words, *arguments])}; exit $?"
     return command if folder is None else f"cd {shlex.quote(folder)} && {command}"
 
 
-def _there(place: Ssh | Adb, script: str) -> list[str]:
+def there(place: Ssh | Adb, command: str) -> list[str]:
+    """Return the words that run a shell's command there; it is made of constants, checked names and quoted words."""
     if isinstance(place, Adb):
-        return [*_adb(place), "shell", "-T", script]
-    return ["ssh", *_config(place), *_ssh_options(), *_port(place, "-p"), "--", place.destination, script]
+        return [*adb_words(place), "shell", "-T", command]
+    return ["ssh", *ssh_words(place, "-p"), "--", place.destination, command]
 
 
-def _adb(place: Adb) -> list[str]:
+def adb_words(place: Adb) -> list[str]:
+    """Return the words that every call of adb begins with."""
     return ["adb", *([] if place.serial is None else ["-s", place.serial])]
 
 
-def _scp(place: Ssh) -> list[str]:
-    return ["scp", "-q", *_config(place), *_ssh_options(), *_port(place, "-P")]
-
-
-def _ssh_options() -> list[str]:
+def ssh_words(place: Ssh, port_option: str) -> list[str]:
+    """Return the options that every call of ssh or scp begins with, whose words for a port differ."""
     options = {
         "BatchMode": "yes",
         "ConnectTimeout": CONNECT_S,
         "ServerAliveInterval": ALIVE_S,
         "ServerAliveCountMax": ALIVE_COUNT,
     }
-    return [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
+    words = [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
+    return [*_config(place), *words, *_port(place, port_option)]
 
 
 def _config(place: Ssh) -> list[str]:
@@ -380,17 +262,6 @@ def _config(place: Ssh) -> list[str]:
 
 def _port(place: Ssh, option: str) -> list[str]:
     return [] if place.port is None else [option, str(place.port)]
-
-
-def _remote(place: Ssh, path: str) -> str:
-    user, at, host = place.destination.rpartition("@")
-    return f"{user}{at}[{host}]:{path}" if ":" in host else f"{place.destination}:{path}"
-
-
-def _copy(place: Transport, command: list[str]) -> None:
-    done = _call(command, None, place)
-    if done.returncode != 0:
-        raise DeviceError(explain(place, done.stderr or done.stdout, done.returncode, "copy files"))
 
 
 def _is_lost(place: Transport, done: subprocess.CompletedProcess[str]) -> bool:
@@ -403,13 +274,18 @@ def _is_adb_error(said: str) -> bool:
     return last_line(said).startswith(("adb: ", "error: "))
 
 
-def _call(
+def call(
     command: list[str],
     timeout_s: float | None,
     place: Transport,
     folder: str | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
+    """Run a command here, for a place.
+
+    Raises:
+        DeviceError: the program is not installed here, or takes longer than `timeout_s`.
+    """
     try:
         return subprocess.run(  # noqa: S603  (words, checked or ours)
             command,

@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from benchmark import transports
+from benchmark import transfer, transports
 from benchmark.transports import Local, Ssh, last_line
 from compress import manifest
 from compress.errors import DeviceError, ExportError, SettingsError
@@ -91,12 +91,12 @@ def _run_there(target: Ssh, job: Path) -> subprocess.CompletedProcess[str]:
     names = {request.get(key) for key in ("onnx", "timing_cache")} - {None}
     sent = [path for path in map(job.joinpath, sorted(names)) if path.is_file()]
     sent += [job / trt_builder.REQUEST, job / _BUILDER.name]
-    with transports.job_folder(target) as folder:
-        transports.require_room(target, folder, _ROOM * sum(path.stat().st_size for path in sent))
-        transports.push(target, sent, folder)
+    with transfer.job_folder(target) as folder:
+        transfer.require_room(target, folder, _ROOM * sum(path.stat().st_size for path in sent))
+        transfer.push(target, sent, folder)
         done = transports.run(target, [target.python, _BUILDER.name, trt_builder.REQUEST], folder=folder)
         made = {trt_builder.RESULT, trt_builder.LOG, request.get("engine"), request.get("timing_cache")}
-        transports.pull(target, folder, sorted(made - {None}), job)
+        transfer.pull(target, folder, sorted(made - {None}), job)
         return done
 
 

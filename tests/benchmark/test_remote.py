@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import typer
 
-from benchmark import accuracy, cell, latency, runtimes, sites, transports
+from benchmark import accuracy, cell, latency, runtimes, sites, transfer, transports
 from compress.checkpoint import build_model, save_model
 from compress.dataset import class_names
 from compress.errors import run_app
@@ -339,7 +339,7 @@ def test_other_classes_than_the_data_has_are_an_error_before_anything_is_measure
 
 
 def test_a_full_device_is_an_error(sshd: Any, artefact: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(transports, "free_bytes", lambda *_: 3 << 20)
+    monkeypatch.setattr(transfer, "free_bytes", lambda *_: 3 << 20)
     place = ("--device", board(tmp_path), "--host", sshd.host, "--imgsz", IMGSZ, "--output", tmp_path / "out")
     assert run(latency.app, "--models", artefact, *place) == 2
     assert "loopback has 3 MiB free in" in error_of(capsys)

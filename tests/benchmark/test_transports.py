@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmark import transports
+from benchmark import transfer, transports
 from benchmark.transports import Adb, Local, Ssh, Transport
 from compress.errors import DeviceError, SettingsError
 
@@ -30,9 +30,9 @@ def place(request: pytest.FixtureRequest) -> Transport:
 
 @pytest.fixture
 def folder(place: Transport) -> Any:
-    made = transports.make_folder(place)
+    made = transfer.make_folder(place)
     yield made
-    transports.remove_folder(place, made)
+    transfer.remove_folder(place, made)
 
 
 def test_words_reach_the_program_as_they_are(place: Transport, folder: str) -> None:
@@ -55,19 +55,19 @@ def test_files_go_there_and_come_back(place: Transport, folder: str, tmp_path: P
     back.mkdir()
     (source / "inner" / "one.txt").write_bytes(b"1")
     (tmp_path / NASTY).write_bytes(b"2")
-    transports.push(place, [source, tmp_path / NASTY], folder)
-    transports.pull(place, f"{folder}/from/inner", ["one.txt", "none.txt"], back)
+    transfer.push(place, [source, tmp_path / NASTY], folder)
+    transfer.pull(place, f"{folder}/from/inner", ["one.txt", "none.txt"], back)
     assert [(path.name, path.read_bytes()) for path in back.iterdir()] == [("one.txt", b"1")]
     assert NASTY in transports.run(place, ["ls", folder]).stdout.splitlines()
 
 
 def test_a_folder_is_private_and_goes_away(place: Transport) -> None:
-    with transports.job_folder(place) as made:
+    with transfer.job_folder(place) as made:
         mode = "import os, sys; print(oct(os.stat('.').st_mode & 0o777))"
         assert transports.run(place, [sys.executable, "-c", mode], folder=made).stdout == "0o700\n"
-        assert (transports.free_bytes(place, made) or 0) > 1 << 20
+        assert (transfer.free_bytes(place, made) or 0) > 1 << 20
         with pytest.raises(DeviceError, match=rf"^{place.name} has \d+ MiB free in .*, 1099511627777 are needed: free"):
-            transports.require_room(place, made, 1 << 60)
+            transfer.require_room(place, made, 1 << 60)
     assert transports.run(place, ["ls", made]).returncode != 0
 
 
@@ -101,7 +101,7 @@ def test_hosts_are_read() -> None:
 
 def test_a_host_that_is_down_is_one_line(sshd: Any) -> None:
     with pytest.raises(DeviceError) as caught:
-        transports.make_folder(Ssh("127.0.0.1", 1))
+        transfer.make_folder(Ssh("127.0.0.1", 1))
     assert "127.0.0.1 cannot be reached over ssh" in str(caught.value)
     assert str(caught.value).endswith("check host, port and keys with: ssh -p 1 127.0.0.1 true")
     assert "\n" not in str(caught.value)
@@ -117,12 +117,12 @@ def test_a_key_that_is_refused_is_one_line(sshd: Any, tmp_path: Path) -> None:
     real = shutil.which("ssh", path=os.pathsep.join(os.environ["PATH"].split(os.pathsep)[1:]))
     (tmp_path / "ssh-bin" / "ssh").write_text(f'#!/bin/sh\nexec {real} "$@"\n')
     with pytest.raises(DeviceError, match=r"^loopback cannot be reached over ssh \(.*Permission denied \(publickey"):
-        transports.make_folder(Ssh("loopback", config=config))
+        transfer.make_folder(Ssh("loopback", config=config))
 
 
 def test_a_phone_that_is_not_there_is_one_line(adb: Path) -> None:
     with pytest.raises(DeviceError, match=r"^phone-2 cannot be reached over adb \(adb: device 'phone-2' not found\)"):
-        transports.make_folder(Adb("phone-2"))
+        transfer.make_folder(Adb("phone-2"))
     assert transports.is_alive(Adb("phone-1"))
     Path(f"{adb}.gone").touch()
     assert not transports.is_alive(Adb("phone-1"))
@@ -131,9 +131,9 @@ def test_a_phone_that_is_not_there_is_one_line(adb: Path) -> None:
 def test_programs_that_are_not_installed_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(DeviceError, match=r"^ssh cannot be started .*install OpenSSH's client .*openssh-client"):
-        transports.make_folder(Ssh("jetson"))
+        transfer.make_folder(Ssh("jetson"))
     with pytest.raises(DeviceError, match=r"^adb cannot be started .*install Android's adb"):
-        transports.make_folder(Adb("phone-1"))
+        transfer.make_folder(Adb("phone-1"))
 
 
 def test_what_takes_too_long_is_named() -> None:
