@@ -161,7 +161,8 @@ def worker(
     number = str(next(site.numbers))
     there = _push_model(site.place, site.folder, number, model)
     slow = COUNTING if site.device.counter else 1
-    environment |= {WATCHDOG: f"{WATCHDOG_S * slow:g}"}
+    # What a runtime leaves in its temporary folder goes away with ours.
+    environment |= {WATCHDOG: f"{WATCHDOG_S * slow:g}", "TMPDIR": site.folder}
     if site.packages is not None:
         environment["PYTHONPATH"] = site.packages
     if site.device.counter:
