@@ -287,7 +287,10 @@ def words(*given: str) -> Callable[[Path], list[str]]:
         (words("--model", "none"), "none is not a model: give a .pt checkpoint or a .yaml architecture"),
         (words("--data", "none.yaml"), "none.yaml does not exist"),
         (words("--config", "none.yaml"), "none.yaml does not exist: check the path"),
-        (words("prune.ratio=0.5", "train.epoch=3"), "unknown key 'train.epoch'; unknown key 'prune.ratio'"),
+        (
+            words("prune.ratio=0.5", "train.epoch=3"),
+            "unknown key 'train.epoch', did you mean 'epochs'?; unknown key 'prune.ratio'",
+        ),
         (words("prune.macs=null", "prune.percent=1.5"), "prune.percent: Input should be less than 1 (got 1.5)"),
         (words("prune.percent=0.5"), "exactly one of percent, macs, params is needed, got percent, macs"),
         (words("prune.macs=0.01"), "the budget cannot bring macs down to 1.0%"),
