@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path, PurePath
 from types import ModuleType
 
@@ -16,6 +17,7 @@ RUNNERS = {
     "ncnn": "benchmark.runners.ncnn_runner",
     "tensorrt": "benchmark.runners.tensorrt_runner",
 }
+MODULES = {"onnxruntime": "onnxruntime", "ncnn": "ncnn", "tensorrt": "tensorrt"}  # what a device must import
 NCNN_SUFFIX = "_ncnn_model"  # Ultralytics' ending of such a folder
 SUFFIXES = {".pt": "torch", ".onnx": "onnxruntime", NCNN_SUFFIX: "ncnn", ".engine": "tensorrt"}
 KINDS = {
@@ -72,6 +74,18 @@ def require(model: Path) -> None:
     is_folder = runtime_of(model) == "ncnn"
     if model.is_dir() != is_folder:
         raise BenchmarkError(f"{model} is {'a file' if is_folder else 'a folder'}: check the path")
+
+
+def known(kind: str, value: str, choices: Collection[str]) -> str:
+    """Return a value that is among the choices.
+
+    Raises:
+        BenchmarkError: it is not; the message lists the choices, the closest first.
+    """
+    if value not in choices:
+        closest = difflib.get_close_matches(value, choices, n=len(choices), cutoff=0.0)
+        raise BenchmarkError(f"unknown {kind} '{value}': choose one of {', '.join(closest)}")
+    return value
 
 
 def runner_of(model: Path) -> ModuleType:

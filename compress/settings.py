@@ -277,7 +277,7 @@ def _parse_yaml(text: str) -> Any:
 def load_run(path: Path, overrides: list[str], texts: Mapping[str, str] | None = None) -> Run:
     """Read a pipeline YAML and apply `key=value` overrides such as `finetune.epochs=20`.
 
-    `prune.budget` may name a file of configs/budgets/ instead of holding the rules itself.
+    `prune.budget` may name a file of configs/budgets/ or a device instead of holding the rules itself.
 
     Args:
         texts: values by key that are taken as they are, such as paths; values in `overrides` are YAML.
@@ -291,13 +291,27 @@ def load_run(path: Path, overrides: list[str], texts: Mapping[str, str] | None =
     content.update(texts or {})
     prune = content.get("prune")
     if isinstance(prune, dict) and isinstance(prune.get("budget"), str):
-        prune["budget"] = load_yaml(Path(prune["budget"]))
+        prune["budget"] = _budget_content(Path(prune["budget"]))
     return parse(Run, content, str(path))
 
 
 def load_budget(path: Path) -> Budget:
-    """Read a file of configs/budgets/."""
-    return parse(Budget, load_yaml(path), str(path))
+    """Read a file of configs/budgets/, or the budget of a device: `rpi5`, `rpi5:onnxruntime`, a file of its own.
+
+    Raises:
+        SettingsError: there is no such file or device, or it does not hold a budget.
+    """
+    return parse(Budget, _budget_content(path), str(path))
+
+
+def _budget_content(path: Path) -> dict[str, Any]:
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        content = load_yaml(path)
+        if "budgets" not in content:
+            return content
+    from compress.devices import device_budget
+
+    return device_budget(str(path)).model_dump(mode="json")
 
 
 def training_args(pairs: list[str]) -> dict[str, Any]:

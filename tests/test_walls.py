@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SHARED_BY_ALL = {"checkpoint", "manifest", "settings", "errors", "dataset", "labels", "progress", "repair"}
+# devices: budgets read a device's widths, the benchmark how it is reached.
+SHARED_BY_ALL = {"checkpoint", "manifest", "settings", "devices", "errors", "dataset", "labels", "progress", "repair"}
 SOURCES = [
     path.relative_to(ROOT) for name in ("compress", "export", "benchmark") for path in ROOT.glob(f"{name}/**/*.py")
 ]

@@ -74,7 +74,7 @@ def infer(session: Session, images: np.ndarray) -> list[np.ndarray]:
     if rows % stride or columns % stride:
         raise ValueError(f"takes images whose sides are multiples of {stride} px, got {columns}×{rows}")
     found = [_infer_one(session, image) for image in np.ascontiguousarray(images)]
-    return [np.stack(outputs) for outputs in zip(*found, strict=True)]
+    return [np.stack(outputs) for outputs in zip(*found)]  # noqa: B905  (Python 3.8 has no `strict`)
 
 
 def blobs(session: Session, image: np.ndarray, names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
@@ -266,9 +266,7 @@ def _infer_one(session: Session, image: np.ndarray) -> list[np.ndarray]:
     # The prototypes of masks are the one map that belongs to no level.
     per_level, prototypes = divmod(len(maps), len(metadata["strides"]))
     levels = [maps[start : start + per_level] for start in range(0, len(maps) - prototypes, per_level)]
-    more = [
-        np.concatenate([maps.reshape(len(maps), -1) for maps in kind], axis=1) for kind in zip(*levels, strict=True)
-    ]
+    more = [np.concatenate([maps.reshape(len(maps), -1) for maps in kind], axis=1) for kind in zip(*levels)]  # noqa: B905
     extras, angles = more[2:], None
     if metadata["task"] == "obb":
         # Heads before YOLO26 squeeze the angle into [-π/4, 3π/4].
