@@ -43,7 +43,7 @@ def violations(path: Path, source: str) -> set[str]:
     if path.parts[0] == "compress":
         return set() if path.name == "run.py" else {name for name in names if _top(name) in ("export", "benchmark")}
     if path.parts[:2] == ("benchmark", "runners"):
-        runtime = path.stem.removesuffix("_runner")
+        runtime = path.stem.split("_")[0]  # as in ncnn_runner and ncnn_layers
         known = {*sys.stdlib_module_names, "numpy", runtime, f"{runtime}_rtx"}  # both flavours of TensorRT
         return {name for name in names if _top(name) not in known and not _is_checkpoint_of_torch(name, runtime)}
     inner = {name for name in names if name.startswith("compress.")}
