@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import typer
 
-from benchmark import runtimes
+from benchmark import prepare, runtimes, store
+from benchmark.outputs import Network
 from compress import manifest
+from compress.devices import load_device
 from compress.errors import BenchmarkError, DataError, run_app
 
 STAGE = "accuracy"
@@ -24,7 +26,13 @@ METRICS = {"map50_95": "mAP50-95", "map50": "mAP50", "top1": "top-1", "top5": "t
 
 
 def evaluate(
-    model: Path, data: Path, *, split: str = "val", imgsz: int = 640, threads: int | None = None
+    model: Path,
+    data: Path,
+    *,
+    split: str = "val",
+    imgsz: int = 640,
+    threads: int | None = None,
+    network: Network | None = None,
 ) -> dict[str, Any]:
     """Measure how right a model file is on a data set, as stock `YOLO(model).val(rect=False)` would.
 
@@ -38,6 +46,7 @@ def evaluate(
         split: train, val or test.
         imgsz: side of the square input, px.
         threads: threads of the runtime; all of the machine's when not given.
+        network: what `model` is on a device; it is opened here when not given.
 
     Returns:
         `task`, `images` (number of images), `runtime`; `map50_95` and `map50` (shares, 0 to 1) of what the task is
@@ -55,14 +64,13 @@ def evaluate(
 
     names = class_names(data)
     images(data, split)  # says what is missing, before anything is loaded
-    runner = runtimes.runner_of(model)
-    session = _load(runner, model, threads or os.cpu_count() or 1)
-    facts = runner.describe(session)
+    network = network or _open(model, threads or os.cpu_count() or 1)
+    facts = network.facts
     task = facts.get("task") or "detect"
     _check_fit(model, facts, task, data, len(names), imgsz)
     with tempfile.TemporaryDirectory() as scratch, quiet():
         validator = _validator(task, data, names, split, imgsz, facts["end2end"], Path(scratch))
-        images_seen = _measure(validator, runner, session, facts, model)
+        images_seen = _measure(validator, network, model)
         stats = validator.get_stats()
     found = {"task": task, "images": images_seen, "runtime": facts["runtime"]}
     if task == "classify":
@@ -81,11 +89,13 @@ def evaluate(
     }
 
 
-def _load(runner: ModuleType, model: Path, threads: int) -> Any:
+def _open(model: Path, threads: int) -> Network:
+    runner = runtimes.runner_of(model)
     try:
-        return runner.load(str(model), threads)
+        session = runner.load(str(model), threads)
     except ValueError as error:
         raise BenchmarkError(str(error)) from None
+    return Network(runner.describe(session), lambda images: runner.infer(session, images))
 
 
 def _check_fit(model: Path, facts: dict[str, Any], task: str, data: Path, classes: int, imgsz: int) -> None:
@@ -157,19 +167,19 @@ def _images(settings: Any, task: str, data: Path, names: dict[int, str], split: 
     return images
 
 
-def _measure(validator: Any, runner: ModuleType, session: Any, facts: dict[str, Any], model: Path) -> int:
+def _measure(validator: Any, network: Network, model: Path) -> int:
     """Run all images through the network, collect what the validator makes of it, and return their number."""
     import numpy as np
     import torch
 
     from compress.progress import track
 
-    batch_size = (facts["input_shape"] or [None])[0] or 1
+    batch_size = (network.facts["input_shape"] or [None])[0] or 1
     seen = 0
     for batch in track(validator.dataloader, f"accuracy {model.name}"):
         # One image at a time also keeps suppression, which Ultralytics stops after two seconds, far from that limit.
         images = validator.preprocess(batch)["img"].numpy()
-        outputs = [output[:1] for output in runner.infer(session, np.repeat(images, batch_size, axis=0))]
+        outputs = [output[:1] for output in network.infer(np.repeat(images, batch_size, axis=0))]
         if not all(np.isfinite(output).all() for output in outputs):
             where = batch.get("im_file", [f"image {seen}"])[0]
             raise BenchmarkError(f"{model.name} returns values that are not finite on {where}")
@@ -192,40 +202,39 @@ def main(
     output: Annotated[Path, typer.Option(help="folder for accuracy.json and the manifest")],
     more: Annotated[list[Path] | None, typer.Argument(metavar="[MODEL]...", help="more models")] = None,
     split: Annotated[str, typer.Option(help="train, val or test")] = "val",
-    imgsz: Annotated[int, typer.Option(min=32, help="side of the square input, px")] = 640,
-    threads: Annotated[int | None, typer.Option(min=1, help="threads; all of the machine's when not given")] = None,
+    runtime: Annotated[str | None, typer.Option(help="accept only this runtime; a .pt is exported for it")] = None,
+    precision: Annotated[str | None, typer.Option(help="of exports: fp32 or fp16; the device's own")] = None,
+    imgsz: Annotated[int | None, typer.Option(min=32, help="side of the square input, px; 640")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="threads; all of this machine's when not given")] = None,
+    device: Annotated[str, typer.Option(help="a name of configs/devices, shortened or not, or a .yaml file")] = "cpu",
+    host: Annotated[str | None, typer.Option(help="[user@]host[:port], an alias of ssh, or a serial of adb")] = None,
+    python: Annotated[str | None, typer.Option(help="interpreter on the device")] = None,
+    bootstrap: Annotated[bool, typer.Option("--bootstrap", help="put missing packages into a folder there")] = False,
+    keep_outputs: Annotated[bool, typer.Option("--keep-outputs", help="keep what the device inferred")] = False,
 ) -> None:
-    """Measure mAP or top-1 of model files on a data set, through one evaluator for every runtime."""
-    from compress.dataset import fingerprint, resolve
-
-    models = [*model, *(more or [])]
-    for path in models:
-        runtimes.runner_of(path)
-    yaml = resolve(data)
-    config = {"models": [path.name for path in models], "split": split, "imgsz": imgsz}
-    parents = {f"model{i}": runtimes.sha256(path) for i, path in enumerate(models)}
-    parents["data"] = fingerprint(yaml)
+    """Measure mAP or top-1 of model files on a data set, through one evaluator for every runtime and device."""
+    target = load_device(device)
+    cores = os.cpu_count() if target.transport == "local" else None
+    wanted = prepare.request(
+        target, [*model, *(more or [])], runtime=runtime, precision=precision, imgsz=imgsz, threads=threads or cores,
+        data=data, split=split, host=host,
+    )  # fmt: skip
+    config = {key: value for key, value in wanted.config().items() if key != "threads"}
+    parents = wanted.parents()
     with manifest.lock(output):
         if manifest.is_finished(output, STAGE, config, parents):
             print(f"accuracy: finished before, unchanged: {output}")
             records = manifest.read_json(output / RESULT)
         else:
             manifest.begin(output, STAGE, config, parents)
-            records = [
-                {
-                    "model": path.name,
-                    "model_sha256": parents[f"model{i}"],
-                    **evaluate(path, yaml, split=split, imgsz=imgsz, threads=threads),
-                }
-                for i, path in enumerate(models)
-            ]
+            with prepare.open_models(wanted, output, host, python, bootstrap) as (site, files):
+                records = list(prepare.score(wanted, site, files, output).values())
             manifest.write_json(output / RESULT, records)
-            metrics = {
-                path.name: record.get("map50_95", record.get("top1"))
-                for path, record in zip(models, records, strict=True)
-            }
+            metrics = {record["model"]: record.get("map50_95", record.get("top1")) for record in records}
             manifest.finish(output, STAGE, config, parents, [RESULT], metrics)
-    _print_table(records, split, imgsz)
+            prepare.clean_up(output, keep_outputs)
+    store.add(output / RESULT)
+    _print_table(records, split, wanted.imgsz)
 
 
 def _print_table(records: list[dict[str, Any]], split: str, imgsz: int) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
-from pathlib import Path
+from collections.abc import Collection, Sequence
+from pathlib import Path, PurePath
 from types import ModuleType
 
 from compress import manifest
@@ -15,6 +17,7 @@ RUNNERS = {
     "ncnn": "benchmark.runners.ncnn_runner",
     "tensorrt": "benchmark.runners.tensorrt_runner",
 }
+MODULES = {"onnxruntime": "onnxruntime", "ncnn": "ncnn", "tensorrt": "tensorrt"}  # what a device must import
 NCNN_SUFFIX = "_ncnn_model"  # Ultralytics' ending of such a folder
 SUFFIXES = {".pt": "torch", ".onnx": "onnxruntime", NCNN_SUFFIX: "ncnn", ".engine": "tensorrt"}
 KINDS = {
@@ -42,6 +45,24 @@ def stem(model: Path) -> str:
     return model.name[: -len(ending)] if ending else model.stem
 
 
+def distinct_names(paths: Sequence[PurePath]) -> list[str]:
+    """Return the end of each path, as short as it can be without looking like another one's.
+
+    >>> distinct_names([Path("runs/a/model.pt"), Path("runs/b/model.pt"), Path("runs/b/model.onnx")])
+    ['a/model.pt', 'b/model.pt', 'model.onnx']
+    """
+    different = set(paths)
+
+    def name(path: PurePath) -> str:
+        for length in range(1, len(path.parts)):
+            end = path.parts[-length:]
+            if not any(other != path and other.parts[-length:] == end for other in different):
+                return PurePath(*end).as_posix()
+        return path.as_posix()
+
+    return [name(path) for path in paths]
+
+
 def require(model: Path) -> None:
     """Check that a model is on disk.
 
@@ -53,6 +74,18 @@ def require(model: Path) -> None:
     is_folder = runtime_of(model) == "ncnn"
     if model.is_dir() != is_folder:
         raise BenchmarkError(f"{model} is {'a file' if is_folder else 'a folder'}: check the path")
+
+
+def known(kind: str, value: str, choices: Collection[str]) -> str:
+    """Return a value that is among the choices.
+
+    Raises:
+        BenchmarkError: it is not; the message lists the choices, the closest first.
+    """
+    if value not in choices:
+        closest = difflib.get_close_matches(value, choices, n=len(choices), cutoff=0.0)
+        raise BenchmarkError(f"unknown {kind} '{value}': choose one of {', '.join(closest)}")
+    return value
 
 
 def runner_of(model: Path) -> ModuleType:

@@ -64,6 +64,26 @@ def speedup(baseline_ms: Rounds, model_ms: Rounds, seed: int) -> tuple[float, In
     return ratio(range(len(pairs))), [float(low), float(high)]
 
 
+def unpaired_speedup(baseline: Rounds, model: Rounds, seed: int) -> tuple[float, Interval]:
+    """Return p50 of the baseline divided by p50 of the model, and its 95 % interval, of two separate measurements.
+
+    The rounds of each are drawn by themselves: what the machine did meanwhile does not cancel out, and what changed it
+    between the two is in no interval.
+
+    >>> unpaired_speedup([[4.0, 4.0], [4.0]], [[2.0, 2.0]], seed=0)
+    (2.0, [2.0, 2.0])
+    """
+
+    def medians(rounds: Rounds, seed: int) -> tuple[float, np.ndarray]:
+        parts = [np.asarray(samples, dtype=np.float64) for samples in rounds]
+        drawn = [np.median(np.concatenate([parts[i] for i in draw])) for draw in _draws(len(parts), seed)]
+        return float(np.median(np.concatenate(parts))), np.array(drawn)
+
+    (first, firsts), (second, seconds) = medians(baseline, seed), medians(model, seed + 1)
+    low, high = np.percentile(firsts / seconds, _TAILS)
+    return first / second, [float(low), float(high)]
+
+
 def on_plateau(medians_ms: Sequence[float]) -> bool:
     """Tell whether the last three windows of a warm-up are within 3 % of each other.
 

@@ -1,4 +1,7 @@
-"""What is known about this machine, and what else it was doing. What cannot be read is null, never guessed."""
+"""What is known about this machine, and what else it was doing. What cannot be read is null, never guessed.
+
+On a device this needs Python 3.8 and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +98,7 @@ def _memory_bytes() -> int | None:
 def _os_name() -> str:
     try:
         return platform.freedesktop_os_release()["PRETTY_NAME"]
-    except (OSError, KeyError):
+    except (OSError, KeyError, AttributeError):  # Python before 3.10 has no such function
         return platform.platform()
 
 

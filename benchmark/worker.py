@@ -1,29 +1,50 @@
-"""One cell of a benchmark in a process of its own: it opens a model, checks what comes out, and times queries.
+"""One cell of a benchmark in a process of its own: it opens a model, checks what comes out, and answers requests.
 
 `python -m benchmark.worker RUNNER MODEL THREADS IMGSZ SEED` says on standard output what it opened, as one JSON line;
-then it answers every line `{"queries": n}` with `{"samples_ms": [...]}`, and the end of its input with what the whole
-cost. `benchmark.latency` speaks the other side. Whatever goes wrong becomes a line `{"error": ...}`.
+then it answers every line of its input until that ends, and says what the whole cost:
+
+- `{"queries": n}`: `{"samples_ms": [...]}`, or `{"instructions": [...]}` where a counter is there;
+- `{"infer": {"shape": [...], "dtype": "uint8"}, "bytes": n}` and n bytes: `{"arrays": [...], "bytes": m}` and m bytes;
+- an empty line says that the other side is still there.
+
+It runs on devices too: with numpy, a runtime and Python 3.8. `benchmark.cell` speaks the other side. Whatever goes
+wrong becomes a line `{"error": ...}`.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import json
 import os
+import queue
 import sys
+import threading
 import time
 from collections.abc import Callable
-from typing import Any, TextIO
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from benchmark.frames import pack_outputs, unpack_image
 from benchmark.system import peak_memory_bytes
 
 _CHECKS = 2
+# How long nothing may arrive, before the other side is taken for gone; null where the end of the input tells.
+WATCHDOG = "ESPALIER_WATCHDOG_S"
+# A file that holds the instructions between the last two calls of getppid, where an emulator counts them.
+COUNTER = "ESPALIER_INSTRUCTIONS"
+_GRACE_S = 5.0
 
 
-def serve(arguments: list[str], requests: TextIO, answer: Callable[[dict[str, Any]], None]) -> None:
+def serve(arguments: list[str], requests: Callable[[], Any], answer: Callable[..., None]) -> None:
     """Open the model and answer requests until they end.
+
+    Args:
+        arguments: runner, model, threads, imgsz and seed.
+        requests: returns the next request and the bytes behind it; null when there are no more.
+        answer: takes a content for a JSON line, and the bytes behind it.
 
     Raises:
         ValueError: the model does not fit the image size, or its outputs are not finite or change their shape.
@@ -54,15 +75,45 @@ def serve(arguments: list[str], requests: TextIO, answer: Callable[[dict[str, An
         }
     )
 
-    for line in requests:
-        samples_ns = []
-        for _ in range(json.loads(line)["queries"]):
-            start = time.perf_counter_ns()
-            outputs = runner.infer(session, images)
-            samples_ns.append(time.perf_counter_ns() - start)
+    def infer() -> list[np.ndarray]:
+        return runner.infer(session, images)
+
+    while (request := requests()) is not None:
+        content, payload = request
+        if "infer" in content:
+            found = runner.infer(session, unpack_image(content["infer"], payload))
+            answer(*pack_outputs(found))
+            continue
+        key, samples, outputs = _measure(infer, content["queries"])
         _check_shapes(_shapes(outputs), shapes)
-        answer({"samples_ms": [_ms(sample) for sample in samples_ns]})
+        answer({key: samples})
     answer({"peak_memory_bytes": peak_memory_bytes(), "cpu_s": time.process_time()})
+
+
+def _measure(infer: Callable[[], Any], queries: int) -> tuple[str, list[float], list[np.ndarray]]:
+    """Return what the samples are, those of so many queries, and the last outputs."""
+    outputs: list[np.ndarray] = []
+    if counter := os.environ.get(COUNTER):
+        counts: list[float] = []
+        for _ in range(queries):
+            os.getppid()
+            outputs = infer()
+            os.getppid()
+            counts.append(_count(Path(counter)))
+        return "instructions", counts, outputs
+    samples_ns = []
+    for _ in range(queries):
+        start = time.perf_counter_ns()
+        outputs = infer()
+        samples_ns.append(time.perf_counter_ns() - start)
+    return "samples_ms", [_ms(sample) for sample in samples_ns], outputs
+
+
+def _count(path: Path) -> int:
+    try:
+        return int(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        raise ValueError(f"no instructions were counted in {path}: the interpreter must be a counting one") from None
 
 
 def _check_imgsz(facts: dict[str, Any], imgsz: int) -> None:
@@ -88,24 +139,47 @@ def _ms(duration_ns: int) -> float:
     return round(duration_ns / 1e6, 4)
 
 
+def _read(stream: BinaryIO, found: queue.Queue[Any], silence_s: float | None) -> None:
+    """Queue the requests of a stream, and let the process end when it falls silent.
+
+    A thread reads, and the timer is one of C's: also a runtime that hangs with Python's lock in its hands is ended.
+    """
+    if silence_s:
+        faulthandler.dump_traceback_later(silence_s, exit=True)
+    for line in stream:
+        if silence_s:
+            faulthandler.dump_traceback_later(silence_s, exit=True)
+        if content := json.loads(line) if line.strip() else None:
+            found.put((content, stream.read(content.get("bytes", 0))))
+    if silence_s:
+        faulthandler.dump_traceback_later(_GRACE_S, exit=True)
+    found.put(None)
+
+
 def main() -> None:
     """Serve on standard input and output, which no library may write to."""
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as channel:
+    code = 0
+    with os.fdopen(os.dup(1), "wb") as channel:
         os.dup2(2, 1)
+        found: queue.Queue[Any] = queue.Queue()
+        silence_s = float(os.environ.get(WATCHDOG) or 0)
+        threading.Thread(target=_read, args=(sys.stdin.buffer, found, silence_s), daemon=True).start()
 
-        def answer(content: dict[str, Any]) -> None:
-            channel.write(json.dumps(content) + "\n")
+        def answer(content: dict[str, Any], payload: bytes = b"") -> None:
+            channel.write(json.dumps(content).encode() + b"\n" + payload)
             channel.flush()
 
         try:
-            serve(sys.argv[1:], sys.stdin, answer)
+            serve(sys.argv[1:], found.get, answer)
         except (BrokenPipeError, KeyboardInterrupt):
-            raise SystemExit(130) from None  # the parent is gone, or is ending us
+            code = 130  # the parent is gone, or is ending us
         except Exception as error:
             # Whatever a runtime raises concerns this one model: the parent says which, in one line.
             text = " ".join(str(error).split())
             answer({"error": text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"})
-            raise SystemExit(1) from None
+            code = 1
+    sys.stderr.flush()
+    os._exit(code)  # the reading thread holds the input's lock, which an orderly end would wait for
 
 
 if __name__ == "__main__":

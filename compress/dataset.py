@@ -91,9 +91,10 @@ def class_names(data: Path) -> dict[int, str]:
     if data.is_dir():
         folders = sorted(path.name for path in (data / "train").glob("*") if path.is_dir())
         if not folders:
+            found = next((f", such as {path}" for path in sorted(data.glob("*.y*ml"))), "")
             raise DataError(
-                f"{data.name} is not a data set: give its .yaml, or for a classifier a folder whose 'train' and 'val' "
-                "hold a folder of images for every class"
+                f"{data} is not a data set: give its .yaml{found}, or for a classifier a folder whose 'train' and "
+                "'val' hold a folder of images for every class"
             )
         return dict(enumerate(folders))
     content = _read(data)

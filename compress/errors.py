@@ -62,6 +62,10 @@ class BenchmarkError(EspalierError):
     """A measurement that could not be taken or cannot be trusted."""
 
 
+class DeviceError(EspalierError):
+    """A device that cannot be reached, or that lacks what is needed there."""
+
+
 def run_app(app: Callable[[], object]) -> None:
     """Run a command-line app: a user's mistake becomes one `error:` line and exit code 2, never a traceback.
 

@@ -123,7 +123,7 @@ def gamma_png(gammas: Gammas, title: str) -> bytes:
 def start_mean(folder: Path) -> float | None:
     """Return the mean |γ| that a sparsity training in `folder` began with, or None if none left a note there."""
     from compress.manifest import read_json
-    from compress.trainers import SPARSITY
+    from compress.penalty import SPARSITY
 
     path = folder / SPARSITY
     content = read_json(path) if path.is_file() else None

@@ -211,7 +211,7 @@ def main(
         _write(html, page(name, blocks(graph, opened), found, imgsz).encode(), "--html")
     if gamma:
         from compress.gammas import gamma_png, prunable_gammas, start_mean
-        from compress.trainers import NEAR_ZERO
+        from compress.penalty import NEAR_ZERO
 
         gammas = prunable_gammas(graph, opened, NEAR_ZERO, start_mean(Path(model).parent))
         _write(gamma, gamma_png(gammas, f"γ of prunable channels, {name}"), "--gamma")

@@ -11,7 +11,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -197,7 +197,8 @@ def lock(folder: Path) -> Iterator[None]:
 
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    held = FileLock(folder.parent / f".{folder.name}.lock")
+    place = folder.parent / f".{folder.name}.lock"
+    held = FileLock(place)
     try:
         held.acquire(timeout=0)
     except Timeout:
@@ -205,6 +206,9 @@ def lock(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        # While it is still held: whoever has opened the file meanwhile sees that its name is gone, and starts anew.
+        with suppress(OSError):
+            place.unlink()
         held.release()
 
 

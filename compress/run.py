@@ -16,7 +16,7 @@ from compress import checkpoint, manifest
 from compress.errors import SettingsError, run_app
 from compress.finetune import finetune
 from compress.prune import plan_pruning, print_plan, prune
-from compress.settings import ExportTrt, Run, load_run
+from compress.settings import ExportTrt, Run, check_imgsz, load_run
 from compress.sparsify import sparsify
 from compress.train import Common, train
 
@@ -66,10 +66,7 @@ def check(settings: Run, data: Path) -> None:
     model: Any = checkpoint.load_trainable(settings.model)
     if checkpoint.task_of(model) == "classify":
         raise SettingsError("a classifier has no mAP to report: run its stages one by one, see the README")
-    stride = int(max(model.stride))
-    if settings.imgsz % stride:
-        nearest = max(stride, round(settings.imgsz / stride) * stride)
-        raise SettingsError(f"imgsz {settings.imgsz} must be a multiple of the model's stride {stride}: use {nearest}")
+    check_imgsz(settings.imgsz, int(max(model.stride)))
     classes = len(class_names(data))
     if len(model.names) != classes and not checkpoint.plans_of(model):
         trained = checkpoint.build_model(model.yaml, nc=classes)
@@ -123,7 +120,7 @@ def benchmark(
     models: dict[str, Path], parity: dict[str, Any], data: Path, settings: Run, command: str, folder: Path
 ) -> dict[str, Any]:
     """Score and time the dense and the pruned model, and write summary, report and record."""
-    from benchmark import runtimes
+    from benchmark import runtimes, store
     from benchmark.accuracy import evaluate
     from benchmark.latency import measure
     from benchmark.report import print_table, write_report
@@ -149,7 +146,10 @@ def benchmark(
             manifest.begin(output, "benchmark", config, parents)
             scores = {
                 name: {
-                    runtime: evaluate(path, data, split=wanted.split, imgsz=settings.imgsz)
+                    runtime: {
+                        "model_sha256": parents[f"{name}.{runtime}"],
+                        **evaluate(path, data, split=wanted.split, imgsz=settings.imgsz),
+                    }
                     for runtime, path in files.items()
                 }
                 for name, files in artefacts.items()
@@ -168,6 +168,8 @@ def benchmark(
     write_report(summary, record, folder)
     print_table(summary)
     print(f"report: {folder / 'report.html'}")
+    for name in ("latency.json", "accuracy.json"):
+        store.add(output / name, prefix=f"{settings.name}/")
     return summary
 
 

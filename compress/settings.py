@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -12,6 +13,7 @@ from compress.errors import SettingsError
 
 Importance = Literal["bn", "l1", "l2", "taylor", "random"]
 Runtime = Literal["torch", "onnxruntime", "ncnn", "tensorrt"]
+AUTO = "auto"
 Section = TypeVar("Section", bound="Strict")
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 TARGETS = ("percent", "macs", "params", "latency", "speedup")
@@ -76,8 +78,11 @@ class Sparsity(Training):
     # Adam would divide the constant pull of the penalty by its own magnitude, and λ would mean nothing.
     optimizer: str = "SGD"
 
-    sr: float = Field(
-        default=1e-4, ge=0.0, description="penalty λ, added to the gradient of γ as λ·γ/‖γ‖ per coupled unit"
+    sr: Annotated[float, Field(ge=0.0)] | Literal["auto"] = Field(
+        default=1e-4, description="penalty λ, added to the gradient of γ as λ·γ/‖γ‖ per coupled unit; or auto"
+    )
+    share: Share | None = Field(
+        default=None, description="share of γ that auto brings near zero; what `prune` will remove when not given"
     )
     sr_decay: float = Field(
         default=0.1, gt=0.0, le=1.0, description="share of λ that is left at the last epoch (linear)"
@@ -165,6 +170,7 @@ class ExportNcnn(Strict):
     """ncnn export; a pipeline does it where `benchmark.runtimes` asks for ncnn."""
 
     half: bool = Field(default=False, description="store weights in fp16, and let the device compute in fp16")
+    dynamic: Literal["size"] | None = Field(default=None, description="what of the input's shape is left open")
     parity_images: int = Field(default=16, ge=1, description="real images on which ncnn must equal PyTorch")
     parity_map: bool = Field(default=False, description="compare the mAP on the val split too")
 
@@ -261,6 +267,17 @@ class Run(Strict):
         return self
 
 
+def check_imgsz(imgsz: int, stride: int) -> None:
+    """Check that an image size, px, fits a model's stride.
+
+    Raises:
+        SettingsError: it does not; the message names the nearest one that does.
+    """
+    if imgsz < stride or imgsz % stride:
+        nearest = max(stride, round(imgsz / stride) * stride)
+        raise SettingsError(f"imgsz {imgsz} must be a multiple of the model's stride {stride}: use {nearest}")
+
+
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping with the safe loader.
 
@@ -299,7 +316,7 @@ def _parse_yaml(text: str) -> Any:
 def load_run(path: Path, overrides: list[str], texts: Mapping[str, str] | None = None) -> Run:
     """Read a pipeline YAML and apply `key=value` overrides such as `finetune.epochs=20`.
 
-    `prune.budget` may name a file of configs/budgets/ instead of holding the rules itself.
+    `prune.budget` may name a file of configs/budgets/ or a device instead of holding the rules itself.
 
     Args:
         texts: values by key that are taken as they are, such as paths; values in `overrides` are YAML.
@@ -313,13 +330,27 @@ def load_run(path: Path, overrides: list[str], texts: Mapping[str, str] | None =
     content.update(texts or {})
     prune = content.get("prune")
     if isinstance(prune, dict) and isinstance(prune.get("budget"), str):
-        prune["budget"] = load_yaml(Path(prune["budget"]))
+        prune["budget"] = _budget_content(Path(prune["budget"]))
     return parse(Run, content, str(path))
 
 
 def load_budget(path: Path) -> Budget:
-    """Read a file of configs/budgets/."""
-    return parse(Budget, load_yaml(path), str(path))
+    """Read a file of configs/budgets/, or the budget of a device: `rpi5`, `rpi5:onnxruntime`, a file of its own.
+
+    Raises:
+        SettingsError: there is no such file or device, or it does not hold a budget.
+    """
+    return parse(Budget, _budget_content(path), str(path))
+
+
+def _budget_content(path: Path) -> dict[str, Any]:
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        content = load_yaml(path)
+        if "budgets" not in content:
+            return content
+    from compress.devices import device_budget
+
+    return device_budget(str(path)).model_dump(mode="json")
 
 
 def training_args(pairs: list[str]) -> dict[str, Any]:
@@ -346,18 +377,36 @@ def parse(kind: type[Section], content: dict[str, Any], source: str) -> Section:
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
-        mistakes = [_describe(item) for item in error.errors()]
+        # Of a number that may be a word too, pydantic says twice what is wrong: as a number, and as a word.
+        items = [item for item in error.errors() if not str(["", *item["loc"]][-1]).startswith("literal[")]
+        mistakes = [_describe(item, kind) for item in items]
         raise SettingsError(f"{source}: {'; '.join(mistakes)}") from None
 
 
-def _describe(item: Any) -> str:
-    where = ".".join(str(part) for part in item["loc"]) or "settings"
+def _describe(item: Any, kind: type[Strict]) -> str:
+    """Say in a few words what pydantic found wrong, and what may have been meant."""
+    where = ".".join(str(part) for part in item["loc"]).removesuffix(".constrained-float") or "settings"
     if item["type"] == "extra_forbidden":
-        return f"unknown key '{where}'"
+        *parents, last = item["loc"]
+        close = difflib.get_close_matches(str(last), _keys(kind, parents), n=1)
+        return f"unknown key '{where}'" + (f", did you mean '{close[0]}'?" if close else "")
     if item["type"] == "missing":
         return f"'{where}' is missing"
     got = "" if item["type"] == "value_error" else f" (got {item['input']!r})"
-    return f"{where}: {item['msg'].removeprefix('Value error, ')}{got}"
+    text = f"{where}: {item['msg'].removeprefix('Value error, ')}{got}"
+    if item["type"] in ("less_than", "less_than_equal") and 1 < item["input"] <= 100:
+        text += f": a share is meant, such as {item['input'] / 100:g}"
+    return text
+
+
+def _keys(kind: Any, parents: list[str | int]) -> list[str]:
+    """Return the keys of the section that lies at a place inside a section."""
+    for name in parents:
+        if isinstance(name, str):  # a number is a place in a list of sections
+            annotation = kind.model_fields[name].annotation
+            inner = (annotation, *get_args(annotation))
+            kind = next(part for part in inner if isinstance(part, type) and issubclass(part, Strict))
+    return list(kind.model_fields)
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:

@@ -8,8 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from compress.errors import run_app
-from compress.settings import Budget, Prune, Sparsity, load_budget, parse, training_args
+from compress import checkpoint
+from compress.errors import SettingsError, run_app
+from compress.prune import plan_pruning
+from compress.settings import AUTO, Budget, Prune, Sparsity, load_budget, parse, training_args
 from compress.train import MORE_HELP, Common, training_stage
 
 _REPAIR_IMAGES = 256
@@ -24,7 +26,8 @@ def sparsify(
     shrinking γ, are estimated anew. Watch `output/tensorboard`.
 
     Args:
-        cut: what will be pruned afterwards; with `settings.fade` its channels are chosen early and faded out.
+        cut: what will be pruned afterwards; with `settings.fade` its channels are chosen early and faded out, and with
+            λ `auto` as many γ as it removes are brought near zero.
     """
 
     def repair(trained: Any) -> None:
@@ -35,6 +38,7 @@ def sparsify(
         sample = random.Random(common.seed).sample(train, min(_REPAIR_IMAGES, len(train)))
         recalibrate_batch_norm(trained, sample, common.imgsz)
 
+    share = _share(model, settings, cut, common) if settings.sr == AUTO else None
     fade = cut.model_dump(mode="json", exclude_none=True) if cut and settings.fade else None
     return training_stage(
         "sparsify",
@@ -44,10 +48,26 @@ def sparsify(
         settings,
         common,
         output,
-        notes={"sr": settings.sr, "sr_decay": settings.sr_decay, "fade": fade},
+        notes={"sr": settings.sr, "sr_decay": settings.sr_decay, "fade": fade, "share": share},
         keep_last=True,
         repair=repair,
     )
+
+
+def _share(model: str, settings: Sparsity, cut: Prune | None, common: Common) -> float:
+    """Return the share of γ that shall come near zero: what was asked for, or what the cut will remove."""
+    if settings.share is not None:
+        return settings.share
+    if cut is None:
+        raise SettingsError("--sr auto needs to know how many γ shall come near zero: give --share, such as 0.5")
+    if cut.percent is not None:
+        return cut.percent
+    # How many channels a cut removes hardly depends on which ones.
+    planned = plan_pruning(
+        checkpoint.load_trainable(model), cut.model_copy(update={"importance": "random"}), common.imgsz
+    )
+    before, after = planned.metrics()["channels"]
+    return 1.0 - after / before
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -58,7 +78,8 @@ def main(
     model: Annotated[str, typer.Option(help="trained checkpoint (.pt)")],
     data: Annotated[str, typer.Option(help="data set YAML, or 'shapes' for the generated one")],
     output: Annotated[Path, typer.Option(help="folder of this stage")],
-    sr: Annotated[float, typer.Option(min=0.0, help="strength λ of the penalty on γ")] = 1e-4,
+    sr: Annotated[str, typer.Option(help="strength λ of the penalty on γ; 'auto' steers to --share")] = "1e-4",
+    share: Annotated[float | None, typer.Option(help="with --sr auto: share of γ that shall come near zero")] = None,
     fade: Annotated[
         float | None, typer.Option(help="MACs that will remain: what that cut removes is chosen early and faded out")
     ] = None,
@@ -77,11 +98,19 @@ def main(
     from compress.dataset import resolve
 
     given = {"epochs": epochs, "batch": batch, "optimizer": optimizer, "lr0": lr0, "args": training_args(more or [])}
-    settings = parse(Sparsity, {**given, "sr": sr, "fade": fade is not None}, "sparsify")
+    given |= {"sr": _number_or_word(sr), "share": share, "fade": fade is not None}
+    settings = parse(Sparsity, given, "sparsify")
     rules = load_budget(budget) if budget else Budget()
     cut = {"macs": fade, "importance": "taylor", "budget": rules.model_dump(mode="json")}
     common = Common(imgsz=imgsz, device=device, workers=workers, seed=seed)
     sparsify(model, resolve(data), settings, common, output, None if fade is None else parse(Prune, cut, "--fade"))
+
+
+def _number_or_word(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import typer
 
 from compress import checkpoint, manifest
 from compress.errors import DataError, run_app
-from compress.settings import Strict, Training, parse, training_args
+from compress.settings import Strict, Training, check_imgsz, parse, training_args
 
 MODEL = "model.pt"
 MORE_HELP = "any other Ultralytics training argument, such as nbs=16 or mosaic=0"
@@ -82,7 +82,7 @@ def training_stage(
             return result
         # Mistakes are met before anything is written or moved aside.
         loaded, *_ = [checkpoint.load_trainable(path) for path in (model, *(extra_inputs or {}).values())]
-        _check(loaded, model, data, settings)
+        _check(loaded, model, data, settings, common.imgsz)
         resumable = manifest.begin(output, stage, config, parents)
         metrics: dict[str, Any] = {"epochs": settings.epochs}
         if settings.epochs == 0:
@@ -114,7 +114,7 @@ def training_stage(
 _VERBS = {"detect": "detect", "segment": "segment", "pose": "find key points", "obb": "detect", "classify": "classify"}
 
 
-def _check(loaded: Any, model: str, data: Path, settings: Training) -> None:
+def _check(loaded: Any, model: str, data: Path, settings: Training, imgsz: int) -> None:
     from compress.dataset import class_names, keypoints
 
     task = checkpoint.task_of(loaded)
@@ -123,6 +123,8 @@ def _check(loaded: Any, model: str, data: Path, settings: Training) -> None:
         raise DataError(f"{model} is a model to {_VERBS[task]}, {data} is no data set for it: give {wanted}")
     if task == "pose" and keypoints(data) is None:
         raise DataError(f"{data} has no 'kpt_shape': a pose model needs a data set with key points")
+    if task != "classify":
+        check_imgsz(imgsz, int(max(loaded.stride)))  # Ultralytics would round it up and say so in the middle of its log
     if settings.epochs:
         from compress.trainers import check_arguments
 

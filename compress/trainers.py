@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import copy
 import os
-import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -25,28 +23,24 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.models.yolo.obb import OBBTrainer
 from ultralytics.models.yolo.pose import PoseTrainer
 from ultralytics.models.yolo.segment import SegmentationTrainer
-from ultralytics.utils import DEFAULT_CFG_DICT, RANK
+from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
 from compress.checkpoint import load_model, plans_of, read_architecture
 from compress.errors import CheckpointError, EspalierError, PlanError, SettingsError
 from compress.fade import START, Fade, remaining
 from compress.graph import build_graph
-from compress.importance import batch_norm_scales
 from compress.labels import FreshClasses, fresh_labels
 from compress.manifest import read_json, write_bytes_atomic, write_json
+from compress.penalty import NEAR_ZERO, SPARSITY, GammaLog, GroupPenalty
 from compress.plan import load_plan, save_plan
 from compress.prune import plan_pruning
-from compress.settings import Prune, Training, parse
-from compress.slots import FIXED
-
-if TYPE_CHECKING:
-    from compress.graph import Graph
+from compress.settings import AUTO, Prune, Training, parse
+from compress.steering import Steering
 
 TRAINING = "training"  # Ultralytics' own folder inside a stage's
 # The newest and the best checkpoint, whole even if the process is killed while it writes last.pt and best.pt.
 RESUME, RESUME_BEST = "resume.pt", "resume_best.pt"
-SPARSITY = "sparsity.json"
 FADE_PLAN = "fade_plan.json"
 _OURS = {"model", "data", "mode", "task", "project", "name", "save_dir", "resume", "exist_ok", "pretrained", "cfg"}
 _OURS |= {"epochs", "time"}  # a stage has its own setting for its length, by which it knows whether it is finished
@@ -54,7 +48,6 @@ _TRACE_IMGSZ = 64  # groups do not depend on the image size; the smallest that e
 # All γ shrink a little at every step, so running statistics lag behind, and over a deep network the lags multiply:
 # with Ultralytics' 0.03 the validation mAP of a good detector fell from 0.56 to 0.23 (docs/results.md).
 _BATCH_NORM_MOMENTUM = 0.1
-NEAR_ZERO = 0.05  # |γ| below this share of the mean |γ| at the start counts as near zero
 
 
 class Planned(BaseTrainer):
@@ -131,7 +124,7 @@ class Sparse(Planned):
     def _setup_train(self) -> None:
         super()._setup_train()
         settings = read_json(Path(self.save_dir).parent / SPARSITY)
-        self.sr, self.sr_decay = float(settings["sr"]), float(settings["sr_decay"])
+        self.sr, self.sr_decay = settings["sr"], float(settings["sr_decay"])
         model: Any = unwrap_model(self.model)  # type: ignore[arg-type]  (a module from here on)
         for module in model.modules():
             if isinstance(module, _BatchNorm):
@@ -139,7 +132,14 @@ class Sparse(Planned):
         graph = build_graph(model, _TRACE_IMGSZ, self.data["channels"])
         self.penalty = GroupPenalty(graph, model)
         optimizer: Any = self.optimizer
-        optimizer.register_step_pre_hook(lambda *_: self.penalty.add_gradient(self.current_sr()))
+        optimizer.register_step_pre_hook(lambda *_: self.pull())
+        self.pulled = 0.0
+        if self.sr == AUTO:
+            self.add_callback("on_train_epoch_start", Sparse.steer)
+            if RANK in (-1, 0):
+                folder, gammas = Path(self.save_dir).parent, self.penalty.values()
+                self.steering = Steering(folder, settings["share"], NEAR_ZERO, gammas)
+                self.add_callback("on_fit_epoch_end", Sparse.record_course)
         if settings.get("fade"):
             self.fade: Fade | None = None
             self.add_callback("on_train_epoch_start", Sparse.choose_what_fades)
@@ -150,8 +150,46 @@ class Sparse(Planned):
             self.gamma_log = GammaLog(graph, Path(self.save_dir).parent, model)
             self.add_callback("on_fit_epoch_end", Sparse.log_gammas)
 
+    def pull(self) -> None:
+        """Add the penalty to the gradients of this step, and count how far λ = 1 would move a γ in it."""
+        group: Any = self._gamma_options()
+        self.pulled += group["lr"] / (1.0 - group.get("momentum", 0.0))
+        self.penalty.add_gradient(self.current_sr())
+
+    def steer(self) -> None:
+        """Set λ of this epoch; the first process decides for all."""
+        group: Any = self._gamma_options()
+        schedule: Any = self.lf
+        steps = len(self.train_loader) / max(self.accumulate, 1)
+        full = steps * group.get("initial_lr", group["lr"]) / (1.0 - self.args.momentum)
+        chosen = [0.0]
+        if RANK in (-1, 0):
+            chosen = [self.steering.strength(self.epoch, self.epochs, lambda epoch: full * schedule(epoch))]
+        if RANK != -1 and self.world_size > 1:
+            torch.distributed.broadcast_object_list(chosen, src=0)
+        self.steered, self.pulled = chosen[0], 0.0
+
+    def record_course(self) -> None:
+        """Write down what this epoch did to γ, and say what a person should know."""
+        if self.epoch < self.epochs:  # Ultralytics calls once more after its final evaluation
+            fitness = float(self.fitness or 0.0)
+            said = self.steering.record(self.steered, self.pulled, self.penalty.values(), fitness, self.epochs)
+            course = self.steering.history[-1]
+            shares = f"{course.share:.1%} of γ near zero, {self.steering.share:.1%} wanted"
+            LOGGER.info(f"sparsity: λ {course.strength:.2g}, {shares}")
+            if said:
+                LOGGER.warning(f"sparsity: {said}")
+
+    def _gamma_options(self) -> dict[str, Any]:
+        """Return the optimizer's options of batch-norm scales."""
+        optimizer: Any = self.optimizer
+        groups = optimizer.param_groups
+        return next((group for group in groups if group.get("param_group") == "bn"), groups[0])
+
     def current_sr(self) -> float:
-        """Return λ of this epoch: from `sr` it falls linearly to `sr · sr_decay`."""
+        """Return λ of this epoch: from `sr` it falls linearly to `sr · sr_decay`; or what was steered."""
+        if self.sr == AUTO:
+            return self.steered
         progress = self.epoch / max(self.epochs - 1, 1)
         return self.sr * (1.0 - (1.0 - self.sr_decay) * min(progress, 1.0))
 
@@ -239,71 +277,6 @@ SPARSITY_TRAINERS: dict[str, type[Sparse]] = {
     "obb": OBBSparsityTrainer,
     "classify": ClassificationSparsityTrainer,
 }
-
-
-class GroupPenalty:
-    """The gradient of Σ over units of ‖γ of the unit‖₂."""
-
-    def __init__(self, graph: Graph, model: nn.Module) -> None:
-        parameters = dict(model.named_parameters())
-        offsets = np.cumsum([0, *graph.widths.tolist()])
-        prunable = np.array([not group.frozen for group in graph.groups] + [False])  # the last entry is FIXED's
-        device = next(model.parameters()).device
-        names = batch_norm_scales(graph, model)
-        self.units = int(offsets[-1])
-        self.gammas: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]] = []
-        for axis in graph.axes:
-            if axis.tensor in names:
-                unit = np.where(axis.group == FIXED, 0, offsets[axis.group] + axis.unit)
-                weight = torch.from_numpy(prunable[axis.group]).to(device, torch.float32)
-                self.gammas.append((parameters[axis.tensor], torch.from_numpy(unit).to(device), weight))
-
-    @torch.no_grad()
-    def add_gradient(self, strength: float) -> None:
-        """Add `strength`·γ/‖γ of its unit‖ to the gradient of every prunable γ; nothing where γ is zero."""
-        if not self.gammas or strength == 0.0:
-            return
-        square = torch.zeros(self.units, device=self.gammas[0][0].device)
-        for gamma, unit, weight in self.gammas:
-            square.index_add_(0, unit, gamma.float().square() * weight)
-        norm = square.sqrt().clamp_(min=1e-12)
-        for gamma, unit, weight in self.gammas:
-            if gamma.grad is not None:
-                gamma.grad.add_((strength * weight * gamma / norm[unit]).to(gamma.grad.dtype))
-
-
-class GammaLog:
-    """γ of the prunable channels, watched in TensorBoard."""
-
-    def __init__(self, graph: Graph, folder: Path, model: nn.Module) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # tensorboard's own imports
-            from torch.utils.tensorboard import SummaryWriter
-
-        self.graph = graph
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
-        settings = read_json(folder / SPARSITY)
-        if "start_mean" not in settings:
-            settings["start_mean"] = float(np.concatenate(list(batch_norm_scales(graph, model).values())).mean())
-            write_json(folder / SPARSITY, settings)
-        self.threshold = NEAR_ZERO * settings["start_mean"]
-        self.near_zero = 0.0
-
-    def write(self, model: nn.Module, epoch: int, strength: float, metrics: dict[str, Any]) -> None:
-        """Write one epoch."""
-        gammas = batch_norm_scales(self.graph, model)
-        every = np.concatenate(list(gammas.values()))
-        self.near_zero = float((every < self.threshold).mean())
-        self.writer.add_histogram("gamma/all", every, epoch)
-        for name, values in gammas.items():
-            self.writer.add_histogram(f"gamma/{name.removesuffix('.weight')}", values, epoch)
-        self.writer.add_scalar("sparsity/near_zero_share", self.near_zero, epoch)
-        self.writer.add_scalar("sparsity/mean_gamma", float(every.mean()), epoch)
-        self.writer.add_scalar("sparsity/lambda", strength, epoch)
-        for key, value in metrics.items():
-            if key.startswith("metrics/"):
-                self.writer.add_scalar(key.replace("(B)", ""), float(value), epoch)
-        self.writer.flush()
 
 
 def run_training(

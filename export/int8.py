@@ -14,6 +14,7 @@ from compress.settings import Quantization
 from export import mixed, stage
 
 RANKING_IMAGES = 8
+MEANINGLESS_MAP = 0.02  # of PyTorch's own: a loss of some points cannot be seen below it
 
 
 @dataclass(frozen=True)
@@ -163,14 +164,68 @@ def speed(dense: Path, quantized: Path, imgsz: int, mode: str = "quick") -> dict
     }
 
 
+def export_stage(
+    name: str,
+    suffix: str,
+    export: Callable[..., dict[str, Any]],
+    models: dict[str, Path],
+    data: Path,
+    calibration: Path,
+    imgsz: int,
+    settings: Quantization,
+    output: Path,
+) -> dict[str, Any]:
+    """Quantize each model to `output/NAME` + suffix as a stage (skipped when finished and unchanged); say what counts.
+
+    Args:
+        name: of the stage.
+        suffix: ending of each artefact.
+        export: `export_int8` of a runtime.
+        models: checkpoints by name.
+        data: data set YAML, whose val split gives the mAP, and images for parity.
+        calibration: data set YAML, whose train split calibrates.
+        imgsz: side of the square input, px.
+        settings: of that runtime.
+        output: the stage's folder.
+
+    Returns:
+        The content of `parity.json`: {name: record of `export`}.
+    """
+    from compress.dataset import fingerprint
+
+    def export_one(model: str, path: Path, _: list[Path]) -> dict[str, Any]:
+        return export(path, output / f"{model}{suffix}", data, calibration, imgsz, settings)
+
+    config = {"imgsz": imgsz, "calibration": fingerprint(calibration), **settings.model_dump(mode="json")}
+    records = stage.run_stage(
+        name,
+        models,
+        data,
+        config,
+        output,
+        lambda: stage.export_models(models, data, settings.parity_images, output, export_one),
+        lambda model: f"{model}{suffix}",
+    )
+    for record in records.values():
+        for remark in remarks(record):
+            print(f"{name}: {remark}")
+    return records
+
+
 def remarks(record: dict[str, Any]) -> list[str]:
     """Return what a person should know beside the parity: float layers, speed, and doubts."""
     facts, latency = record["quantization"], record["latency"]
     found = [f"{len(facts['float_layers'])} of {facts['layers']} layers in float"]
     if latency is not None:
-        words = f"{latency['speedup']:.2f} times as fast as fp32"
-        found.append(words if latency["faster"] else f"NOT FASTER than fp32 on this machine ({words}): use fp32 here")
-        found += [f"the measurement is noisy: {reason}" for reason in latency["noise"]]
+        low, high = latency["interval"]
+        times = f"{latency['speedup']:.2f} times as fast as fp32 on this machine ({low:.2f}–{high:.2f})"
+        doubt = "slower: " if high < 1.0 else "not measurably faster: "
+        found.append(times if latency["faster"] else f"{doubt}{times}; use fp32 here")
+        if noise := latency["noise"]:
+            more = f" (and {len(noise) - 1} more signs of it)" if len(noise) > 1 else ""
+            found.append(f"the measurement is noisy: {noise[0]}{more}")
+    if (known := record["map50_95"]["torch"]) <= MEANINGLESS_MAP:
+        found.append(f"the model finds next to nothing (mAP50-95 {known:.4f} in PyTorch): its mAP proves nothing here")
     if facts["calibration_images_in_val"]:
         found.append(f"{facts['calibration_images_in_val']} calibration images are val images too: its mAP flatters")
     return found

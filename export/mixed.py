@@ -84,9 +84,8 @@ def choose_float_layers(
     def passes(order: list[str], count: int) -> bool:
         value = score(order[:count])
         steps.append({"float_layers": count, "map50_95": value})
-        print(
-            f"quantize: {count} of {len(layers)} layers in float, mAP50-95 {value:.4f}, needed {lowest:.4f}", flush=True
-        )
+        needed = f"at least {lowest:.4f}" if lowest > 0 else "any"
+        print(f"8 bits: {count} of {len(layers)} layers in float, mAP50-95 {value:.4f}, needed {needed}", flush=True)
         return value >= lowest
 
     if passes([], 0):

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +17,7 @@ import typer
 from benchmark.runtimes import NCNN_SUFFIX, RUNNERS
 from compress import manifest
 from compress.errors import ExportError, SettingsError, run_app
-from compress.settings import ExportNcnn, QuantizeNcnn, parse
+from compress.settings import ExportNcnn, QuantizeNcnn, check_imgsz, parse
 from export import stage
 
 STAGE = "ncnn"
@@ -45,13 +46,14 @@ UNSUPPORTED = (
 )
 
 
-def export_ncnn(model: Path, output: Path, *, imgsz: int, half: bool = False) -> Path:
+def export_ncnn(model: Path, output: Path, *, imgsz: int, half: bool = False, dynamic: bool = False) -> Path:
     """Write the ncnn folder of a model, batch 1, and return its path. `export_checked` also proves parity.
 
-    The input is `in0` (3, imgsz, imgsz). The outputs are, level by level, the box map (4 · reg_max, h, w) and the
-    class map (classes, h, w) as logits, of the one-to-many head, or of the end-to-end head of a checkpoint that was
-    fused to it, as in `export.onnx`. Where a task has more (mask coefficients, key points, an angle), a third map of
-    each level holds it, and the prototypes of masks come last. Of tasks without boxes they are those of the network.
+    The input is `in0` (3, imgsz, imgsz), or of any size that the stride divides. The outputs are, level by level, the
+    box map (4 · reg_max, h, w) and the class map (classes, h, w) as logits, of the one-to-many head, or of the
+    end-to-end head of a checkpoint that was fused to it, as in `export.onnx`. Where a task has more (mask coefficients,
+    key points, an angle), a third map of each level holds it, and the prototypes of masks come last. Of tasks without
+    boxes they are those of the network.
     `benchmark.runners.ncnn_runner` decodes them; stock Ultralytics does not.
     `metadata.yaml` is written as JSON, which YAML readers take too, so that a device needs no YAML reader.
     The same model gives the same bytes.
@@ -61,10 +63,12 @@ def export_ncnn(model: Path, output: Path, *, imgsz: int, half: bool = False) ->
         output: the folder to write, NAME_ncnn_model; it appears whole or not at all.
         imgsz: side of the square input, px, a multiple of the model's stride.
         half: store the weights in fp16, and let the device compute in fp16.
+        dynamic: leave the size open; latency does not suffer.
 
     Raises:
         CheckpointError: `model` is of a task that cannot be exported.
-        ExportError: `imgsz` does not fit, an operation has no ncnn layer, pnnx fails, or ncnn cannot run the result.
+        SettingsError: `imgsz` does not fit the model's stride.
+        ExportError: an operation has no ncnn layer, pnnx fails, or ncnn cannot run the result.
     """
     import tempfile
 
@@ -72,7 +76,7 @@ def export_ncnn(model: Path, output: Path, *, imgsz: int, half: bool = False) ->
 
     stage.require(model)
     network = inference_network(str(model))
-    stage.check_imgsz(imgsz, int(max(network.stride)))  # type: ignore[arg-type]
+    check_imgsz(imgsz, int(max(network.stride)))  # type: ignore[arg-type]
     traced = _trace(network, model, imgsz)
     _refuse_unsupported(traced, model)
     # Beside the output, so that the finished folder only has to be renamed.
@@ -80,13 +84,13 @@ def export_ncnn(model: Path, output: Path, *, imgsz: int, half: bool = False) ->
         made = Path(scratch) / "converted"
         made.mkdir()
         traced.save(str(made / "model.pt"))
-        report = _convert(made, model, half)
+        report = _convert(made, model, half, _shapes(network, imgsz) if dynamic else ())
         outputs = _check_layers(made / PARAM, report, model, _count_outputs(network))
         folder = Path(scratch) / output.name
         folder.mkdir()
         for name in (PARAM, BIN):
             (made / name).replace(folder / name)
-        content = _metadata(network, model, imgsz, half, folder, outputs)
+        content = _metadata(network, model, imgsz, half, folder, outputs) | {"dynamic": dynamic}
         manifest.write_json(folder / METADATA, content)
         _run_once(folder, model, imgsz)
         stage.replace(folder, output)
@@ -101,13 +105,13 @@ def export_checked(
     Raises:
         ExportError: as `export_ncnn`, or parity fails: the folder is then kept as `NAME.rejected_ncnn_model`.
     """
-    from export import parity
-
     precision = "fp16" if settings.half else "fp32"
     return stage.prove(
         output,
-        lambda path: export_ncnn(model, path, imgsz=imgsz, half=settings.half),
-        lambda path: parity.compare(model, path, images, imgsz, precision=precision, data=data),
+        lambda path: export_ncnn(model, path, imgsz=imgsz, half=settings.half, dynamic=settings.dynamic is not None),
+        lambda path: stage.compare_shapes(
+            model, path, images, imgsz, precision=precision, dynamic=settings.dynamic, data=data
+        ),
         "try --no-half" if settings.half else "use the ONNX export, and report the model",
     )
 
@@ -216,14 +220,30 @@ def _refuse_unsupported(traced: Any, model: Path) -> None:
         raise ExportError(f"{model.name} uses what ncnn does not have ({named}): use the ONNX export")
 
 
-def _convert(folder: Path, model: Path, half: bool) -> str:
+def _shapes(network: Any, imgsz: int) -> list[str]:
+    """Return two shapes of the input for pnnx, which leaves open what differs between them.
+
+    Without the second one the number of positions that attention is about, for one, would be a constant.
+    """
+    channels = network.yaml.get("channels", 3)
+    other = f"{imgsz + stage.OTHER_SIZE_PX},{imgsz + 2 * stage.OTHER_SIZE_PX}"
+    return [f"inputshape=[1,{channels},{imgsz},{imgsz}]", f"inputshape2=[1,{channels},{other}]"]
+
+
+def _convert(folder: Path, model: Path, half: bool, shapes: Sequence[str] = ()) -> str:
     """Run pnnx on `folder/model.pt` and return what it said; its files lie in `folder` afterwards.
 
     Its Python wrapper ignores the exit code, so the program itself is called.
+
+    Args:
+        folder: where the trace lies.
+        model: the checkpoint, for messages.
+        half: store the weights in fp16.
+        shapes: of the input, as pnnx takes them; none where the trace tells the only one.
     """
     import pnnx
 
-    command = [pnnx.EXEC_PATH, "model.pt", f"fp16={int(half)}"]  # the trace tells the shape of the input
+    command = [pnnx.EXEC_PATH, "model.pt", f"fp16={int(half)}", *shapes]
     try:
         done = _run(command, folder, f"pnnx did not finish {model.name}")
     except OSError as error:
@@ -335,6 +355,7 @@ def main(
     output: Annotated[Path, typer.Option(help="folder for NAME_ncnn_model, parity.json and the manifest")],
     imgsz: Annotated[int, typer.Option(min=1, help="side of the square input, px; a multiple of the stride")] = 640,
     half: Annotated[bool, typer.Option(help="store weights in fp16, and let the device compute in fp16")] = False,
+    dynamic: Annotated[str | None, typer.Option(help="size: leave the size of the image open")] = None,
     parity_map: Annotated[bool, typer.Option(help="compare the mAP on the val split too")] = False,
     parity_images: Annotated[int, typer.Option(help="real images on which ncnn must equal PyTorch")] = 16,
     bundle: Annotated[Path | None, typer.Option(help="new folder: model, C++ program, Android app")] = None,
@@ -351,8 +372,9 @@ def main(
 
     if bundle:
         deploy.check_bundle(bundle)
-    if half and int8:
-        raise SettingsError("--half and --int8 exclude each other: choose one")
+    for given, name in ((half, "--half"), (dynamic, "--dynamic")):
+        if given and int8:
+            raise SettingsError(f"{name} and --int8 exclude each other: choose one")
     stage.require(model)
     if int8:
         content = {
@@ -364,7 +386,8 @@ def main(
         }
         made = output / _export_int8(model, data, calibration, imgsz, parse(QuantizeNcnn, content, "ncnn"), output)
     else:
-        settings = parse(ExportNcnn, {"half": half, "parity_images": parity_images, "parity_map": parity_map}, "ncnn")
+        content = {"half": half, "dynamic": dynamic, "parity_images": parity_images, "parity_map": parity_map}
+        settings = parse(ExportNcnn, content, "ncnn")
         export_stage({model.stem: model}, resolve(data, labels=parity_map), imgsz, settings, output)
         made = output / f"{model.stem}{NCNN_SUFFIX}"
     if bundle:
@@ -375,15 +398,14 @@ def main(
 def _export_int8(
     model: Path, data: str, calibration: str | None, imgsz: int, settings: QuantizeNcnn, output: Path
 ) -> str:
-    """Run the stage of 8 bits, say what is to be said, and return the folder's name."""
+    """Run the stage of 8 bits, and return the folder's name."""
     from compress.dataset import resolve
     from export import int8, ncnn_int8
 
     yaml = resolve(data)
     source = yaml if calibration is None else resolve(calibration, labels=False)
-    records = ncnn_int8.int8_stage({model.stem: model}, yaml, source, imgsz, settings, output)
-    for remark in int8.remarks(records[model.stem]):
-        print(f"ncnn: {remark}")
+    models, export = {model.stem: model}, ncnn_int8.export_int8
+    int8.export_stage(ncnn_int8.STAGE, ncnn_int8.SUFFIX, export, models, yaml, source, imgsz, settings, output)
     return f"{model.stem}{ncnn_int8.SUFFIX}"
 
 

@@ -22,6 +22,7 @@ from export import calibration, int8, ncnn_files, stage
 from export.ncnn_files import Layer, Weights
 
 CONVOLUTIONS = ("Convolution", "ConvolutionDepthWise")
+STAGE = "ncnn_int8"
 KINDS = (*CONVOLUTIONS, "InnerProduct")
 SUFFIX = f".int8{NCNN_SUFFIX}"
 METHODS: dict[str, Callable[[calibration.Histogram], float]] = {
@@ -208,28 +209,3 @@ def _described(images: list[Path], in_float: list[str]) -> dict[str, Any]:
         "calibration_sha256": int8.calibration_hash(images),
         "float_layers": in_float,
     }
-
-
-def int8_stage(
-    models: dict[str, Path], data: Path, calibration_data: Path, imgsz: int, settings: QuantizeNcnn, output: Path
-) -> dict[str, Any]:
-    """Quantize each model to `output/NAME.int8_ncnn_model` as a stage: skipped when finished and unchanged.
-
-    Returns:
-        The content of `parity.json`: {name: record of `export_int8`}.
-    """
-    from compress.dataset import fingerprint
-
-    def export(name: str, model: Path, _: list[Path]) -> dict[str, Any]:
-        return export_int8(model, output / f"{name}{SUFFIX}", data, calibration_data, imgsz, settings)
-
-    config = {"imgsz": imgsz, "calibration": fingerprint(calibration_data), **settings.model_dump(mode="json")}
-    return stage.run_stage(
-        "ncnn_int8",
-        models,
-        data,
-        config,
-        output,
-        lambda: stage.export_models(models, data, settings.parity_images, output, export),
-        lambda name: f"{name}{SUFFIX}",
-    )

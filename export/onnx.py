@@ -9,13 +9,10 @@ import typer
 
 from compress import manifest
 from compress.errors import ExportError, run_app
-from compress.settings import Export, parse
+from compress.settings import Export, check_imgsz, parse
 from export import stage
 
 STAGE = "export"
-# Beside the size that was asked for, a dynamic graph is proven on one that is wider by this: every stride divides it.
-OTHER_SIZE_PX = 64
-OTHER_SIZE_IMAGES = 4
 
 
 def export_onnx(
@@ -44,7 +41,8 @@ def export_onnx(
 
     Raises:
         CheckpointError: `model` is of a task that cannot be exported.
-        ExportError: `imgsz` does not fit, the model has nothing to suppress, or the graph cannot be exported, checked,
+        SettingsError: `imgsz` does not fit the model's stride.
+        ExportError: the model has nothing to suppress, or the graph cannot be exported, checked,
             simplified or converted.
     """
     import onnx
@@ -54,7 +52,7 @@ def export_onnx(
     stage.require(model)
     wanted = settings or Export()
     network = inference_network(str(model))
-    stage.check_imgsz(imgsz, int(max(network.stride)))  # type: ignore[arg-type]
+    check_imgsz(imgsz, int(max(network.stride)))  # type: ignore[arg-type]
     graph = _trace(network, model, imgsz, opset, wanted)
     try:
         onnx.checker.check_model(graph, full_check=True)
@@ -100,40 +98,31 @@ def export_checked(
     def export(path: Path, wanted: Export) -> Path:
         return export_onnx(model, path, imgsz=imgsz, opset=wanted.opset, simplify=wanted.simplify, settings=wanted)
 
+    def compare(reference: Path, path: Path, precision: str, data: Path | None = None) -> dict[str, Any]:
+        return stage.compare_shapes(
+            reference,
+            path,
+            images,
+            imgsz,
+            batch=settings.batch,
+            dynamic=settings.dynamic,
+            precision=precision,
+            data=data,
+        )
+
     def check(path: Path) -> dict[str, Any]:
         if not settings.nms:
-            return _prove(model, path, images, imgsz, settings, precision, data)
+            return compare(model, path, precision, data)
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
             raw = export(Path(scratch) / path.name, settings.model_copy(update={"nms": False}))
-            record = _prove(model, raw, images, imgsz, settings, precision, data)
+            record = compare(model, raw, precision, data)
             if not record["passed"]:
                 return record
-            suppression = _prove(raw, path, images, imgsz, settings, "fp32")
+            suppression = compare(raw, path, "fp32")
         return {**record, "suppression": suppression} if suppression["passed"] else suppression
 
     remedy = "try without --half" if settings.half else "try --no-simplify or another --opset"
     return stage.prove(output, lambda path: export(path, settings), check, remedy)
-
-
-def _prove(
-    reference: Path,
-    path: Path,
-    images: list[Path],
-    imgsz: int,
-    settings: Export,
-    precision: str,
-    data: Path | None = None,
-) -> dict[str, Any]:
-    """Compare as `parity.compare`, of a dynamic graph on another batch or size too; the first record that fails."""
-    from export import parity
-
-    record = parity.compare(reference, path, images, imgsz, precision=precision, batch=settings.batch, data=data)
-    if not settings.dynamic or not record["passed"]:
-        return record
-    size = imgsz if settings.dynamic == "batch" else (imgsz, imgsz + OTHER_SIZE_PX)
-    batch = settings.batch + (settings.dynamic != "size")
-    other = parity.compare(reference, path, images[:OTHER_SIZE_IMAGES], size, precision=precision, batch=batch)
-    return {**record, "other": other} if other["passed"] else other
 
 
 def export_models(models: dict[str, Path], data: Path, imgsz: int, settings: Export, output: Path) -> dict[str, Any]:

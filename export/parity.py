@@ -434,8 +434,11 @@ def summary(parity: dict[str, Any]) -> str:
             limit = _limit(tolerance.get("value"))
             parts.append(f"{output['name']} within {output['max_value_error']:.2g} of their size{limit}")
     if detections := parity.get("detections"):
-        parts.append(f"{detections['torch']} detections in PyTorch, {detections[runtime]} in {runtime}")
-        parts.append(f"{detections['unmatched']} unmatched")
+        if detections["torch"] or detections[runtime]:
+            parts.append(f"{detections['torch']} detections in PyTorch, {detections[runtime]} in {runtime}")
+            parts.append(f"{detections['unmatched']} unmatched")
+        else:
+            parts.append("no detections to match: the model finds nothing on them")
     if classes := parity.get("classes"):
         parts.append(f"{classes['other_class']} images of another class")
     for metric, name in METRICS.items():

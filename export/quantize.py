@@ -86,31 +86,6 @@ def export_int8(
         )
 
 
-def quantize_stage(
-    models: dict[str, Path], data: Path, calibration: Path, imgsz: int, settings: Quantize, output: Path
-) -> dict[str, Any]:
-    """Quantize each model to `output/NAME.int8.onnx` as a stage: skipped when finished and unchanged.
-
-    Returns:
-        The content of `parity.json`: {name: record of `export_int8`}.
-    """
-    from compress.dataset import fingerprint
-
-    def export(name: str, model: Path, _: list[Path]) -> dict[str, Any]:
-        return export_int8(model, output / f"{name}{SUFFIX}", data, calibration, imgsz, settings)
-
-    config = {"imgsz": imgsz, "calibration": fingerprint(calibration), **settings.model_dump(mode="json")}
-    return stage.run_stage(
-        STAGE,
-        models,
-        data,
-        config,
-        output,
-        lambda: stage.export_models(models, data, settings.parity_images, output, export),
-        lambda name: f"{name}{SUFFIX}",
-    )
-
-
 def _describe(graph: Any, facts: dict[str, Any], images: list[Path], float_layers: list[str]) -> None:
     """Write into the graph what it is: its precision and how it was calibrated."""
     entries = {
@@ -162,10 +137,7 @@ def main(
     stage.require(model)
     yaml = resolve(data)
     source = yaml if calibration is None else resolve(calibration, labels=False)
-    records = quantize_stage({model.stem: model}, yaml, source, imgsz, settings, output)
-    for record in records.values():
-        for remark in int8.remarks(record):
-            print(f"quantize: {remark}")
+    int8.export_stage(STAGE, SUFFIX, export_int8, {model.stem: model}, yaml, source, imgsz, settings, output)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,9 @@ from compress import manifest
 from compress.errors import CheckpointError, ExportError
 
 PARITY = "parity.json"
+# Beside the size that was asked for, a dynamic artefact is proven on one that is wider by this: all strides divide it.
+OTHER_SIZE_PX = 64
+OTHER_SIZE_IMAGES = 4
 
 
 def require(model: Path) -> None:
@@ -36,17 +39,6 @@ def require_detector(model: Path) -> None:
 
     if (task := task_of(load_deployable(model))) != "detect":
         raise CheckpointError(f"{model} is of the task '{task}', this export is for detectors: use export.onnx or ncnn")
-
-
-def check_imgsz(imgsz: int, stride: int) -> None:
-    """Check that an image size fits a model's stride.
-
-    Raises:
-        ExportError: it does not; the message names the nearest one that does.
-    """
-    if imgsz < stride or imgsz % stride:
-        nearest = max(stride, round(imgsz / stride) * stride)
-        raise ExportError(f"imgsz {imgsz} must be a multiple of the model's stride {stride}: use {nearest}")
 
 
 def metadata(network: Any, model: Path, imgsz: int, args: dict[str, Any], batch: int = 1) -> dict[str, Any]:
@@ -115,6 +107,43 @@ def prove(artefact: Path, make: Callable[[Path], object], check: Callable[[Path]
     finally:
         remove(unproven)
     return record
+
+
+def compare_shapes(
+    reference: Path,
+    artefact: Path,
+    images: list[Path],
+    imgsz: int,
+    *,
+    precision: str,
+    dynamic: str | None,
+    batch: int = 1,
+    data: Path | None = None,
+) -> dict[str, Any]:
+    """Compare as `parity.compare`, an artefact of an open shape on another one too; the first record that fails.
+
+    Args:
+        reference: the checkpoint, or another artefact that stands for it.
+        artefact: what was made from it.
+        images: image files.
+        imgsz: side of the square input, px.
+        precision: which tolerance holds.
+        dynamic: batch, size or both: what is open; null for neither.
+        batch: how many images go through the artefact at once.
+        data: data set, whose val split gives both mAP.
+
+    Returns:
+        The parity record; of an open shape with that of the other shape as `other`.
+    """
+    from export import parity
+
+    record = parity.compare(reference, artefact, images, imgsz, precision=precision, batch=batch, data=data)
+    if not dynamic or not record["passed"]:
+        return record
+    size = imgsz if dynamic == "batch" else (imgsz, imgsz + OTHER_SIZE_PX)
+    more = batch + (dynamic != "size")
+    other = parity.compare(reference, artefact, images[:OTHER_SIZE_IMAGES], size, precision=precision, batch=more)
+    return {**record, "other": other} if other["passed"] else other
 
 
 def export_models(

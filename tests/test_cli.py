@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("torch", "torchvision", "ultralytics", "onnx", "onnxruntime", "plotly", "tensorrt", "tensorrt_rtx")
-PROGRAMS = ("worker.py", "layer_times.py", "trt_builder.py")  # started by our own code, not by a person
+HEAVY = ("torch", "torchvision", "ultralytics", "onnx", "onnxruntime", "matplotlib", "tensorrt", "tensorrt_rtx")
+PROGRAMS = ("worker.py", "layer_times.py", "probe.py", "trt_builder.py")  # started by our own code, not by a person
 RUN = f"""
 import runpy, sys
 module = sys.argv[1]

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from benchmark import store
 from compress import manifest, run
 from compress.checkpoint import build_model, load_model, plans_of, save_model
 from compress.errors import run_app
@@ -174,6 +175,19 @@ def test_the_report_shows_the_numbers(finished, home: Path) -> None:
         assert f"{summary['macs_speedup']:.2f}" in (folder / name).read_text(), name
 
 
+def test_the_store_knows_what_was_measured(finished, home: Path) -> None:
+    rows = store.find(model="tiny/")
+    assert sorted({(row.kind, row.model, row.runtime) for row in rows}) == [
+        (kind, f"tiny/{model}", runtime)
+        for kind in ("accuracy", "latency")
+        for model in ("dense", "pruned")
+        for runtime in ("onnxruntime", "torch")
+    ]
+    for row in rows:
+        assert {other.kind for other in rows if other.model_sha256 == row.model_sha256} == {"accuracy", "latency"}
+    assert {(row.data, row.split, row.imgsz) for row in rows if row.kind == "accuracy"} == {("shapes.yaml", "test", 64)}
+
+
 def test_the_pruned_model_carries_its_plan_to_the_end(finished, home: Path) -> None:
     folder = home / "runs" / "tiny"
     plan = json.loads((folder / "03_prune" / "plan.json").read_text())
@@ -287,7 +301,10 @@ def words(*given: str) -> Callable[[Path], list[str]]:
         (words("--model", "none"), "none is not a model: give a .pt checkpoint or a .yaml architecture"),
         (words("--data", "none.yaml"), "none.yaml does not exist"),
         (words("--config", "none.yaml"), "none.yaml does not exist: check the path"),
-        (words("prune.ratio=0.5", "train.epoch=3"), "unknown key 'train.epoch'; unknown key 'prune.ratio'"),
+        (
+            words("prune.ratio=0.5", "train.epoch=3"),
+            "unknown key 'train.epoch', did you mean 'epochs'?; unknown key 'prune.ratio'",
+        ),
         (words("prune.macs=null", "prune.percent=1.5"), "prune.percent: Input should be less than 1 (got 1.5)"),
         (
             words("prune.percent=0.5"),

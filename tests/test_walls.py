@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SHARED_BY_ALL = {"checkpoint", "manifest", "settings", "errors", "dataset", "labels", "progress", "repair"}
+# devices: budgets read a device's widths, the benchmark how it is reached.
+SHARED_BY_ALL = {"checkpoint", "manifest", "settings", "devices", "errors", "dataset", "labels", "progress", "repair"}
 # These two chain everything: the pipeline, and the loop that measures a plan before it is paid for.
 CHAINS = {"run.py", "measured.py"}
 # A latency table is learnt from networks of many widths, which only the channel graph can cut.
@@ -47,7 +48,7 @@ def violations(path: Path, source: str) -> set[str]:
     if path.parts[0] == "compress":
         return set() if path.name in CHAINS else {name for name in names if _top(name) in ("export", "benchmark")}
     if path.parts[:2] == ("benchmark", "runners"):
-        runtime = path.stem.removesuffix("_runner")
+        runtime = path.stem.split("_")[0]  # as in ncnn_runner and ncnn_layers
         known = {*sys.stdlib_module_names, "numpy", runtime, f"{runtime}_rtx"}  # both flavours of TensorRT
         return {name for name in names if _top(name) not in known and not _is_checkpoint_of_torch(name, runtime)}
     inner = {name for name in names if name.startswith("compress.")}

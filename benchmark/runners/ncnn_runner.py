@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,6 @@ class Session:
     net: Any
     threads: int
     metadata: dict[str, Any]
-    anchors: np.ndarray
-    strides: np.ndarray
 
 
 def load(path: str, threads: int) -> Session:
@@ -50,8 +49,7 @@ def load(path: str, threads: int) -> Session:
     for name, open_file in ((PARAM, net.load_param), (BIN, net.load_model)):
         if open_file(str(folder / name)) != 0:
             raise ValueError(f"{folder / name} cannot be opened by ncnn: export the model again")
-    anchors, strides = make_anchors(metadata["imgsz"], metadata["strides"])
-    return Session(net, threads, metadata, anchors, strides)
+    return Session(net, threads, metadata)
 
 
 def infer(session: Session, images: np.ndarray) -> list[np.ndarray]:
@@ -59,7 +57,8 @@ def infer(session: Session, images: np.ndarray) -> list[np.ndarray]:
 
     Args:
         session: what `load` returned.
-        images: (n, 3, height, width) float32 in [0, 1], RGB, of the size that the model was exported with.
+        images: (n, 3, height, width) float32 in [0, 1], RGB, of the size that the model was exported with; where that
+            was left open, of any that its stride divides.
 
     Returns:
         The arrays that `torch_runner.infer` returns, for a detector one: (n, 4 + classes, anchors), boxes as centre x,
@@ -68,11 +67,14 @@ def infer(session: Session, images: np.ndarray) -> list[np.ndarray]:
     Raises:
         ValueError: the images have another size, or ncnn cannot run the network.
     """
-    height, width = session.metadata["imgsz"]
-    if images.shape[2:] != (height, width):
-        raise ValueError(f"takes images of {width}×{height} px, got {images.shape[3]}×{images.shape[2]}")
+    (height, width), (rows, columns) = session.metadata["imgsz"], images.shape[2:]
+    if not session.metadata.get("dynamic") and (rows, columns) != (height, width):
+        raise ValueError(f"takes images of {width}×{height} px, got {columns}×{rows}")
+    stride = session.metadata["stride"]
+    if rows % stride or columns % stride:
+        raise ValueError(f"takes images whose sides are multiples of {stride} px, got {columns}×{rows}")
     found = [_infer_one(session, image) for image in np.ascontiguousarray(images)]
-    return [np.stack(outputs) for outputs in zip(*found, strict=True)]
+    return [np.stack(outputs) for outputs in zip(*found)]  # noqa: B905  (Python 3.8 has no `strict`)
 
 
 def blobs(session: Session, image: np.ndarray, names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
@@ -108,7 +110,7 @@ def describe(session: Session) -> dict[str, Any]:
         "precision_executed": precision if precision != "fp16" or rounds_to_fp16() else "fp32",
         "providers": None,
         "memory_format": None,
-        "input_shape": [1, 3, *metadata["imgsz"]],
+        "input_shape": [1, 3, *([None, None] if metadata.get("dynamic") else metadata["imgsz"])],
         "task": metadata.get("task", "detect"),
         "classes": len(metadata["names"]),
         "keypoints": metadata.get("kpt_shape"),
@@ -200,7 +202,8 @@ def top_detections(decoded: np.ndarray, max_detections: int, classes: int | None
     return np.column_stack(columns).astype(np.float32)
 
 
-def make_anchors(imgsz: list[int], strides: list[int]) -> tuple[np.ndarray, np.ndarray]:
+@lru_cache(maxsize=8)
+def make_anchors(imgsz: tuple[int, ...], strides: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Return the anchors (2, n) in strides, at the centre of each cell, and the stride of each (n,), level by level.
 
     Args:
@@ -256,15 +259,14 @@ def _infer_one(session: Session, image: np.ndarray) -> list[np.ndarray]:
     with session.net.create_extractor() as extractor:
         extractor.input("in0", ncnn.Mat(image))
         maps = [_extract(extractor, name) for name in session.metadata["outputs"]]
-    metadata, anchors, strides = session.metadata, session.anchors, session.strides
+    metadata = session.metadata
     if not metadata["strides"]:  # a task without boxes
         return maps
+    anchors, strides = make_anchors(image.shape[1:], tuple(metadata["strides"]))
     # The prototypes of masks are the one map that belongs to no level.
     per_level, prototypes = divmod(len(maps), len(metadata["strides"]))
     levels = [maps[start : start + per_level] for start in range(0, len(maps) - prototypes, per_level)]
-    more = [
-        np.concatenate([maps.reshape(len(maps), -1) for maps in kind], axis=1) for kind in zip(*levels, strict=True)
-    ]
+    more = [np.concatenate([maps.reshape(len(maps), -1) for maps in kind], axis=1) for kind in zip(*levels)]  # noqa: B905
     extras, angles = more[2:], None
     if metadata["task"] == "obb":
         # Heads before YOLO26 squeeze the angle into [-π/4, 3π/4].

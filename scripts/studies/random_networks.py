@@ -402,7 +402,7 @@ _UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "max_pool1d": lambda x: F.max_pool1d(x.flatten(2), 3, 1, 1).view(x.shape) * 1,
     "avg_pool1d": lambda x: F.avg_pool1d(x.flatten(2), 3, 1, 1).view(x.shape) * 1,
     "max_pool3d": lambda x: F.max_pool3d(x.unsqueeze(2), (1, 3, 3), 1, (0, 1, 1)).squeeze(2) * 1,
-    "avg_pool3d": lambda x: F.avg_pool3d(x.unsqueeze(2), (1, 3, 3), 1, (0, 1, 1)).squeeze(2) * 1,
+    "avg_pool3d": lambda x: F.avg_pool3d(F.pad(x, (1, 1, 1, 1)).unsqueeze(2), (1, 3, 3), 1).squeeze(2) * 1,
     "adaptive_avg_pool1d": lambda x: F.adaptive_avg_pool1d(x.flatten(2), 1).unsqueeze(-1) * 1,
     "adaptive_avg_pool3d": lambda x: F.adaptive_avg_pool3d(x.unsqueeze(2), 1).squeeze(2) * 1,
     "attention": _tokens_attend,
@@ -450,7 +450,10 @@ OPERATIONS: dict[str, Operation] = {
     "InstanceNorm": Operation(
         lambda c: nn.InstanceNorm2d(c, affine=True), lambda s: st.just((s[0][1],)) if s[0][2] > 1 else None
     ),
-    "GroupNorm": Operation(lambda c: nn.GroupNorm(2, c), lambda s: st.just((s[0][1],)) if s[0][1] % 2 == 0 else None),
+    "GroupNorm": Operation(  # which has nothing to normalise where a group has one value
+        lambda c: nn.GroupNorm(2, c),
+        lambda s: st.just((s[0][1],)) if s[0][1] % 2 == 0 and (s[0][1] > 2 or s[0][2] > 1) else None,
+    ),
     "Add": _binary(torch.add),
     "Sub": _binary(torch.sub),
     "Mul": _binary(lambda x, y: x * y),

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import typer
 
-from benchmark import latency, statistics, system
+from benchmark import cell as cell_module
+from benchmark import latency, latency_record, prepare, runtimes, statistics, system
+from compress.devices import load_device
 from compress.errors import BenchmarkError, run_app
 
 # A runner whose model files say how to behave. Every inference is logged, so that the order can be checked.
@@ -60,7 +62,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "fake_runner.py").write_text(RUNNER)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log.txt"))
-    monkeypatch.setattr(latency, "RUNNERS", {"torch": "fake_runner", "onnxruntime": "fake_runner"})
+    monkeypatch.setattr(runtimes, "RUNNERS", {"torch": "fake_runner", "onnxruntime": "fake_runner"})
     tiny = latency.Mode(min_queries=30, min_seconds=0.01, burst_s=0.001, label="for a test")
     monkeypatch.setitem(latency.MODES, "quick", tiny)
     monkeypatch.setattr(latency, "WINDOW_S", 0.001)
@@ -202,7 +204,7 @@ def test_a_model_that_cannot_be_measured_is_named(folder: Path, behaviour: str, 
 
 
 def test_a_silent_worker_is_named_and_ended(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "SILENCE_S", 4.0)
+    monkeypatch.setattr(cell_module, "SILENCE_S", 4.0)
     with pytest.raises(BenchmarkError, match=r"^slow\.pt on torch wrote nothing for 4 s"):
         latency.measure({"slow": {"torch": model(folder, "slow.pt", "hang")}}, imgsz=32, threads=1, mode="quick")
     assert [is_running(call[1]) for call in calls(folder)] == [False]
@@ -236,23 +238,27 @@ def state(throttled: int | None = None) -> dict[str, Any]:
 
 def cell(rounds_ms: list[list[float]], plateau: bool = True) -> Any:
     warm_up = {"plateau": plateau, "seconds": 10.0, "queries": 9}
-    return latency._Cell("dense", "torch", Path("dense.pt"), Any, {}, warm_up, 1, rounds_ms)  # type: ignore[arg-type]
+    return latency_record.Cell("dense", "torch", Path("dense.pt"), Any, {}, warm_up, 1, rounds_ms)  # type: ignore[arg-type]
 
 
-def test_reasons_to_doubt_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+def test_reasons_to_doubt_a_measurement() -> None:
     steady, rising = cell([[1.0], [1.0], [1.09]]), cell([[1.0], [1.0], [1.2]])
-    assert latency._noise([steady], state(), state(), None) == []
-    assert latency._noise([steady], state(4), state(4), 0.2) == []
-    assert latency._noise([steady], state(4), state(6), 0.21) == [
+    assert latency_record.noise([steady], state(), state(), None, 2) == []
+    assert latency_record.noise([steady], state(4), state(4), 0.2, 2) == []
+    assert latency_record.noise([steady], state(4), state(6), 0.21, 2) == [
         "other processes kept 0.21 of 2 cores busy",
         "the CPU throttled 2 times",
     ]
-    assert latency._noise([rising], state(), state(), 0.0) == [
+    assert latency_record.noise([rising], state(), state(), 0.0, None) == [
         "dense on torch changed by +20% from its first to its last third"
     ]
-    assert latency._noise([cell([[1.0]], plateau=False)], state(), state(), 0.0) == [
+    assert latency_record.noise([cell([[1.0]], plateau=False)], state(), state(), 0.0, 2) == [
         "dense on torch reached no plateau in 10 s of warm-up"
+    ]
+    counted = latency_record.Cell("dense", "ncnn", Path("dense"), Any, {}, rounds=[[1e6], [1.002e6]])  # type: ignore[arg-type]
+    counted.unit = "instructions"
+    assert latency_record.noise([counted], state(4), state(6), 2.0, 2) == [
+        "dense on ncnn took up to 0.20% more instructions from query to query"
     ]
 
 
@@ -268,7 +274,7 @@ def test_reasons_to_doubt_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None
 def test_work_of_other_processes(
     before_s: float | None, after_s: float | None, own_s: float, expected: float | None
 ) -> None:
-    assert latency._others_cores(before_s, after_s, own_s, elapsed_s=8.0) == expected
+    assert latency_record.others_cores(before_s, after_s, own_s, elapsed_s=8.0) == expected
 
 
 def test_the_device_is_described_or_null(folder: Path) -> None:
@@ -329,12 +335,11 @@ def test_command_line_mistakes_are_one_line(
 
 def test_the_files_of_a_model_share_its_name(folder: Path) -> None:
     (folder / "a_ncnn_model").mkdir()
-    named = latency._by_name([model(folder, "a.onnx"), folder / "a_ncnn_model"], None)
+    named = prepare.by_name([model(folder, "a.onnx"), folder / "a_ncnn_model"], None, load_device("cpu"))
     assert named == {"a": {"onnxruntime": folder / "a.onnx", "ncnn": folder / "a_ncnn_model"}}
 
 
 def test_real_models_on_every_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmark import runtimes
     from compress.checkpoint import build_model, save_model
     from export.ncnn import export_ncnn
     from export.onnx import export_onnx

@@ -70,7 +70,7 @@ def test_decoding_is_that_of_ultralytics(reg_max: int, end2end: bool) -> None:
     with torch.no_grad():
         expected = detect._inference(raw)
         rows = detect.postprocess(expected.permute(0, 2, 1))[0].numpy() if end2end else None
-    decoded = ncnn_runner.decode(levels, *ncnn_runner.make_anchors([96, 64], [8, 16, 32]), xyxy=end2end)
+    decoded = ncnn_runner.decode(levels, *ncnn_runner.make_anchors((96, 64), (8, 16, 32)), xyxy=end2end)
     assert decoded.dtype == np.float32
     np.testing.assert_allclose(decoded, expected[0].numpy(), rtol=1e-5, atol=1e-4)
     if rows is not None:
@@ -85,7 +85,7 @@ def test_decoding_by_hand() -> None:
     no, yes = -100.0, 100.0
     boxes = np.array([no, yes, no, no, yes, no, no, no, no, no, yes, yes, 7, 7, 7, 7], np.float32).reshape(16, 1, 1)
     classes = np.array([0.0, np.log(3), -1000.0], np.float32).reshape(3, 1, 1)
-    anchors, strides = ncnn_runner.make_anchors([32, 32], [32])
+    anchors, strides = ncnn_runner.make_anchors((32, 32), (32,))
     corners = ncnn_runner.decode([(boxes, classes)], anchors, strides, xyxy=True)
     assert corners[:, 0].tolist() == pytest.approx([-16, 16, 96, 64, 0.5, 0.75, 0])
     centre = ncnn_runner.decode([(boxes, classes)], anchors, strides, xyxy=False)
@@ -94,7 +94,7 @@ def test_decoding_by_hand() -> None:
 
 def test_oriented_boxes_are_turned_around_their_anchor() -> None:
     boxes, classes = np.array([1.0, 1, 3, 1]).reshape(4, 1, 1), np.zeros((1, 1, 1))  # left, top, right, bottom
-    anchors, strides = ncnn_runner.make_anchors([32, 32], [32])
+    anchors, strides = ncnn_runner.make_anchors((32, 32), (32,))
     decoded = ncnn_runner.decode([(boxes, classes)], anchors, strides, False, angles=np.array([np.pi / 2]))
     # Unturned its centre lies one stride right of the anchor, at a quarter turn one stride below.
     np.testing.assert_allclose(decoded[:, 0], [16, 48, 128, 64, 0.5], atol=1e-4)
@@ -102,7 +102,7 @@ def test_oriented_boxes_are_turned_around_their_anchor() -> None:
 
 @pytest.mark.parametrize(("halved", "expected"), [(True, [40, 16, 0.5]), (False, [32, 24, 0.5])])
 def test_key_points_are_distances_from_the_anchor(halved: bool, expected: list[float]) -> None:
-    anchors, strides = ncnn_runner.make_anchors([16, 16], [16])
+    anchors, strides = ncnn_runner.make_anchors((16, 16), (16,))
     raw = np.array([[1.25], [0.5], [0.0]], np.float32) if halved else np.array([[1.5], [1.0], [0.0]], np.float32)
     found = ncnn_runner.decode_key_points(raw, anchors, strides, 3, halved)
     np.testing.assert_allclose(found[:, 0], expected)
@@ -116,7 +116,7 @@ def test_rows_keep_what_else_an_anchor_says() -> None:
 
 
 def test_anchors_go_along_rows_level_by_level() -> None:
-    anchors, strides = ncnn_runner.make_anchors([32, 64], [16, 32])
+    anchors, strides = ncnn_runner.make_anchors((32, 64), (16, 32))
     assert anchors.T.tolist() == [
         *([x + 0.5, y + 0.5] for y in range(2) for x in range(4)),
         [0.5, 0.5],

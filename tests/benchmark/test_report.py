@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import json
 import re
 import struct
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import typer
 
-from benchmark import report
+from benchmark import report, sections
 from benchmark.pages import Code, Table, Text, to_html, to_markdown
 from compress.errors import run_app
 
@@ -174,7 +175,9 @@ def test_markdown_holds_the_numbers(tmp_path: Path) -> None:
         "| onnxruntime p50, ms | 20.00 | 10.00 | 2.00× |",
         "| torch p90, ms | 33.00 | 24.00 | 1.38× |",
         "| onnxruntime | 2.00× | 1.90–2.10 | 2.50× | 80 % |",
-        "| pruned, onnxruntime 9.9 | 10.00 | 9.80–10.30 | 11.00 | 12.00 | 123 | 88 | 105 MB |",
+        "| pruned | onnxruntime 9.9 | 0.5920 | 10.00 | 9.80–10.30 | 11.00 | 12.00 | 123 | 88 | 105 MB | front |",
+        "| dense | onnxruntime 9.9 | 0.6030 | 20.00 | 19.60–20.60 | 22.00 | 24.00 | 123 | 88 | 105 MB | front |",
+        "| pruned | torch 9.9 | 0.5920 | 20.00 | 19.60–20.60 | 22.00 | 24.00 | 123 | 88 | 105 MB |  |",
         "| dense | passed | 16 | 0.0012 | 3e-06 | 41 / 41 | 0 |",
     ):
         assert row in markdown.splitlines()
@@ -185,7 +188,7 @@ def test_markdown_holds_the_numbers(tmp_path: Path) -> None:
 
 def test_the_page_says_the_same_as_the_markdown(tmp_path: Path) -> None:
     page, _ = write(tmp_path, summary(), record())
-    for text in (report.verdict(summary()), "2.50×", "−0.0110", "9.80–10.30", "Acme 9000", "Reproduce"):
+    for text in (sections.verdict(summary()), "2.50×", "−0.0110", "9.80–10.30", "Acme 9000", "Reproduce"):
         assert text in page.text
 
 
@@ -193,26 +196,37 @@ def test_the_page_needs_no_network(tmp_path: Path) -> None:
     page, _ = write(tmp_path, summary(), record())
     content = (tmp_path / "report.html").read_text()
     assert set(page.links) == {"data:,"}
+    assert len(content) < 60_000
     assert "default-src 'none'" in content
     assert "@import" not in content.split("</style>")[0]
-    assert content.count("plotly.js v") == 1  # the library itself
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["pareto.png", "report.html", "report.md"]
+    files = [path.name for path in sorted(tmp_path.iterdir())]
+    assert files == ["pareto.png", "report.csv", "report.html", "report.md"]
 
 
 def test_the_plot_has_a_mark_for_each_model_and_runtime(tmp_path: Path) -> None:
     write(tmp_path, summary(), record())
     content = (tmp_path / "report.html").read_text()
-    call = content[content.rindex("Plotly.newPlot(") :]
-    marks = [trace for trace in json.loads(call[call.index("[") : call.index("}],") + 2]) if "error_x" in trace]
-    assert [(trace["x"][0], trace["y"][0]) for trace in marks] == [
-        (30.0, 0.603),
-        (20.0, 0.603),
-        (20.0, 0.592),
-        (10.0, 0.592),
+    marks = re.findall(r'<g class="mark( hollow)?".*? aria-label="([^"]*)">(.*?)</g>', content, re.DOTALL)
+    assert [(bool(hollow), label.splitlines()[0]) for hollow, label, _ in marks] == [
+        (True, "dense, torch"),
+        (True, "dense, onnxruntime"),
+        (False, "pruned, torch"),
+        (False, "pruned, onnxruntime"),
     ]
-    bar = marks[3]["error_x"]
-    assert (bar["arrayminus"][0], bar["array"][0]) == (pytest.approx(0.2), pytest.approx(0.3))  # 9.8 to 10.3
-    assert "p50 10.00 ms (9.80–10.30)" in marks[3]["hovertext"]
+    _, label, drawn = marks[3]
+    assert label.splitlines()[1:] == [
+        "p50 10.00 ms (9.80–10.30), p90 11.00 ms",
+        "mAP50-95 0.5920; 400 M MACs",
+        "threads: 1, 160 px",
+        "on the Pareto front",
+    ]
+    # The axis ends at 1.12 × 30.9 ms, so that 10 ms are 28.9 % of it.
+    bar = re.search(r'x1="([\d.]+)%".* x2="([\d.]+)%"', drawn)
+    mark = re.search(r'<svg x="([\d.]+)%"', drawn)
+    assert bar
+    assert mark
+    shares = [float(bar[1]), float(mark[1]), float(bar[2])]
+    assert shares == pytest.approx([100 * ms / (1.12 * 30.9) for ms in (9.8, 10.0, 10.3)], abs=0.01)
 
 
 def test_the_image_is_a_png_of_the_promised_size(tmp_path: Path) -> None:
@@ -233,6 +247,7 @@ def test_the_image_is_a_png_of_the_promised_size(tmp_path: Path) -> None:
         (2.0, [1.9, 2.1], 0.610, "its mAP50-95 is 0.007 higher (0.610 instead of 0.603)."),
         (2.0, [1.9, 2.1], 0.6032, "its mAP50-95 is the same (0.603)."),
         (2.0, [1.9, 2.1], None, "its mAP50-95 is unknown."),
+        (2.0, [1.9, 2.1], 0.0, "its mAP50-95 is 0.603 lower (0.000 instead of 0.603)."),
     ],
 )
 def test_the_verdict_follows_the_numbers(
@@ -242,15 +257,24 @@ def test_the_verdict_follows_the_numbers(
     content["speedup"]["onnxruntime"] = ratio
     content["speedup_interval"]["onnxruntime"] = interval
     content["pruned"]["map50_95"] = pruned_map
-    assert expected in report.verdict(content)
+    assert expected in sections.verdict(content)
+
+
+def test_two_models_that_find_nothing_are_not_called_equal() -> None:
+    content = summary()
+    content["dense"]["map50_95"] = content["pruned"]["map50_95"] = 0.0
+    expected = "and its mAP50-95 is 0 for both: neither finds anything, so it says nothing about the cut."
+    assert sections.verdict(content).endswith(expected)
 
 
 def test_the_verdict_speaks_of_another_runtime_or_of_none() -> None:
     content = summary()
     del content["speedup"]["onnxruntime"]
-    assert report.verdict(content).startswith("In torch the pruned model is 1.50 times as fast")
+    assert sections.verdict(content).startswith("In torch the pruned model is 1.50 times as fast")
     content["speedup"] = {}
-    assert report.verdict(content).startswith("The latency was not measured; the mAP50-95 of the pruned model is 0.011")
+    assert sections.verdict(content).startswith(
+        "The latency was not measured; the mAP50-95 of the pruned model is 0.011"
+    )
 
 
 def test_quick_and_noisy_measurements_say_so(tmp_path: Path) -> None:
@@ -314,7 +338,7 @@ def test_strange_names_keep_markdown_tables_and_code_whole(tmp_path: Path) -> No
             tables[-1].add(len(re.findall(r"(?<!\\)\|", line)))
         elif tables[-1]:
             tables.append(set())
-    assert [sorted(widths) for widths in tables if widths] == [[5], [6], [9], [8]]
+    assert [sorted(widths) for widths in tables if widths] == [[5], [6], [12], [8]]
     assert not any(line.startswith("# x") for line in markdown.splitlines())
 
 
@@ -344,24 +368,161 @@ def test_command_line_rewrites_the_report_of_a_run(tmp_path: Path, capsys: pytes
 
 def test_several_runs_share_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [run_folder(tmp_path, name) for name in ("aligned", "unaligned")]
-    assert run(*folders) == 2
-    assert "add --output DIR" in capsys.readouterr().err
     assert run(*folders, "--output", tmp_path / "both") == 0
     markdown = (tmp_path / "both" / "report.md").read_text()
     assert markdown.startswith("# 2 runs side by side\n")
     assert "| unaligned, onnxruntime | 0.603 | 0.592 | 2.50× | 2.00× | 80 % |" in markdown
-    assert (tmp_path / "both" / "report.html").read_text().count('"error_x"') == 8
+    assert (tmp_path / "both" / "report.html").read_text().count('<g class="mark') == 8
     assert not (folders[0] / "report.md").exists()
 
 
 def test_a_folder_without_a_finished_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path) == 2
-    assert f"error: {tmp_path / 'summary.json'} does not exist: give the folder" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert (
+        error
+        == f"error: no record of a benchmark in {tmp_path}: give the folder of a finished run, such as runs/demo\n"
+    )
     folder = run_folder(tmp_path, "old")
     content = copy.deepcopy(summary())
     del content["macs_speedup"]
     (folder / "summary.json").write_text(json.dumps(content))
     assert run(folder) == 2
     error = capsys.readouterr().err
-    assert "is incomplete (KeyError('macs_speedup')): run the pipeline again" in error
+    assert "is incomplete (KeyError('macs_speedup')): run the pipeline or the benchmark again" in error
     assert error.count("\n") == 1
+
+
+def cell(model: str, p50_ms: float, **more: Any) -> dict[str, Any]:
+    interval = {"p50_ms": [0.99 * p50_ms, 1.01 * p50_ms]}
+    base = {"model": model, "runtime": "onnxruntime", "model_sha256": f"sha {model}", "p50_ms": p50_ms}
+    return {**base, "p90_ms": p50_ms, "p99_ms": p50_ms, "intervals": interval, **more}
+
+
+def benchmark_folder(folder: Path, cells: list[dict[str, Any]], scores: dict[str, float], **more: Any) -> Path:
+    """A folder in which latency and accuracy left their records."""
+    for name, content in (
+        ("latency", {**record(), "cells": cells, **more}),
+        ("accuracy", [{"model": f"{m}.onnx", "model_sha256": f"sha {m}", "map50_95": s} for m, s in scores.items()]),
+    ):
+        (folder / name).mkdir(parents=True)
+        (folder / name / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_a_folder_of_latency_and_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compared = [{"runtime": "onnxruntime", "baseline": "a", "model": "b", "speedup": 2.0, "interval": [1.9, 2.1]}]
+    cells = [cell("a", 20.0), cell("b", 10.0), cell("c", 30.0)]
+    folder = benchmark_folder(tmp_path / "zoo", cells, {"a": 0.5, "b": 0.5, "d": 0.1}, comparisons=compared)
+    assert run(folder) == 0
+    markdown = (folder / "report.md").read_text().splitlines()
+    assert markdown[0] == "# zoo"
+    assert "| b | onnxruntime | 0.5000 | 10.00 | 9.90–10.10 | 10.00 | 10.00 | – | – | – | front |" in markdown
+    assert "| a | onnxruntime | 0.5000 | 20.00 | 19.80–20.20 | 20.00 | 20.00 | – | – | – |  |" in markdown
+    assert "| c | onnxruntime | – | 30.00 | 29.70–30.30 | 30.00 | 30.00 | – | – | – |  |" in markdown
+    assert "| d.onnx |  | 0.1000 | – | – | – | – | – | – | – |  |" in markdown
+    assert "| b against a | onnxruntime | 2.00× | 1.90–2.10 |" in markdown
+    assert any(line.startswith("Of 1 of 4 the accuracy is not known") for line in markdown)
+    assert (folder / "report.html").read_text().count('<g class="mark') == 2
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "b onnxruntime 10.00 ms mAP50-95 0.5000 front" in lines
+    assert lines[-1] == f"report: {folder / 'report.html'}"
+
+
+def test_a_score_of_another_folder_belongs_to_the_same_file(tmp_path: Path) -> None:
+    timed = benchmark_folder(tmp_path / "timed", [cell("a", 20.0)], {})
+    scored = benchmark_folder(tmp_path / "scored", [cell("b", 10.0)], {"a": 0.5, "b": 0.4})
+    assert run(timed, scored) == 0
+    rows = list(csv.DictReader((tmp_path / "report" / "report.csv").read_text().splitlines()))
+    assert [(row["run"], row["model"], row["score"]) for row in rows] == [("timed", "a", "0.5"), ("scored", "b", "0.4")]
+
+
+def test_equal_names_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    folders = [benchmark_folder(tmp_path / name, [cell("model", 20.0)], {"model": 0.5}) for name in ("x", "y")]
+    assert run(*folders, "--output", tmp_path / "out") == 0
+    markdown = (tmp_path / "out" / "report.md").read_text()
+    assert "| x/model | onnxruntime |" in markdown
+    assert "| y/model | onnxruntime |" in markdown
+    deep = [benchmark_folder(tmp_path / name / "run", [cell("m", 20.0)], {"m": 0.5}) for name in ("p", "q")]
+    assert run(*deep, "--output", tmp_path / "out") == 0
+    assert "## q/run" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_all_of_a_folder_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a shell writes runs/*: with the store, with folders of something else, and with the report of last time."""
+    runs = [run_folder(tmp_path, "demo"), benchmark_folder(tmp_path / "zoo", [cell("a", 20.0)], {"a": 0.5})]
+    (tmp_path / "espalier.sqlite").write_text("")
+    (tmp_path / "notes").mkdir()
+    assert run(*sorted(tmp_path.iterdir())) == 0
+    out = capsys.readouterr().out
+    assert f"report: {tmp_path / 'notes'} holds no record, left out" in out
+    assert "espalier.sqlite" not in out
+    assert run(*sorted(tmp_path.iterdir()), tmp_path / "nowhere") == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'nowhere'} does not exist: check the path\n"
+    assert (tmp_path / "report" / "report.md").read_text().startswith(f"# {len(runs)} runs side by side\n")
+    assert run(*sorted(tmp_path.iterdir())) == 0
+    assert f"{tmp_path / 'report'} holds no record" not in capsys.readouterr().out
+
+
+def test_instructions_have_a_plot_and_columns_of_their_own(tmp_path: Path) -> None:
+    counted = {"unit": "instructions", "runtime": "ncnn", "instructions": [200e6, 202e6, 201e6]}
+    kept = {key: value for key, value in cell("c", 1.0).items() if not key.endswith("_ms") and key != "intervals"}
+    compared = {"runtime": "ncnn", "baseline": "b", "model": "c", "speedup": 2.0, "interval": [1.99, 2.01]}
+    more = {"comparisons": [{**compared, "unit": "instructions"}]}
+    folder = benchmark_folder(tmp_path / "x", [cell("a", 20.0), {**kept, **counted}], {"a": 0.5, "c": 0.4}, **more)
+    assert run(folder) == 0
+    assert sorted(path.name for path in folder.glob("*.png")) == ["pareto-2.png", "pareto.png"]
+    markdown = (folder / "report.md").read_text()
+    assert "| a | onnxruntime | 0.5000 | 20.00 | 19.80–20.20 | 20.00 | 20.00 | – | – | – | – | front |" in markdown
+    assert "| c | ncnn | 0.4000 | – | – | – | – | 201 M | 3 | – | – | front |" in markdown
+    assert "how long they take, nobody measured" in markdown
+    assert "| c against b | ncnn | 2.00× | 1.99–2.01 |" in markdown
+    assert "| runtime | fewer instructions |" in markdown
+    content = (folder / "report.html").read_text()
+    first, second = re.findall(r"<figure>.*?</figure>", content, re.DOTALL)
+    assert ("latency, ms" in first, "instructions" in first) == (True, False)
+    assert ("instructions of one query" in second, " ms" in second) == (True, False)
+    assert "p50 201 M instructions" in second
+    rows = list(csv.DictReader((folder / "report.csv").read_text().splitlines()))
+    assert [(row["p50_ms"], row["p50_instructions"]) for row in rows] == [("20.0", ""), ("", "201000000.0")]
+
+
+def test_layers_are_shown_side_by_side(tmp_path: Path) -> None:
+    def layers(*costs: float) -> list[dict[str, Any]]:
+        return [{"name": f"l{i}", "type": "Conv", "ms": cost} for i, cost in enumerate(costs)]
+
+    measured = record()
+    measured["cells"][1]["layers"] = layers(1.0, 4.0)
+    measured["cells"][3]["layers"] = layers(0.5, 1.0)
+    measured["cells"][2]["layers"] = None
+    _, markdown = write(tmp_path, summary(), measured)
+    assert "## Layers in onnxruntime: dense against pruned" in markdown
+    assert "| l1 | 4.000 | 1.000 | 4.00× |\n| l0 | 1.000 | 0.500 | 2.00× |" in markdown
+    assert "Layers in torch" not in markdown
+    content = (tmp_path / "report.html").read_text()
+    assert re.findall(r'<i class="m[01]" style="width:([\d.]+)%">', content) == ["100.00", "25.00", "25.00", "12.50"]
+
+
+def test_a_sheet_reads_no_formula_in_a_name(tmp_path: Path) -> None:
+    names = ["=HYPERLINK(1)", " @a", 'a,b"c\nd', "-1+2"]
+    folder = benchmark_folder(tmp_path / "x", [cell(name, 20.0) for name in names], {})
+    assert run(folder) == 0
+    rows = list(csv.DictReader((folder / "report.csv").read_text().splitlines()))
+    assert [row["model"] for row in rows] == ["'=HYPERLINK(1)", "' @a", 'a,b"c d', "'-1+2"]
+    assert {row["p50_ms"] for row in rows} == {"20.0"}
+
+
+def test_a_record_of_another_device_shows_what_it_has(tmp_path: Path) -> None:
+    folder = benchmark_folder(
+        tmp_path / "x",
+        [cell("a", 20.0)],
+        {"a": 0.5},
+        device={"name": "jetson-nano", "soc": "Tegra", "memory_bytes": 4_000_000_000, "start": {"fan": 1}},
+        protocol={"mode": "standard", "streams": 4, "order": [[0]]},
+    )
+    assert run(folder) == 0
+    markdown = (folder / "report.md").read_text()
+    for line in ("- name: jetson-nano", "- soc: Tegra", "- memory: 4 GB", "- fan: 1 at the start, – at the end"):
+        assert line in markdown.splitlines()
+    assert "- streams: 4" in markdown
+    assert "order" not in markdown

@@ -66,3 +66,19 @@ def test_the_hash_of_a_folder_changes_with_each_file_and_name(tmp_path: Path) ->
     assert runtimes.sha256(tmp_path / "b_ncnn_model" / "param") == manifest.sha256_file(
         tmp_path / "b_ncnn_model" / "param"
     )
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["runs/a/model.pt", "other/b.pt"], ["model.pt", "b.pt"]),
+        (["runs/a/model.pt", "runs/b/model.pt"], ["a/model.pt", "b/model.pt"]),
+        (["a/x/m.pt", "b/x/m.pt", "b/y/m.pt"], ["a/x/m.pt", "b/x/m.pt", "y/m.pt"]),
+        (["m.pt", "a/m.pt"], ["m.pt", "a/m.pt"]),  # the first has no more to tell
+        (["/m.pt", "/a/m.pt"], ["/m.pt", "a/m.pt"]),
+        (["a/m.pt", "a/m.pt"], ["m.pt", "m.pt"]),  # one file, one name
+        ([], []),
+    ],
+)
+def test_names_are_as_short_as_they_can_be_told_apart(paths: list[str], names: list[str]) -> None:
+    assert runtimes.distinct_names([Path(path) for path in paths]) == names

@@ -82,3 +82,21 @@ def test_plateau(medians: list[float], expected: bool) -> None:
 def test_drift_compares_the_last_third_with_the_first() -> None:
     assert statistics.drift([[2.0, 2.0], [2.0], [50.0], [50.0], [3.0], [3.0]]) == 1.5
     assert statistics.drift([[2.0], [3.0]]) is None
+
+
+def test_apart_the_rounds_are_drawn_apart() -> None:
+    # Both were half as fast in half of their rounds: in turns that cancels out, apart it may be anything from ½ to 2.
+    slow_then_fast = [[2.0]] * 10 + [[4.0]] * 10
+    assert statistics.speedup(slow_then_fast, slow_then_fast, seed=0)[1] == [1.0, 1.0]
+    ratio, (low, high) = statistics.unpaired_speedup(slow_then_fast, slow_then_fast, seed=0)
+    assert (ratio, low, high) == (1.0, 0.5, 2.0)
+
+
+def test_apart_the_numbers_of_rounds_may_differ() -> None:
+    generator = np.random.default_rng(5)
+    first = [[value] for value in generator.normal(20.0, 1.0, 400)]
+    second = [[value] for value in generator.normal(10.0, 0.5, 100)]
+    ratio, (low, high) = statistics.unpaired_speedup(first, second, seed=0)
+    assert low < ratio < high
+    # The relative error of a median is 1.253 σ/(µ √n): 0.3 % and 0.6 %, together 0.7 %.
+    assert high - low == pytest.approx(2 * 1.96 * 2.0 * 0.007, rel=0.3)

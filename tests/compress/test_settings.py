@@ -162,8 +162,10 @@ def test_an_override_changes_one_place_of_an_anchored_section(config: Path) -> N
     [
         ("train.epochs", "'train.epochs' must have the form key=value"),
         ("=5", "'=5' must have the form key=value"),
-        ("train.epoch=5", "unknown key 'train.epoch'"),
-        ("trian.epochs=5", "unknown key 'trian'"),
+        ("train.epoch=5", "unknown key 'train.epoch', did you mean 'epochs'?"),
+        ("trian.epochs=5", "unknown key 'trian', did you mean 'train'?"),
+        ("prune.budget.rules=[{layer: a}]", "unknown key 'prune.budget.rules.0.layer', did you mean 'layers'?"),
+        ("prune.percent=50", "prune.percent: Input should be less than 1 (got 50): a share is meant, such as 0.5"),
         ("name.first=5", "'name.first': 'name' is a value, not a section"),
         ("train.epochs=[", "'train.epochs=[' has a value that is not valid YAML"),
         ("name=2024-13-01", "'name=2024-13-01' has a value that is not valid YAML"),

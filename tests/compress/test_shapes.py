@@ -29,7 +29,7 @@ def test_a_set_has_its_images_labels_yaml_and_marker(tmp_path):
         "shapes.yaml",
     ]
     assert "path:" not in yaml.read_text()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".shapes.lock", "shapes"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["shapes"]
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path):

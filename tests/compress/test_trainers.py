@@ -18,15 +18,13 @@ from compress.checkpoint import build_model, load_model, plans_of, structure_has
 from compress.errors import CheckpointError, EspalierError, PlanError, SettingsError
 from compress.graph import Graph, build_graph
 from compress.manifest import read_json, write_json
+from compress.penalty import SPARSITY, GammaLog, GroupPenalty
 from compress.settings import Training
 from compress.slots import FIXED
 from compress.trainers import (
     FADE_PLAN,
     RESUME,
     RESUME_BEST,
-    SPARSITY,
-    GammaLog,
-    GroupPenalty,
     PlanTrainer,
     SparsityTrainer,
     check_arguments,
@@ -128,8 +126,8 @@ def sparsity(tmp_path: Path, monkeypatch) -> Callable[..., Any]:
     """Make a SparsityTrainer of a model as it is after Ultralytics' own setup."""
     monkeypatch.setattr(DetectionTrainer, "_setup_train", lambda _: None)
 
-    def make(model: nn.Module, sr: float, sr_decay: float = 1.0, epochs: int = 1, fade: dict | None = None) -> Any:
-        write_json(tmp_path / SPARSITY, {"sr": sr, "sr_decay": sr_decay, "fade": fade})
+    def make(model: nn.Module, sr: float | str, sr_decay: float = 1.0, epochs: int = 1, **notes: Any) -> Any:
+        write_json(tmp_path / SPARSITY, {"sr": sr, "sr_decay": sr_decay, **notes})
         trainer: Any = SparsityTrainer.__new__(SparsityTrainer)
         vars(trainer).update(
             save_dir=tmp_path / "training",
@@ -183,6 +181,30 @@ def test_the_pull_decays_over_the_epochs(sparsity) -> None:
     assert strengths == pytest.approx([1.0, 0.7, 0.4, 0.1, 0.1])
     trainer = sparsity(Chain(), sr=1.0, sr_decay=0.1, epochs=1)
     assert trainer.current_sr() == 1.0
+
+
+def test_lambda_steers_itself(sparsity, tmp_path: Path) -> None:
+    """20 γ of 1 shall be 0.05 after 8 of 10 epochs of 4 steps of lr 1: λ = 0.95 / 32, which nothing resists."""
+    model: Any = Chain()
+    trainer = sparsity(model, sr="auto", epochs=10, share=0.5)
+    vars(trainer).update(lf=lambda _: 1.0, accumulate=1, fitness=0.3, world_size=1)
+    trainer.args.momentum = 0.0
+    for trainer.epoch in range(10):
+        for callback in trainer.callbacks["on_train_epoch_start"]:
+            callback(trainer)
+        for _ in trainer.train_loader:
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            trainer.optimizer.step()
+        for callback in trainer.callbacks["on_fit_epoch_end"]:
+            callback(trainer)
+    course = read_json(tmp_path / "steering.json")["epochs"]
+    assert [found["strength"] for found in course[:8]] == pytest.approx([0.95 / 32] * 8, rel=1e-4)
+    assert [found["pull"] for found in course] == [4.0] * 10
+    assert course[6]["quantile"] == pytest.approx(1 - 0.95 * 7 / 8, rel=1e-4)
+    assert (course[6]["share"], course[-1]["share"]) == (0.0, 1.0)
+    assert course[-1]["strength"] < 0.95 / 32
+    assert events(tmp_path).Scalars("sparsity/lambda")[0].value == pytest.approx(0.95 / 32)
 
 
 def test_statistics_keep_step_with_the_shrinking_scales(sparsity) -> None:

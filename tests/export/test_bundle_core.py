@@ -84,7 +84,7 @@ def in_python(
     from ultralytics.utils.nms import non_max_suppression
     from ultralytics.utils.ops import scale_boxes
 
-    anchors, strides = ncnn_runner.make_anchors([imgsz, imgsz], [8, 16, 32])
+    anchors, strides = ncnn_runner.make_anchors((imgsz, imgsz), (8, 16, 32))
     output = ncnn_runner.decode(levels, anchors, strides, xyxy=end2end)
     output = ncnn_runner.top_detections(output, most) if end2end else output
     kept: Any = non_max_suppression(torch.from_numpy(output[None]), 0.25, 0.7, max_det=most, end2end=end2end)

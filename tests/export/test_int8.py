@@ -40,19 +40,40 @@ def test_a_calibration_set_without_images_is_one_line(tmp_path: Path) -> None:
         int8.calibration_images(yaml, Quantize())
 
 
+FAST = "1.50 times as fast as fp32 on this machine (1.40–1.60)"
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({}, ["1 of 5 layers in float", "1.50 times as fast as fp32"]),
-        ({"faster": False}, ["1 of 5 layers in float", "NOT FASTER than fp32 on this machine (1.50 times as fast as"]),
-        ({"noise": ["it throttled"]}, ["1 of 5", "1.50 times", "the measurement is noisy: it throttled"]),
-        (None, ["1 of 5 layers in float"]),
+        ({}, [FAST]),
+        (
+            {"interval": [0.9, 1.1], "faster": False, "speedup": 1.07},
+            ["not measurably faster: 1.07 times as fast as fp32 on this machine (0.90–1.10); use fp32 here"],
+        ),
+        (
+            {"interval": [0.7, 0.9], "faster": False, "speedup": 0.8},
+            ["slower: 0.80 times as fast as fp32 on this machine (0.70–0.90); use fp32 here"],
+        ),
+        ({"noise": ["it throttled"]}, [FAST, "the measurement is noisy: it throttled"]),
+        ({"noise": ["a", "b", "c"]}, [FAST, "the measurement is noisy: a (and 2 more signs of it)"]),
+        (None, []),
     ],
-    ids=["faster", "slower", "noisy", "not measured"],
+    ids=["faster", "equal", "slower", "noisy", "very noisy", "not measured"],
 )
 def test_remarks(changes: dict[str, Any] | None, expected: list[str]) -> None:
     facts = {"float_layers": ["a"], "layers": 5, "calibration_images_in_val": 0}
-    latency = None if changes is None else {"speedup": 1.5, "faster": True, "noise": [], **changes}
-    found = int8.remarks({"quantization": facts, "latency": latency})
-    assert len(found) == len(expected)
-    assert all(text.startswith(start) for text, start in zip(found, expected, strict=True))
+    usual = {"speedup": 1.5, "interval": [1.4, 1.6], "faster": True, "noise": []}
+    latency = None if changes is None else {**usual, **changes}
+    record = {"quantization": facts, "latency": latency, "map50_95": {"torch": 0.4}}
+    assert int8.remarks(record) == ["1 of 5 layers in float", *expected]
+
+
+def test_remarks_on_a_model_whose_map_proves_nothing() -> None:
+    facts = {"float_layers": [], "layers": 5, "calibration_images_in_val": 3}
+    found = int8.remarks({"quantization": facts, "latency": None, "map50_95": {"torch": 0.003}})
+    assert found == [
+        "0 of 5 layers in float",
+        "the model finds next to nothing (mAP50-95 0.0030 in PyTorch): its mAP proves nothing here",
+        "3 calibration images are val images too: its mAP flatters",
+    ]

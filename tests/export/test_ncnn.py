@@ -7,13 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import typer
 
+from benchmark.runners import ncnn_runner
 from compress import manifest
 from compress.checkpoint import load_model, save_model
-from compress.errors import CheckpointError, ExportError, run_app
+from compress.errors import CheckpointError, ExportError, SettingsError, run_app
 from compress.settings import ExportNcnn
 from export import ncnn as exporter
 
@@ -140,9 +142,33 @@ def test_a_pruned_model_is_exported_with_its_plan(
 
 
 def test_imgsz_must_fit_the_stride(detector: Path, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"imgsz 100 must be a multiple of the model's stride 32: use 96$"):
+    with pytest.raises(SettingsError, match=r"imgsz 100 must be a multiple of the model's stride 32: use 96$"):
         exporter.export_ncnn(detector, tmp_path / "a_ncnn_model", imgsz=100)
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("cfg", ["yolov8n-seg.yaml", "yolo11n.yaml"])
+def test_an_open_size_is_proven_on_another_one(
+    cfg: str, images: list[Path], tmp_path: Path, make_detector: Callable[..., Path]
+) -> None:
+    """Without its second shape pnnx makes a constant of the number of positions that attention is about."""
+    model = make_detector(tmp_path / "model.pt", cfg, one_head=False)
+    folder = tmp_path / "a_ncnn_model"
+    record = exporter.export_checked(model, folder, images, 64, ExportNcnn(dynamic="size"))
+    assert (record["passed"], record["other"]["passed"]) == (True, True)
+    assert (record["imgsz"], record["other"]["imgsz"]) == (64, (64, 128))
+    assert record["other"]["outputs"][0]["shape"][-1] == 2 * record["outputs"][0]["shape"][-1]
+    assert record["other"]["detections"]["torch"] > 0
+    session = ncnn_runner.load(str(folder), threads=1)
+    assert ncnn_runner.describe(session)["input_shape"] == [1, 3, None, None]
+    with pytest.raises(ValueError, match=r"takes images whose sides are multiples of 32 px, got 72×64$"):
+        ncnn_runner.infer(session, np.zeros((1, 3, 64, 72), np.float32))
+
+
+def test_a_fixed_size_is_fixed(exported: Path) -> None:
+    session = ncnn_runner.load(str(exported), threads=1)
+    with pytest.raises(ValueError, match=r"takes images of 64×64 px, got 128×64$"):
+        ncnn_runner.infer(session, np.zeros((1, 3, 64, 128), np.float32))
 
 
 def test_models_of_unknown_heads_are_refused(world: Path, tmp_path: Path) -> None:

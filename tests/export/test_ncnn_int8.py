@@ -237,7 +237,14 @@ def stubbed(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     monkeypatch.setattr(
         accuracy, "evaluate", lambda path, data, imgsz: {"map50_95": maps["torch" if path.suffix == ".pt" else "ncnn"]}
     )
-    latency = {"fp32_p50_ms": 5.0, "int8_p50_ms": 4.0, "speedup": 1.25, "faster": True, "noise": []}
+    latency = {
+        "fp32_p50_ms": 5.0,
+        "int8_p50_ms": 4.0,
+        "speedup": 1.25,
+        "interval": [1.2, 1.3],
+        "faster": True,
+        "noise": [],
+    }
     monkeypatch.setattr(int8, "speed", lambda dense, quantized, imgsz: latency)
     # An untrained detector's weights make every anchor a detection: what 8 bits do to those is not the point here.
     loose = {**parity.TOLERANCES, "int8": parity.Tolerance(None, None, None, 1.0, 1.0, 0.0, (-0.01, 1.0))}
@@ -257,9 +264,9 @@ def test_the_command_quantizes_and_says_what_it_did(
     arguments = ("--model", detector, "--data", data, "--imgsz", 64, "--output", out, "--int8")
     assert run(*arguments, "--calibration-images", 2, "--bundle", tmp_path / "bundle") == 0
     text = capsys.readouterr().out
-    assert "ncnn: 0 of 63 layers in float" in text
-    assert "ncnn: 1.25 times as fast as fp32" in text
-    assert "ncnn: 2 calibration images are val images too" in text  # the data set has one split for both
+    assert "ncnn_int8: 0 of 63 layers in float" in text
+    assert "ncnn_int8: 1.25 times as fast as fp32" in text
+    assert "ncnn_int8: 2 calibration images are val images too" in text  # the data set has one split for both
     folder = out / "tiny.int8_ncnn_model"
     assert sorted(path.name for path in folder.iterdir()) == FILES
     assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "parity.json", folder.name]
@@ -313,7 +320,7 @@ def test_a_search_that_was_interrupted_goes_on(
     maps = iter([0.399])
     assert run(*arguments, "--calibration-images", 1) == 0
     assert tried == ["candidate_ncnn_model"]  # one layer in float; the two before are remembered
-    assert "ncnn: 1 of 63 layers in float" in capsys.readouterr().out
+    assert "ncnn_int8: 1 of 63 layers in float" in capsys.readouterr().out
     layers = [
         line.split() for line in (tmp_path / "out/tiny.int8_ncnn_model/model.ncnn.param").read_text().splitlines()
     ]
@@ -347,6 +354,7 @@ def test_a_budget_that_is_missed_leaves_no_folder(
     ("changes", "message"),
     [
         ({"--half": None}, "--half and --int8 exclude each other: choose one"),
+        ({"--dynamic": "size"}, "--dynamic and --int8 exclude each other: choose one"),
         ({"--method": "entropy"}, "method: Input should be 'percentile' or 'kl' (got 'entropy')"),
         ({"--calibration-images": "0"}, "calibration_images: Input should be greater than or equal to 1 (got 0)"),
         ({"--calibration": "empty"}, "'train' holds no images"),

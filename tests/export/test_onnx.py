@@ -11,7 +11,7 @@ import typer
 
 from compress import manifest
 from compress.checkpoint import load_model, save_model
-from compress.errors import CheckpointError, DataError, EspalierError, ExportError, run_app
+from compress.errors import CheckpointError, DataError, EspalierError, ExportError, SettingsError, run_app
 from compress.settings import Export
 from export import onnx as exporter
 
@@ -96,7 +96,8 @@ def test_heads(name: str, shape: list[int], images: list[Path], tmp_path: Path, 
 
 @pytest.mark.parametrize(("imgsz", "nearest"), [(330, 320), (340, 352), (1, 32), (16, 32)])
 def test_imgsz_must_fit_the_stride(detector: Path, tmp_path: Path, imgsz: int, nearest: int) -> None:
-    with pytest.raises(ExportError, match=f"imgsz {imgsz} must be a multiple of the model's stride 32: use {nearest}$"):
+    message = f"imgsz {imgsz} must be a multiple of the model's stride 32: use {nearest}$"
+    with pytest.raises(SettingsError, match=message):
         exporter.export_onnx(detector, tmp_path / "a.onnx", imgsz=imgsz)
     assert list(tmp_path.iterdir()) == []
 

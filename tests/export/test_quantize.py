@@ -255,7 +255,7 @@ def test_the_command_quantizes_and_says_what_it_did(
     assert run(*arguments, "--calibration-images", 2) == 0
     text = capsys.readouterr().out
     assert "0 of 63 layers in float" in text or name == "end2end"
-    assert "NOT FASTER than fp32 on this machine (0.80 times as fast as fp32)" in text
+    assert "quantize: slower: 0.80 times as fast as fp32 on this machine (0.70–0.90); use fp32 here" in text
     assert "2 calibration images are val images too" in text  # the data set has one split for both
     artefact = out / f"{model.stem}.int8.onnx"
     facts = onnxruntime_runner.describe(onnxruntime_runner.load(str(artefact), 1))

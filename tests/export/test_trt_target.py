@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import os
-import shutil
-import signal
-import socket
-import subprocess
 import sys
 import textwrap
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -282,55 +275,12 @@ def test_the_failures_that_have_a_remedy_are_those_of_the_builder() -> None:
     assert set(trt_target._REMEDIES) == raised | {"memory", "disk"}
 
 
-@pytest.fixture
-def sshd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ssh]:
-    """A real sshd on the loopback, with keys of its own, and an ssh that uses those."""
-    server = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin:/usr/local/sbin")
-    if server is None or not shutil.which("ssh-keygen"):
-        pytest.skip("needs sshd (Debian, Ubuntu: openssh-server)")
-    for key in ("host", "user"):
-        command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / key)]
-        subprocess.run(command, check=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    config = tmp_path / "sshd_config"
-    config.write_text(
-        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {tmp_path}/host\nAuthorizedKeysFile {tmp_path}/user.pub\n"
-        "PasswordAuthentication no\nUsePAM no\nStrictModes no\nPermitRootLogin yes\nPidFile none\n"
-        "Subsystem sftp internal-sftp\n"
-    )
-    client = tmp_path / "ssh_config"
-    client.write_text(
-        f"Host *\n IdentityFile {tmp_path}/user\n IdentitiesOnly yes\n UserKnownHostsFile {tmp_path}/known\n"
-        " StrictHostKeyChecking accept-new\n"
-    )
-    (tmp_path / "bin").mkdir()
-    for name in ("ssh", "scp"):
-        script(tmp_path / "bin" / name, f'#!/bin/sh\nexec {shutil.which(name)} -F {client} "$@"\n')
-    if os.getuid() == 0:
-        Path("/run/sshd").mkdir(exist_ok=True)
-    process = subprocess.Popen([server, "-D", "-e", "-f", str(config)], stderr=subprocess.PIPE)
-    try:
-        for _ in range(100):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            if process.poll() is not None:
-                pytest.skip(f"sshd does not start here: {process.stderr.read().decode()}")  # type: ignore[union-attr]
-            time.sleep(0.05)
-        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-        yield Ssh(f"{getpass.getuser()}@127.0.0.1", port, sys.executable)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=10)
-
-
 def test_a_real_sshd_is_spoken_to_as_the_fake_one(
-    sshd: Ssh, job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sshd: Any, job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_builder(tmp_path, monkeypatch, FAKE_BUILDER)
-    result = trt_target.run(sshd, job)
+    result = trt_target.run(parse_target(f"ssh://{sshd.host}", sys.executable), job)
     assert result["facts"]["python"] == sys.executable
     assert (job / "model.engine").read_bytes() == b"engine of onnx"
     assert (job / "timing.cache").read_bytes() == b"old+"
+    assert list(sshd.tmp.iterdir()) == []

@@ -1,0 +1,196 @@
+"""What a latency measurement leaves behind: cells, comparisons, reasons for doubt, and the table of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmark import runtimes, statistics
+from benchmark.cell import Worker
+
+MAX_DRIFT = 0.1
+MAX_OTHERS = 0.1
+MAX_SPREAD = 0.001
+INSTRUCTIONS = "instructions"
+SCORES = {"map50_95": "mAP50-95", "map50": "mAP50", "top1": "top-1", "top5": "top-5"}
+
+
+@dataclass
+class Cell:
+    """One model file on one runtime, and what was measured of it."""
+
+    model: str
+    runtime: str
+    path: Path
+    worker: Worker
+    ready: dict[str, Any]
+    warm_up: dict[str, Any] = field(default_factory=dict)
+    burst: int = 1
+    rounds: list[list[float]] = field(default_factory=list)
+    unit: str = "ms"
+
+    def query(self, count: int) -> list[float]:
+        """Return what so many queries took, in the cell's unit."""
+        answer, _ = self.worker.ask({"queries": count})
+        return answer["instructions" if self.unit == INSTRUCTIONS else "samples_ms"]
+
+    def progress(self, min_queries: int, min_seconds: float) -> float:
+        """Return the share of the required queries and seconds that is measured."""
+        queries = sum(map(len, self.rounds))
+        seconds = sum(map(sum, self.rounds)) / 1000
+        return min(queries / min_queries, seconds / min_seconds, 1.0)
+
+
+def cell_record(cell: Cell, cost: dict[str, Any], threads: int, imgsz: int, seed: int) -> dict[str, Any]:
+    """Return all that was measured of a cell; one whose unit is instructions has no time in it."""
+    facts = cell.ready["facts"]
+    return {
+        "model": cell.model,
+        "runtime": cell.runtime,
+        "runtime_version": facts.get("version"),
+        "precision": facts.get("precision"),
+        "precision_executed": facts.get("precision_executed"),
+        "providers": facts.get("providers"),
+        "memory_format": facts.get("memory_format"),
+        "file": cell.path.name,
+        "model_sha256": runtimes.sha256(cell.path),
+        "threads": threads,
+        "imgsz": imgsz,
+        "batch": 1,
+        "output_shapes": cell.ready["output_shapes"],
+        "unit": cell.unit,
+        "queries": sum(map(len, cell.rounds)),
+        **(_counted(cell) if cell.unit == INSTRUCTIONS else _timed(cell, seed)),
+        "peak_memory_bytes": cost["peak_memory_bytes"],
+        "accuracy": None,
+    }
+
+
+def _counted(cell: Cell) -> dict[str, Any]:
+    return {"instructions": [int(count) for counts in cell.rounds for count in counts]}
+
+
+def _timed(cell: Cell, seed: int) -> dict[str, Any]:
+    values, intervals = statistics.summarise(cell.rounds, seed)
+    return {
+        **{name: round(value, 4) for name, value in values.items()},
+        "intervals": {name: [round(value, 4) for value in interval] for name, interval in intervals.items()},
+        "seconds": round(sum(map(sum, cell.rounds)) / 1000, 2),
+        "warm_up": cell.warm_up,
+        "drift": None if (change := statistics.drift(cell.rounds)) is None else round(change, 4),
+        "load_ms": cell.ready["load_ms"],
+        "cold_start_ms": cell.ready["cold_start_ms"],
+        "samples_ms": cell.rounds,
+    }
+
+
+def compare(cells: list[Cell], seed: int) -> list[dict[str, Any]]:
+    """Compare every model with the first one, on each runtime that both were measured on."""
+    baselines = {cell.runtime: cell for cell in cells if cell.model == cells[0].model}
+    comparisons = []
+    for cell in cells:
+        baseline = baselines.get(cell.runtime)
+        if baseline is None or baseline is cell:
+            continue
+        ratio, interval = statistics.speedup(baseline.rounds, cell.rounds, seed)
+        comparisons.append(
+            {
+                "runtime": cell.runtime,
+                "baseline": baseline.model,
+                "model": cell.model,
+                "unit": cell.unit,
+                "speedup": round(ratio, 4),
+                "interval": [round(value, 4) for value in interval],
+            }
+        )
+    return comparisons
+
+
+def others_cores(before_s: float | None, after_s: float | None, own_s: float, elapsed_s: float) -> float | None:
+    """Return how many cores other processes kept busy on average; null where the kernel does not tell.
+
+    Better than the load average, which still remembers the training that ran before.
+    """
+    if before_s is None or after_s is None or after_s == before_s:
+        return None
+    return round(max(after_s - before_s - own_s, 0.0) / elapsed_s, 3)
+
+
+def noise(
+    cells: list[Cell], before: dict[str, Any], after: dict[str, Any], others: float | None, cores: int | None
+) -> list[str]:
+    """Return why this measurement cannot be fully trusted."""
+    if cells[0].unit == INSTRUCTIONS:
+        return [reason for cell in cells if (reason := _spread(cell))]
+    reasons = []
+    if others is not None and others > MAX_OTHERS * (cores or 1):
+        reasons.append(f"other processes kept {others:.2f} of {cores or 1} cores busy")
+    if None not in (before["throttle_count"], after["throttle_count"]):
+        events = after["throttle_count"] - before["throttle_count"]
+        if events > 0:
+            reasons.append(f"the CPU throttled {events} times")
+    for cell in cells:
+        name = f"{cell.model} on {cell.runtime}"
+        if not cell.warm_up["plateau"]:
+            reasons.append(f"{name} reached no plateau in {cell.warm_up['seconds']:g} s of warm-up")
+        change = (statistics.drift(cell.rounds) or 1.0) - 1.0
+        if abs(change) > MAX_DRIFT:
+            reasons.append(f"{name} changed by {change:+.0%} from its first to its last third")
+    return reasons
+
+
+def _spread(cell: Cell) -> str | None:
+    counts = [count for counts in cell.rounds for count in counts]
+    spread = max(counts) / min(counts) - 1.0
+    if spread <= MAX_SPREAD:
+        return None
+    return f"{cell.model} on {cell.runtime} took up to {spread:.2%} more instructions from query to query"
+
+
+def print_table(record: dict[str, Any]) -> None:
+    """Print a record, a line for each cell, and why it may be doubted."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    protocol, cells = record["protocol"], record["cells"]
+    ratios = {(c["model"], c["runtime"]): f"{c['speedup']:.2f}× {_span(c['interval'])}" for c in record["comparisons"]}
+    counted = cells[0]["unit"] == INSTRUCTIONS
+    what, better = (INSTRUCTIONS, "fewer by (95 %)") if counted else ("latency", "speed-up (95 %)")
+    title = f"{what} on {protocol['device']} at {protocol['imgsz']} px, threads: {protocol['threads']}"
+    table = Table(title=f"{title} ({protocol['label']})", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name in ("model", "runtime"):
+        table.add_column(name)
+    scored = [name for name in SCORES if any(name in (cell["accuracy"] or {}) for cell in cells)]
+    columns = ("M instructions",) if counted else ("p50 ms (95 %)", "p90 ms", "p99 ms")
+    for name in (*columns, better, *(SCORES[name] for name in scored)):
+        table.add_column(name, justify="right")
+    for cell in cells:
+        table.add_row(
+            escape(cell["model"]),
+            cell["runtime"],
+            *_values(cell),
+            ratios.get((cell["model"], cell["runtime"]), ""),
+            *("" if name not in (cell["accuracy"] or {}) else f"{cell['accuracy'][name]:.4f}" for name in scored),
+        )
+    console = Console()
+    console.print(table)
+    for reason in record["noise"]:
+        console.print(f"noisy: {reason}", markup=False)
+
+
+def _values(cell: dict[str, Any]) -> list[str]:
+    if cell["unit"] == INSTRUCTIONS:
+        return [f"{median(cell['instructions']) / 1e6:.2f}"]
+    return [
+        f"{cell['p50_ms']:.2f} {_span(cell['intervals']['p50_ms'])}",
+        f"{cell['p90_ms']:.2f}",
+        f"{cell['p99_ms']:.2f}",
+    ]
+
+
+def _span(interval: list[float]) -> str:
+    return f"({interval[0]:.2f}–{interval[1]:.2f})"

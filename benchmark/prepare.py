@@ -1,0 +1,232 @@
+"""What is asked of a device, the model files that it needs for that, and their scores there."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmark import runtimes, sites
+from benchmark.sites import Site
+from benchmark.transports import Adb, Transport
+from compress import manifest
+from compress.devices import Device
+from compress.errors import BenchmarkError, SettingsError
+
+IMGSZ = 640
+EXPORTS, SCORES, OUTPUTS = "exports", "scores", "outputs"
+PRECISIONS = ("fp32", "fp16")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for.
+
+    Attributes:
+        device: where.
+        models: name → runtime → the file that was named; a checkpoint is still to be exported where the runtime is
+            not torch.
+        data: data set YAML (or folder of classified images) to score on; null for none.
+        host: as it was typed.
+    """
+
+    device: Device
+    models: dict[str, dict[str, Path]]
+    precision: str
+    imgsz: int
+    threads: int
+    data: Path | None
+    split: str
+    host: str | None
+
+    def config(self) -> dict[str, Any]:
+        """Return what a manifest says of it."""
+        exported = any(_is_exported(runtime, path) for files in self.models.values() for runtime, path in files.items())
+        return {
+            "device": self.device.name,
+            "host": self.host,
+            "imgsz": self.imgsz,
+            "threads": self.threads,
+            "precision": self.precision if exported else None,
+            "split": None if self.data is None else self.split,
+        }
+
+    def parents(self) -> dict[str, str]:
+        """Return the hashes of the inputs by role."""
+        from compress.dataset import fingerprint
+
+        hashes = {
+            f"{name}.{runtime}": runtimes.sha256(path)
+            for name, files in self.models.items()
+            for runtime, path in files.items()
+        }
+        return hashes if self.data is None else {**hashes, "data": fingerprint(self.data)}
+
+
+def request(
+    device: Device,
+    paths: list[Path],
+    *,
+    runtime: str | None,
+    precision: str | None,
+    imgsz: int | None,
+    threads: int | None,
+    data: str | None,
+    split: str,
+    host: str | None,
+) -> Request:
+    """Return what is asked for, with the device's own values where none are given.
+
+    Raises:
+        BenchmarkError: a model is missing or does not run in the runtime, or a checkpoint is to be exported and no
+            images prove the export.
+        SettingsError: the precision is not known.
+    """
+    if precision not in (None, *PRECISIONS):
+        raise SettingsError(f"--precision must be {' or '.join(PRECISIONS)}, got {precision!r}")
+    models = by_name(paths, runtime, device)
+    for files in models.values():
+        for own, path in files.items():
+            if own not in device.runtimes:
+                raise BenchmarkError(
+                    f"{path} needs {own}, {device.name} runs {', '.join(device.runtimes)}: give a checkpoint, which is "
+                    "exported for it"
+                )
+            if _is_exported(own, path) and data is None:
+                raise BenchmarkError(f"--data is missing: real images prove the export of {path} for {own}")
+    yaml = None
+    if data is not None:
+        from compress.dataset import resolve
+
+        yaml = resolve(data)
+    return Request(
+        device=device,
+        models=models,
+        precision=precision or device.precision,
+        imgsz=imgsz or device.imgsz or IMGSZ,
+        threads=threads or device.threads,
+        data=yaml,
+        split=split,
+        host=host,
+    )
+
+
+def by_name(paths: list[Path], runtime: str | None, device: Device) -> dict[str, dict[str, Path]]:
+    """Group files by model name and runtime; files of one name and runtime keep their whole paths as names.
+
+    A checkpoint counts as a file of the runtime that it will be exported for: `runtime`, or the device's first one
+    where torch does not run.
+
+    Raises:
+        BenchmarkError: a file is missing, is no model, or is one of another runtime.
+    """
+    if runtime is not None:
+        runtimes.known("runtime", runtime, runtimes.RUNNERS)
+    found: dict[str, dict[str, Path]] = {}
+    for path in paths:
+        own = runtimes.runtime_of(path)
+        if own == "torch":
+            own = runtime or ("torch" if "torch" in device.runtimes else device.runtimes[0])
+        if own is None or runtime not in (None, own):
+            raise BenchmarkError(f"{path} must be {runtimes.kinds(runtime)} to run in {runtime or 'a known runtime'}")
+        runtimes.require(path)
+        name = str(path) if own in found.get(runtimes.stem(path), {}) else runtimes.stem(path)
+        found.setdefault(name, {})[own] = path
+    return found
+
+
+@contextmanager
+def open_models(
+    wanted: Request, output: Path, host: str | None, python: str | None, put_packages: bool
+) -> Iterator[tuple[Site, dict[str, dict[str, Path]]]]:
+    """Reach the device and yield it with the files to run there; checkpoints are exported into `output/exports`.
+
+    Raises:
+        SettingsError, DeviceError: see `sites.open_site`.
+        ExportError: a checkpoint cannot be exported or does not equal PyTorch.
+    """
+    used = sorted({runtime for files in wanted.models.values() for runtime in files})
+    with sites.open_site(wanted.device, host, python, used, put_packages=put_packages) as site:
+        files = {}
+        for number, (name, given) in enumerate(wanted.models.items()):
+            files[name] = {
+                runtime: _export(wanted, runtime, path, output / EXPORTS / f"{number}-{runtime}", site.place)
+                if _is_exported(runtime, path)
+                else path
+                for runtime, path in given.items()
+            }
+        yield site, files
+
+
+def score(wanted: Request, site: Site, files: dict[str, dict[str, Path]], output: Path) -> dict[str, dict[str, Any]]:
+    """Return the accuracy of each file on the device by NAME.RUNTIME, see `benchmark.accuracy`; nothing without data.
+
+    Scores of an interrupted start are read, not taken again, and so are the outputs of images.
+
+    Raises:
+        BenchmarkError: see `accuracy.evaluate`.
+        DeviceError: the device is gone.
+    """
+    from benchmark.accuracy import evaluate
+    from benchmark.outputs import remote_network
+
+    if wanted.data is None:
+        return {}
+    found, scores, outputs = {}, output / SCORES, output / OUTPUTS
+    scores.mkdir(exist_ok=True)
+    options: dict[str, Any] = {"split": wanted.split, "imgsz": wanted.imgsz, "threads": wanted.threads}
+    for number, (name, given) in enumerate(files.items()):
+        for runtime, path in given.items():
+            kept = scores / f"{number}-{runtime}.json"
+            if not kept.is_file():
+                if site.is_here:
+                    record = evaluate(path, wanted.data, **options)
+                else:
+                    with remote_network(site, runtime, path, wanted.threads, wanted.imgsz, outputs) as network:
+                        record = evaluate(path, wanted.data, network=network, **options)
+                facts = {"model": wanted.models[name][runtime].name, "model_sha256": runtimes.sha256(path)}
+                manifest.write_json(kept, {**facts, "device": wanted.device.name, **record})
+            found[f"{name}.{runtime}"] = manifest.read_json(kept)
+    return found
+
+
+def clean_up(output: Path, keep_outputs: bool) -> None:
+    """Remove what only an interrupted start needs."""
+    shutil.rmtree(output / SCORES, ignore_errors=True)
+    if not keep_outputs:
+        shutil.rmtree(output / OUTPUTS, ignore_errors=True)
+
+
+def _is_exported(runtime: str, path: Path) -> bool:
+    return runtimes.runtime_of(path) == "torch" != runtime
+
+
+def _export(wanted: Request, runtime: str, model: Path, folder: Path, place: Transport) -> Path:
+    """Export a checkpoint for a runtime and return the file or folder."""
+    from compress.settings import Export, ExportNcnn, ExportTrt
+
+    assert wanted.data is not None
+    folder.parent.mkdir(exist_ok=True)
+    name = model.stem
+    if runtime == "ncnn":
+        from export import ncnn
+
+        settings = ExportNcnn(half=wanted.precision == "fp16")
+        ncnn.export_stage({name: model}, wanted.data, wanted.imgsz, settings, folder)
+        return folder / f"{name}{runtimes.NCNN_SUFFIX}"
+    if runtime == "onnxruntime":
+        from export import onnx
+
+        # In fp32: its CPU kernels compute in nothing less.
+        onnx.export_stage({name: model}, wanted.data, wanted.imgsz, Export(), folder)
+        return folder / f"{name}.onnx"
+    from export import trt
+
+    if isinstance(place, Adb):
+        raise BenchmarkError("TensorRT does not run on Android: use --runtime ncnn")
+    settings = ExportTrt(precision="fp16" if wanted.precision == "fp16" else "fp32", imgsz=str(wanted.imgsz))
+    trt.export_stage(model, settings, place, folder, data=wanted.data, cache=trt.default_cache())
+    return folder / f"{name}{trt.ENGINE}"

@@ -1,0 +1,61 @@
+"""How reports write a number: units, ratios, intervals, and a dash for what is unknown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+UNKNOWN = "–"
+
+
+def number(value: float | None, digits: int) -> str:
+    """Return a number with so many digits after the point."""
+    return UNKNOWN if value is None else f"{value:.{digits}f}"
+
+
+def size(value: float | None, unit: str = "") -> str:
+    """Return a count or a size in G, M or k of its unit."""
+    if value is None:
+        return UNKNOWN
+    for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.3g} {prefix}{unit}"
+    return f"{value:g} {unit}".rstrip()
+
+
+def ratio(value: float | None) -> str:
+    """Return a ratio, such as 1.77×."""
+    return UNKNOWN if value is None else f"{value:.2f}×"
+
+
+def quotient(dense: float | None, pruned: float | None) -> str:
+    """Return dense over pruned as a ratio."""
+    return ratio(None if dense is None or not pruned else dense / pruned)
+
+
+def difference(dense: float | None, pruned: float | None) -> str:
+    """Return pruned minus dense, with its sign."""
+    return UNKNOWN if dense is None or pruned is None else f"{pruned - dense:+.4f}".replace("-", "−")
+
+
+def share(value: float | None) -> str:
+    """Return a share as a percentage."""
+    return UNKNOWN if value is None else f"{value:.0%}".replace("%", " %")
+
+
+def interval(value: Sequence[float] | None) -> str:
+    """Return the ends of an interval."""
+    return UNKNOWN if value is None else f"{value[0]:.2f}–{value[1]:.2f}"
+
+
+def known(value: object) -> str:
+    """Return a value, or the items of a list, as text."""
+    if isinstance(value, list):
+        return " ".join(str(item) for item in value)
+    return UNKNOWN if value is None else str(value)
+
+
+def cost(value: float | None, unit: str | None) -> str:
+    """Return a latency in ms, or a number of instructions, which are never called ms."""
+    if value is None:
+        return UNKNOWN
+    return f"{value:.2f} ms" if unit == "ms" else f"{size(value)} {unit}".replace("  ", " ")

@@ -1,0 +1,141 @@
+"""The same contract for this machine, a real sshd on the loopback and an adb that is a folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmark import transfer, transports
+from benchmark.transports import Adb, Local, Ssh, Transport
+from compress.errors import DeviceError, SettingsError
+
+NASTY = "a b; touch $(x) 'q' \"d\" -n"
+
+
+@pytest.fixture(params=["local", "ssh", "adb"])
+def place(request: pytest.FixtureRequest) -> Transport:
+    if request.param == "local":
+        return Local()
+    if request.param == "adb":
+        request.getfixturevalue("adb")
+        return Adb("phone-1", sys.executable)
+    return Ssh(request.getfixturevalue("sshd").host, None, sys.executable)
+
+
+@pytest.fixture
+def folder(place: Transport) -> Any:
+    made = transfer.make_folder(place)
+    yield made
+    transfer.remove_folder(place, made)
+
+
+def test_words_reach_the_program_as_they_are(place: Transport, folder: str) -> None:
+    command = [sys.executable, "-c", "import os, sys; print(sys.argv[1], os.environ['X'], sep='|')", NASTY]
+    done = transports.run(place, command, folder=folder, environment={"X": NASTY})
+    assert done.stdout == f"{NASTY}|{NASTY}\n"
+    assert transports.run(place, ["ls", folder]).stdout == ""
+
+
+def test_exit_codes_and_messages_come_back(place: Transport) -> None:
+    command = [sys.executable, "-c", "import sys; sys.stderr.write('odd\\n'); sys.exit(3)"]
+    assert transports.run(place, command).returncode == 3
+    with pytest.raises(DeviceError, match=rf"^{place.name} could not be odd \(odd\): check it there$"):
+        transports.run(place, command, purpose="be odd")
+
+
+def test_files_go_there_and_come_back(place: Transport, folder: str, tmp_path: Path) -> None:
+    source, back = tmp_path / "from", tmp_path / "back"
+    (source / "inner").mkdir(parents=True)
+    back.mkdir()
+    (source / "inner" / "one.txt").write_bytes(b"1")
+    (tmp_path / NASTY).write_bytes(b"2")
+    transfer.push(place, [source, tmp_path / NASTY], folder)
+    transfer.pull(place, f"{folder}/from/inner", ["one.txt", "none.txt"], back)
+    assert [(path.name, path.read_bytes()) for path in back.iterdir()] == [("one.txt", b"1")]
+    assert NASTY in transports.run(place, ["ls", folder]).stdout.splitlines()
+
+
+def test_a_folder_is_private_and_goes_away(place: Transport) -> None:
+    with transfer.job_folder(place) as made:
+        mode = "import os, sys; print(oct(os.stat('.').st_mode & 0o777))"
+        assert transports.run(place, [sys.executable, "-c", mode], folder=made).stdout == "0o700\n"
+        assert (transfer.free_bytes(place, made) or 0) > 1 << 20
+        with pytest.raises(DeviceError, match=rf"^{place.name} has \d+ MiB free in .*, 1099511627777 are needed: free"):
+            transfer.require_room(place, made, 1 << 60)
+    assert transports.run(place, ["ls", made]).returncode != 0
+
+
+def test_a_process_has_pipes_and_ends_with_its_input(place: Transport, folder: str, tmp_path: Path) -> None:
+    with (tmp_path / "log").open("wb") as log:
+        process = transports.start(place, ["cat"], {}, log, folder)
+        assert process.communicate(b"\x00\xff raw\n", timeout=20) == (b"\x00\xff raw\n", None)
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["-oProxyCommand=touch x", "host;touch x", "$(touch x)", "host name", "a@-b", "host:0", "host:70000", "", "host\n"],
+)
+def test_what_could_be_an_option_or_a_command_is_no_host(text: str) -> None:
+    with pytest.raises(SettingsError, match=r"--host must be \[user@\]host\[:port\], got"):
+        transports.parse_host(text)
+
+
+@pytest.mark.parametrize("text", ["-s", "a b", "$(x)", "a;b", ""])
+def test_what_could_be_an_option_is_no_serial(text: str) -> None:
+    with pytest.raises(SettingsError, match="--host must be a serial"):
+        transports.parse_serial(text)
+
+
+def test_hosts_are_read() -> None:
+    assert transports.parse_host("pi@10.0.0.7:2222") == ("pi@10.0.0.7", 2222)
+    assert transports.parse_host("jetson") == ("jetson", None)
+    assert transports.parse_serial("192.168.1.5:5555") == "192.168.1.5:5555"
+
+
+def test_a_host_that_is_down_is_one_line(sshd: Any) -> None:
+    with pytest.raises(DeviceError) as caught:
+        transfer.make_folder(Ssh("127.0.0.1", 1))
+    assert "127.0.0.1 cannot be reached over ssh" in str(caught.value)
+    assert str(caught.value).endswith("check host, port and keys with: ssh -p 1 127.0.0.1 true")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_key_that_is_refused_is_one_line(sshd: Any, tmp_path: Path) -> None:
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / "other")], check=True)
+    config = tmp_path / "config"
+    config.write_text(
+        f"Host loopback\n HostName 127.0.0.1\n Port {sshd.port}\n IdentityFile {tmp_path}/other\n IdentitiesOnly yes\n"
+        f" UserKnownHostsFile {tmp_path}/known\n StrictHostKeyChecking accept-new\n"
+    )
+    real = shutil.which("ssh", path=os.pathsep.join(os.environ["PATH"].split(os.pathsep)[1:]))
+    (tmp_path / "ssh-bin" / "ssh").write_text(f'#!/bin/sh\nexec {real} "$@"\n')
+    with pytest.raises(DeviceError, match=r"^loopback cannot be reached over ssh \(.*Permission denied \(publickey"):
+        transfer.make_folder(Ssh("loopback", config=config))
+
+
+def test_a_phone_that_is_not_there_is_one_line(adb: Path) -> None:
+    with pytest.raises(DeviceError, match=r"^phone-2 cannot be reached over adb \(adb: device 'phone-2' not found\)"):
+        transfer.make_folder(Adb("phone-2"))
+    assert transports.is_alive(Adb("phone-1"))
+    Path(f"{adb}.gone").touch()
+    assert not transports.is_alive(Adb("phone-1"))
+
+
+def test_programs_that_are_not_installed_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(DeviceError, match=r"^ssh cannot be started .*install OpenSSH's client .*openssh-client"):
+        transfer.make_folder(Ssh("jetson"))
+    with pytest.raises(DeviceError, match=r"^adb cannot be started .*install Android's adb"):
+        transfer.make_folder(Adb("phone-1"))
+
+
+def test_what_takes_too_long_is_named() -> None:
+    with pytest.raises(DeviceError, match=r"^this machine did not answer in 0\.2 s"):
+        transports.run(Local(), ["sleep", "5"], timeout_s=0.2)
