@@ -24,8 +24,8 @@ def draw_front(
         settings: importance, budget and table; its target is not read.
 
     Returns:
-        Per point: latency, speed-up, kept importance, loss, bound and gap of the loss, MACs, memory, and the width of each
-        group that may be cut.
+        Per point: latency, speed-up, kept importance, loss, bound and gap of the loss, MACs, memory, and the widths of
+        the groups that may be cut.
     """
     from compress.latency_plan import find_table, memory_limit
     from compress.latency_table import check_widths, evaluate
