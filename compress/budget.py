@@ -115,7 +115,7 @@ def choose(graph: Graph, scores: list[np.ndarray], target: Target, budget: Budge
         BudgetError: the target cannot be met; the message says what can be reached and what stands in the way.
     """
     tied = [tie for tie in ties(graph, budget) if len(tie.parts) > 1]
-    loss = _sum_lost if target.kind == "percent" else _log_share_lost
+    loss = _sum_lost if target.kind == "percent" else log_share_lost
     ascending = [np.sort(score) for score in scores]
     lost = [[sum(loss(ascending[i], part * n) for i, n in tie.units.items()) for part in tie.parts] for tie in tied]
     widths = graph.widths.copy()
@@ -149,8 +149,17 @@ def choose(graph: Graph, scores: list[np.ndarray], target: Target, budget: Budge
     # A percentage is met as nearly as the steps allow; MACs and parameters are upper limits.
     if spent(widths) > limit and not nearest:
         raise _infeasible(graph, target, widths, budget)
+    return keep_best(graph, scores, widths, budget, "cheapest step")
+
+
+def keep_best(graph: Graph, scores: list[np.ndarray], widths: np.ndarray, budget: Budget, why: str) -> Choice:
+    """Keep the most important units of every group at given widths, shape (groups,).
+
+    Args:
+        why: what decided a width that is neither the whole nor the least.
+    """
     keep = [_keep_best(score, int(width)) for score, width in zip(scores, widths, strict=True)]
-    return Choice(keep, _explain(graph, widths, budget))
+    return Choice(keep, _explain(graph, widths, budget, why))
 
 
 def _resource(
@@ -174,7 +183,7 @@ def _sum_lost(ascending: np.ndarray, width: int) -> float:
     return float(ascending[: ascending.size - width].sum())
 
 
-def _log_share_lost(ascending: np.ndarray, width: int) -> float:
+def log_share_lost(ascending: np.ndarray, width: int) -> float:
     """Return -log of the share of importance that the `width` largest of the scores hold."""
     total = float(ascending.sum())
     kept = float(ascending[ascending.size - width :].sum())
@@ -210,7 +219,7 @@ def _keep_best(score: np.ndarray, width: int) -> np.ndarray:
     return mask
 
 
-def _explain(graph: Graph, widths: np.ndarray, budget: Budget) -> list[str]:
+def _explain(graph: Graph, widths: np.ndarray, budget: Budget, why: str) -> list[str]:
     reasons = []
     for group, width in zip(graph.groups, widths.tolist(), strict=True):
         rule, frozen = rule_for(group.layers, budget)
@@ -226,7 +235,7 @@ def _explain(graph: Graph, widths: np.ndarray, budget: Budget) -> list[str]:
         elif width == allowed[-1]:
             reasons.append("least allowed width")
         else:
-            reasons.append("cheapest step")
+            reasons.append(why)
     return reasons
 
 

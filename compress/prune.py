@@ -14,10 +14,12 @@ from compress.errors import SettingsError, run_app
 from compress.settings import Budget, Importance, Prune, load_budget
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import nn
 
     from compress.budget import Choice, Target
     from compress.graph import Graph
+    from compress.latency_plan import Prediction
     from compress.plan import Plan
 
 MODEL = "model.pt"
@@ -26,12 +28,13 @@ PLAN = "plan.json"
 
 @dataclass(frozen=True)
 class Planned:
-    """A model, its channel graph, and what was chosen for it."""
+    """A model, its channel graph, and what was chosen for it; with a latency target also what is predicted."""
 
     model: nn.Module
     graph: Graph
     choice: Choice
     plan: Plan
+    prediction: Prediction | None = None
 
     def metrics(self) -> dict[str, Any]:
         """Return parameters and MACs before and after, and the number of groups."""
@@ -43,49 +46,90 @@ class Planned:
             "groups": len(self.graph.groups),
             "groups_cut": len(self.plan.groups),
             "frozen": self.graph.frozen(),
+            **({"latency": self.prediction.metrics()} if self.prediction else {}),
         }
 
 
-def plan_pruning(model: nn.Module, settings: Prune, imgsz: int, seed: int = 0, data: Path | None = None) -> Planned:
+@dataclass(frozen=True)
+class Scored:
+    """A model, its channel graph, and the importance of the units of each group, arrays of shape (width,)."""
+
+    model: nn.Module
+    graph: Graph
+    scores: list[np.ndarray]
+
+
+def plan_pruning(
+    model: nn.Module, settings: Prune, imgsz: int, seed: int = 0, data: Path | None = None, source: str = "MODEL"
+) -> Planned:
     """Trace a model, score its channels and choose widths; nothing is cut.
 
     Args:
         data: data set YAML, for importance that asks the loss.
+        source: how the user names the model, for messages.
 
     Raises:
-        SettingsError: the importance needs `data`.
+        SettingsError: the importance needs `data`, or a latency target has no table that fits.
         GraphError: the model cannot be captured.
         BudgetError: no widths under the budget meet the target.
     """
-    from compress.budget import choose
+    if settings.by_latency:
+        from compress.latency_plan import find_table
+
+        find_table(settings, imgsz, checkpoint.structure_hash(model), source)  # before the work of scoring
+    return choose_widths(score(model, settings, imgsz, seed, data), settings, imgsz, source)
+
+
+def score(model: nn.Module, settings: Prune, imgsz: int, seed: int = 0, data: Path | None = None) -> Scored:
+    """Trace a model and score its channels, as `plan_pruning` does."""
     from compress.graph import build_graph
     from compress.importance import importance
-    from compress.plan import make_plan
     from compress.taylor import taylor_scores
 
     graph = build_graph(model, imgsz)
-    target = target_of(settings)
     if settings.importance != "taylor":
-        scores = importance(graph, model, settings.importance, seed)
-    elif data is None:
+        return Scored(model, graph, importance(graph, model, settings.importance, seed))
+    if data is None:
         raise SettingsError("importance 'taylor' asks the loss on training images: give --data")
+    return Scored(model, graph, taylor_scores(graph, model, data, imgsz, seed=seed))
+
+
+def choose_widths(
+    scored: Scored, settings: Prune, imgsz: int, source: str = "MODEL", correction: float = 1.0
+) -> Planned:
+    """Choose the widths of a scored model.
+
+    Args:
+        source: how the user names the model, for messages.
+        correction: factor on a latency table.
+    """
+    from compress.budget import choose
+    from compress.plan import make_plan
+
+    model, graph, structure = scored.model, scored.graph, checkpoint.structure_hash(scored.model)
+    prediction = None
+    if settings.by_latency:
+        from compress.latency_plan import amount, choose_by_latency, find_table
+
+        table, path = find_table(settings, imgsz, structure, source)
+        choice, prediction = choose_by_latency(graph, scored.scores, settings, table, path, correction)
+        words = f"{amount(prediction.target, table.unit)} on {table.device} in {table.runtime}"
     else:
-        scores = taylor_scores(graph, model, data, imgsz, seed=seed)
-    choice = choose(graph, scores, target, settings.budget)
-    words = f"{target.kind} {target.value:g}"
-    plan = make_plan(graph, choice, checkpoint.structure_hash(model), words, settings.importance)
-    return Planned(model, graph, choice, plan)
+        target = target_of(settings)
+        choice = choose(graph, scored.scores, target, settings.budget)
+        words = f"{target.kind} {target.value:g}"
+    return Planned(model, graph, choice, make_plan(graph, choice, structure, words, settings.importance), prediction)
 
 
 def target_of(settings: Prune) -> Target:
-    """Return the one target that the settings hold."""
+    """Return the one target that the settings hold, where it is none of latency."""
     from compress.budget import Target
 
     if settings.percent is not None:
         return Target("percent", settings.percent)
     if settings.macs is not None:
         return Target("macs", settings.macs)
-    assert settings.params is not None
+    assert settings.params is not None, "a latency is no target of MACs or channels"
     return Target("params", settings.params)
 
 
@@ -99,6 +143,11 @@ def prune(model: Path, data: Path, settings: Prune, imgsz: int, seed: int, outpu
     from compress.dataset import fingerprint
 
     parents = manifest.input_hashes({"model": model}) | {"data": fingerprint(data)}
+    if settings.by_latency:
+        from compress.latency_plan import find_table
+
+        structure = checkpoint.structure_hash(checkpoint.load_model(model))
+        parents["table"] = find_table(settings, imgsz, structure, str(model))[0].sha256
     result = output / MODEL
     with manifest.lock(output):
         if manifest.is_finished(output, "prune", config, parents):
@@ -110,7 +159,13 @@ def prune(model: Path, data: Path, settings: Prune, imgsz: int, seed: int, outpu
         from compress.repair import recalibrate_batch_norm
         from compress.surgery import apply_plan
 
-        planned = plan_pruning(checkpoint.load_model(model), settings, imgsz, seed, data)
+        dense, rounds = checkpoint.load_model(model), []
+        if settings.by_latency:
+            from compress.measured import plan_measured
+
+            planned, rounds = plan_measured(dense, settings, imgsz, seed, data, str(model))
+        else:
+            planned = plan_pruning(dense, settings, imgsz, seed, data)
         pruned = apply_plan(planned.model, planned.plan)
         error = check_oracle(planned.graph, pruned, planned.choice.keep, seed)
         if settings.recalibrate_images:
@@ -121,10 +176,27 @@ def prune(model: Path, data: Path, settings: Prune, imgsz: int, seed: int, outpu
         save_plan(planned.plan, output / PLAN)
         checkpoint.save_model(pruned, result, {**checkpoint.load_training_args(model), "imgsz": imgsz})
         metrics = {**planned.metrics(), "oracle_error": error}
+        if rounds:
+            metrics["latency"]["measured"] = rounds
         manifest.finish(output, "prune", config, parents, [MODEL, PLAN], metrics, seed)
     before, after = metrics["macs"]
     print(f"prune: {result} (MACs {after / before:.1%}, oracle error {error:.1e})")
     return result
+
+
+def print_prediction(prediction: Prediction) -> None:
+    """Print what a latency table says about a plan."""
+    from compress.latency_plan import amount
+
+    unit = prediction.unit
+    print(
+        f" latency: {amount(prediction.dense, unit)} → {amount(prediction.predicted, unit)} predicted "
+        f"({prediction.dense / prediction.predicted:.2f}×), target {amount(prediction.target, unit)}"
+    )
+    print(
+        f"    kept: {prediction.kept:.2%} of the importance of a group on average; loss {prediction.loss:.4f}, "
+        f"no widths within the target lose less than {prediction.bound:.4f} (gap {prediction.gap:.2%})"
+    )
 
 
 def print_plan(planned: Planned, budget: Budget) -> None:
@@ -150,6 +222,8 @@ def print_plan(planned: Planned, budget: Budget) -> None:
     for name in ("macs", "params", "channels"):
         before, after = metrics[name]
         console.print(f"{name:>8}: {before:,} → {after:,} ({after / before:.1%})")
+    if planned.prediction:
+        print_prediction(planned.prediction)
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -163,6 +237,15 @@ def main(
     percent: Annotated[float | None, typer.Option(help="share of the prunable channels to remove")] = None,
     macs: Annotated[float | None, typer.Option(help="MACs that remain, as a share of the dense model's")] = None,
     params: Annotated[float | None, typer.Option(help="parameters that remain, as a share")] = None,
+    latency: Annotated[
+        str | None, typer.Option(help="latency that remains, such as 12ms; needs a latency table")
+    ] = None,
+    speedup: Annotated[str | None, typer.Option(help="dense latency over the pruned one, such as 2x")] = None,
+    device: Annotated[str, typer.Option(help="with --latency, --speedup: where the model will run")] = "cpu",
+    runtime: Annotated[str, typer.Option(help="with --latency, --speedup: onnxruntime or ncnn")] = "onnxruntime",
+    threads: Annotated[int, typer.Option(min=1, help="with --latency, --speedup: of the runtime")] = 1,
+    table: Annotated[Path | None, typer.Option(help="latency table, if not where benchmark.profile puts it")] = None,
+    front: Annotated[int | None, typer.Option(min=2, help="print so many best trade-offs of latency, and stop")] = None,
     budget: Annotated[Path | None, typer.Option(help="a file of configs/budgets/")] = None,
     multiple_of: Annotated[int | None, typer.Option(min=1, help="channel counts are multiples of this")] = None,
     power_of_two: Annotated[bool, typer.Option("--power-of-two", help="channel counts are powers of two")] = False,
@@ -172,22 +255,35 @@ def main(
     seed: Annotated[int, typer.Option()] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
 ) -> None:
-    """Prune a detector under a budget of widths; exactly one of --percent, --macs, --params says how much."""
+    """Prune a detector under a budget of widths.
+
+    Exactly one of --percent, --macs, --params, --latency, --speedup says how much.
+    """
     from compress.settings import parse
 
     rules = load_budget(budget) if budget else Budget()
     changes = {"multiple_of": multiple_of, "max_removed": max_removed, "power_of_two": power_of_two or None}
     rules = rules.model_dump(mode="json") | {key: value for key, value in changes.items() if value is not None}
-    amount = {"percent": percent, "macs": macs, "params": params}
+    amount = {"percent": percent, "macs": macs, "params": params, "latency": latency, "speedup": speedup}
+    if front is not None:
+        amount["speedup"] = 2.0  # only its table is read
     content = {key: value for key, value in amount.items() if value is not None}
+    content |= {"device": device, "runtime": runtime, "threads": threads, "table": str(table) if table else None}
     settings = parse(Prune, {**content, "importance": importance, "budget": rules}, "prune")
+    if front is not None:
+        from compress.dataset import resolve
+        from compress.front import draw_front
+
+        draw_front(model, settings, imgsz, seed, resolve(data) if data else None, front, output)
+        return
     if not dry_run and (output is None or data is None):
         raise SettingsError("--output and --data are needed, unless --dry-run only prints the plan")
     from compress.dataset import resolve
 
     yaml = resolve(data) if data is not None else None
     if output is None or yaml is None or dry_run:
-        print_plan(plan_pruning(checkpoint.load_model(model), settings, imgsz, seed, yaml), settings.budget)
+        planned = plan_pruning(checkpoint.load_model(model), settings, imgsz, seed, yaml, str(model))
+        print_plan(planned, settings.budget)
     else:
         prune(model, yaml, settings, imgsz, seed, output)
 

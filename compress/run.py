@@ -74,8 +74,19 @@ def check(settings: Run, data: Path) -> None:
         model = trained
     if "tensorrt" in settings.benchmark.runtimes:
         _check_tensorrt(settings.trt)
+    if settings.prune.by_latency:
+        tabulate(model, settings)
     # Which widths can be reached does not depend on which channels matter.
     plan_pruning(model, settings.prune.model_copy(update={"importance": "random"}), settings.imgsz)
+
+
+def tabulate(model: Any, settings: Run) -> None:
+    """Make the latency table of a model's structure, where it is not there yet. Latency does not depend on weights."""
+    from benchmark.profile import Wanted, profile
+
+    cut = settings.prune
+    wanted = Wanted(cut.runtime, settings.imgsz, cut.budget, cut.device, cut.threads)
+    profile(model, wanted, Path(cut.table) if cut.table else None)
 
 
 def _check_tensorrt(settings: ExportTrt) -> None:
@@ -217,7 +228,7 @@ def dry_run(settings: Run) -> None:
         if len(model.names) != len(class_names(data)):
             print("The model does not know these classes yet: this plan goes by bn, that of the run by taylor.")
             wanted = wanted.model_copy(update={"importance": "bn"})
-    print_plan(plan_pruning(model, wanted, settings.imgsz, settings.seed, data), wanted.budget)
+    print_plan(plan_pruning(model, wanted, settings.imgsz, settings.seed, data, settings.model), wanted.budget)
 
 
 def _write_run(folder: Path, settings: Run, command: str, status: str) -> None:

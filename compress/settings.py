@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from compress.errors import SettingsError
 
@@ -16,6 +16,15 @@ Runtime = Literal["torch", "onnxruntime", "ncnn", "tensorrt"]
 AUTO = "auto"
 Section = TypeVar("Section", bound="Strict")
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
+TARGETS = ("percent", "macs", "params", "latency", "speedup")
+
+
+def _times(value: Any) -> Any:
+    """Read "2x" as 2.0."""
+    import re
+
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*[x×]?", value) if isinstance(value, str) else None
+    return float(found[1]) if found else value
 
 
 class Strict(BaseModel):
@@ -92,12 +101,27 @@ class Finetune(Training):
 
 
 class Prune(Strict):
-    """How much to remove (one of percent, macs, params), by which importance, under which budget."""
+    """How much to remove (one of `TARGETS`), by which importance, under which budget.
+
+    `latency` and `speedup` are predicted by a latency table of `benchmark.profile` and measured after the cut.
+    """
 
     percent: float | None = Field(default=None, ge=0.0, lt=1.0, description="share of the prunable channels to remove")
     macs: Share | None = Field(default=None, description="MACs of the pruned model as a share of the dense model's")
     params: Share | None = Field(
         default=None, description="parameters of the pruned model as a share of the dense model's"
+    )
+    latency: str | None = Field(
+        default=None, pattern=r"^\d+(\.\d+)?\s*(ms|M)$", description="such as 12ms, or 120M instructions"
+    )
+    speedup: Annotated[float, BeforeValidator(_times), Field(gt=1.0)] | None = Field(
+        default=None, description="dense latency over that of the pruned model, such as 2x"
+    )
+    device: str = Field(default="cpu", description="of latency and speedup: where the model will run")
+    runtime: Runtime = Field(default="onnxruntime", description="of latency and speedup")
+    threads: int = Field(default=1, ge=1, description="of latency and speedup")
+    table: str | None = Field(
+        default=None, description="latency table; not given: the one that benchmark.profile wrote"
     )
     importance: Importance = "bn"
     budget: Budget = Budget()
@@ -107,10 +131,15 @@ class Prune(Strict):
 
     @model_validator(mode="after")
     def _one_target(self) -> Prune:
-        given = [name for name in ("percent", "macs", "params") if getattr(self, name) is not None]
+        given = [name for name in TARGETS if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"exactly one of percent, macs, params is needed, got {', '.join(given) or 'none'}")
+            raise ValueError(f"exactly one of {', '.join(TARGETS)} is needed, got {', '.join(given) or 'none'}")
         return self
+
+    @property
+    def by_latency(self) -> bool:
+        """Tell whether a measured latency is the target."""
+        return self.latency is not None or self.speedup is not None
 
 
 class Export(Strict):
@@ -226,6 +255,16 @@ class Run(Strict):
     ncnn: ExportNcnn = ExportNcnn()
     trt: ExportTrt = ExportTrt()
     benchmark: Benchmark = Benchmark()
+
+    @model_validator(mode="after")
+    def _measures_its_target(self) -> Run:
+        wanted = (self.prune.runtime, self.prune.threads)
+        if self.prune.by_latency and (wanted[0] not in self.benchmark.runtimes or wanted[1] != self.benchmark.threads):
+            raise ValueError(
+                f"prune asks for a latency in {wanted[0]} with threads={wanted[1]}, which benchmark does not measure: "
+                f"set benchmark.runtimes and benchmark.threads to it"
+            )
+        return self
 
 
 def check_imgsz(imgsz: int, stride: int) -> None:

@@ -306,7 +306,10 @@ def words(*given: str) -> Callable[[Path], list[str]]:
             "unknown key 'train.epoch', did you mean 'epochs'?; unknown key 'prune.ratio'",
         ),
         (words("prune.macs=null", "prune.percent=1.5"), "prune.percent: Input should be less than 1 (got 1.5)"),
-        (words("prune.percent=0.5"), "exactly one of percent, macs, params is needed, got percent, macs"),
+        (
+            words("prune.percent=0.5"),
+            "exactly one of percent, macs, params, latency, speedup is needed, got percent, macs",
+        ),
         (words("prune.macs=0.01"), "the budget cannot bring macs down to 1.0%"),
         (words("prune.macs=null", "prune.percent=0.99"), "the budget cannot remove 99% of the channels: at most"),
         (words("imgsz=80"), "imgsz 80 must be a multiple of the model's stride 32: use 64"),

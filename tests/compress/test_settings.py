@@ -111,7 +111,7 @@ def test_nothing_may_be_removed() -> None:
 )
 def test_exactly_one_target(given: dict[str, float], named: str) -> None:
     text = refusal(Run, content(prune=given))
-    assert text == f"run.yaml: prune: exactly one of percent, macs, params is needed, {named}"
+    assert text == f"run.yaml: prune: exactly one of percent, macs, params, latency, speedup is needed, {named}"
 
 
 @pytest.mark.parametrize("key", ["percent", "macs", "params"])

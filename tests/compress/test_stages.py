@@ -386,8 +386,12 @@ def test_a_mistake_is_one_line_and_nothing_is_begun(
     [
         (prune.app, ["--percent", "1.5"], "prune: percent: Input should be less than 1 (got 1.5)"),
         (prune.app, ["--percent", "0.99"], "the budget cannot remove 99% of the channels: at most"),
-        (prune.app, ["--percent", "0.5", "--macs", "0.5"], "exactly one of percent, macs, params is needed"),
-        (prune.app, [], "exactly one of percent, macs, params is needed, got none"),
+        (
+            prune.app,
+            ["--percent", "0.5", "--macs", "0.5"],
+            "exactly one of percent, macs, params, latency, speedup is needed",
+        ),
+        (prune.app, [], "exactly one of percent, macs, params, latency, speedup is needed, got none"),
         (prune.app, ["--percent", "0.5", "--budget", "none.yaml"], "none.yaml does not exist"),
         (prune.app, ["--percent", "0.5", "--model", "none.pt"], "none.pt does not exist: check the path"),
         (finetune.app, ["--teacher", "none.pt"], "none.pt does not exist: check the path"),

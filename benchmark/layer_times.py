@@ -1,0 +1,245 @@
+"""How long a network and each of its segments take, in a process of its own, beside the dense model.
+
+`python -m benchmark.layer_times RUNTIME DENSE MODEL THREADS IMGSZ SEED ROUNDS` writes one JSON line: medians per round
+of both networks, and of the segments of MODEL. A segment is what the runtime computes after one convolution up to and
+including the next one. The two take turns in short bursts, so that what the machine does meanwhile meets both alike.
+
+With one thread the clock is the CPU time of that thread, which others on the machine do not lengthen by taking turns;
+with more it is the wall clock.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# The other network has just used the caches: the first query of a burst brings them back and is not counted.
+LEAD_IN = 1
+BURST = 3
+WARM_UP = 3
+# onnxruntime fuses these into the convolution that feeds them, which then bears their name.
+_FUSED = {"Relu", "LeakyRelu", "Clip", "Sigmoid", "Tanh", "HardSigmoid", "Add"}
+
+
+class Segment(NamedTuple):
+    """One segment: the name of its convolution in the model's file, the shape of its weight, and ms per query."""
+
+    name: str
+    shape: list[int]
+    samples_ms: list[float]
+
+
+TAIL = "tail"  # what follows the last convolution
+
+
+def measure(runtime: str, dense: str, model: str, threads: int, imgsz: int, seed: int, rounds: int) -> dict[str, Any]:
+    """Return what the module says.
+
+    Raises:
+        ValueError: a model cannot be opened, or the runtime has no times of layers.
+    """
+    image = np.random.default_rng(seed).random((1, 3, imgsz, imgsz), dtype=np.float32)
+    clock = time.thread_time_ns if threads == 1 else time.perf_counter_ns
+    kind = _KINDS[runtime]
+    reference, network = kind(dense, threads, image, clock), kind(model, threads, image, clock)
+    for query in (reference.run, network.run, network.run_by_layer):
+        for _ in range(WARM_UP):
+            query()
+    record: dict[str, list[float]] = {"dense_ms": [], "whole_ms": []}
+    for _ in range(rounds):
+        for name, query in (("dense_ms", reference.run), ("whole_ms", network.run)):
+            record[name].append(_burst(query, clock))
+        for _ in range(LEAD_IN + BURST):
+            network.run_by_layer()
+    segments = [
+        {"name": s.name, "shape": s.shape, "ms": round(median(s.samples_ms[WARM_UP:]), 6)} for s in network.segments()
+    ]
+    return {**record, "segments": segments, "version": reference.version, "precision": reference.precision}
+
+
+def _burst(query: Callable[[], object], clock: Callable[[], int]) -> float:
+    samples = []
+    for _ in range(LEAD_IN + BURST):
+        start = clock()
+        query()
+        samples.append((clock() - start) / 1e6)
+    return round(median(samples[LEAD_IN:]), 5)
+
+
+class _Network:
+    """A model in a runtime, whole and layer by layer."""
+
+    version: str
+    precision: str
+
+    def __init__(self, path: str, threads: int, image: np.ndarray, clock: Callable[[], int]) -> None:
+        import importlib
+
+        self.runner = importlib.import_module(f"benchmark.runners.{self.runtime}_runner")
+        self.path, self.threads, self.image, self.clock = path, threads, image, clock
+        self.session = self.runner.load(path, threads)
+        facts = self.runner.describe(self.session)
+        self.version, self.precision = facts["version"], facts["precision"]
+
+    runtime = ""
+
+    def run(self) -> None:
+        self.runner.infer(self.session, self.image)
+
+    def run_by_layer(self) -> None:
+        raise NotImplementedError
+
+    def segments(self) -> list[Segment]:
+        raise NotImplementedError
+
+
+class _Onnxruntime(_Network):
+    runtime = "onnxruntime"
+    _profiled: Any = None
+
+    def run_by_layer(self) -> None:
+        if self._profiled is None:
+            self._profiled = self._open_profiled()
+        self._profiled.run(None, {self._profiled.get_inputs()[0].name: self.image})
+
+    def _open_profiled(self) -> Any:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()  # those of the runner, and a profile
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+        options.log_severity_level = 3
+        options.enable_profiling = True
+        self._scratch = tempfile.TemporaryDirectory()
+        options.profile_file_prefix = str(Path(self._scratch.name) / "profile")
+        return onnxruntime.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
+
+    def segments(self) -> list[Segment]:
+        events = json.loads(Path(self._profiled.end_profiling()).read_text())
+        self._scratch.cleanup()
+        samples: dict[str, list[float]] = {}
+        kinds: dict[str, str] = {}
+        for event in events:
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+                name = event["name"].removesuffix("_kernel_time")
+                samples.setdefault(name, []).append(event["dur"] / 1000)
+                kinds[name] = event["args"]["op_name"]
+        shapes = _onnx_shapes(self.path)
+        layers = []
+        for name, values in samples.items():
+            known = shapes.get(name.removesuffix("_nchwc")) if "Conv" in kinds[name] else None
+            layers.append((*(known or ("", None)), values))
+        return _join(layers)
+
+
+def _onnx_shapes(path: str) -> dict[str, tuple[str, list[int]]]:
+    """Return name and weight shape of each convolution, by all the names that onnxruntime may give it."""
+    import onnx
+
+    graph = onnx.load(path).graph
+    weights = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    consumers: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for tensor in node.input:
+            consumers.setdefault(tensor, []).append(node)
+    found = {}
+    for node in graph.node:
+        if node.op_type == "Conv" and node.input[1] in weights:
+            entry = (node.name, weights[node.input[1]])
+            names = [node.name, node.output[0]]
+            for follower in consumers.get(node.output[0], []):
+                if follower.op_type in _FUSED:
+                    names += [follower.name, follower.output[0]]
+            for name in names:
+                found.setdefault(name, entry)
+    return found
+
+
+class _Ncnn(_Network):
+    runtime = "ncnn"
+
+    def __init__(self, path: str, threads: int, image: np.ndarray, clock: Callable[[], int]) -> None:
+        super().__init__(path, threads, image, clock)
+        import ncnn as compiled
+
+        self._ncnn: Any = compiled  # its names are in no type stub
+        self._layers = _ncnn_layers(Path(path) / self.runner.PARAM)
+        self._samples: list[list[float]] = [[] for _ in self._layers]
+
+    def run_by_layer(self) -> None:
+        # Asked for one blob after another, ncnn computes one layer at a time; 1: as it is packed, not converted.
+        with self.session.net.create_extractor() as extractor:
+            extractor.input("in0", self._ncnn.Mat(self.image[0]))
+            for samples, (blob, _, _) in zip(self._samples, self._layers, strict=True):
+                start = self.clock()
+                _, output = extractor.extract(blob, 1)
+                samples.append((self.clock() - start) / 1e6)
+                del output  # else the next layer could not work in place
+
+    def segments(self) -> list[Segment]:
+        layers = zip(self._layers, self._samples, strict=True)
+        return _join([(name, shape, samples) for (_, name, shape), samples in layers])
+
+
+def _ncnn_layers(param: Path) -> list[tuple[str, str, list[int] | None]]:
+    """Return first blob, name and weight shape (null where it is no convolution) of each layer behind the input."""
+    found = []
+    for line in param.read_text(encoding="utf-8").splitlines()[2:]:
+        kind, name, inputs, outputs, *rest = line.split()
+        blobs, settings = rest[int(inputs) : int(inputs) + int(outputs)], rest[int(inputs) + int(outputs) :]
+        if kind == "Input":
+            continue
+        shape = None
+        if kind in ("Convolution", "ConvolutionDepthWise"):
+            values = {
+                int(key): int(value)
+                for key, value in (s.split("=") for s in settings)
+                if "," not in value and "." not in value
+            }
+            made, width = values[0], values[1]
+            height = values.get(11, width)
+            shape = [made, values[6] // (made * width * height), height, width]
+        found.append((blobs[0], name, shape))
+    return found
+
+
+def _join(layers: list[tuple[str, list[int] | None, list[float]]]) -> list[Segment]:
+    """Add layers up to the convolution that follows them."""
+    segments, waiting = [], np.zeros(len(layers[0][2]))
+    for name, shape, samples in layers:
+        waiting = waiting + np.array(samples)
+        if shape is not None:
+            segments.append(Segment(name, shape, waiting.tolist()))
+            waiting = np.zeros_like(waiting)
+    return [*segments, Segment(TAIL, [], waiting.tolist())]
+
+
+_KINDS: dict[str, type[_Network]] = {"onnxruntime": _Onnxruntime, "ncnn": _Ncnn}
+RUNTIMES = tuple(_KINDS)
+
+
+def main() -> None:
+    """Measure and write the record; a fault of the model becomes a line `{"error": …}`."""
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as channel:
+        os.dup2(2, 1)  # no library writes into the record
+        runtime, dense, model, *numbers = sys.argv[1:]
+        threads, imgsz, seed, rounds = map(int, numbers)
+        try:
+            record = measure(runtime, dense, model, threads, imgsz, seed, rounds)
+        except Exception as error:
+            record = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+        channel.write(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    main()

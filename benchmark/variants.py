@@ -1,0 +1,71 @@
+"""Networks of one architecture at other widths, to be measured: drawn under a budget, cut and exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from compress import checkpoint
+from compress.errors import BenchmarkError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from compress.graph import Graph
+    from compress.settings import Budget
+
+# Half of the networks have layers that are wide or narrow together, so that what reads many of them meets extremes too.
+SPREAD = 0.25
+
+
+def draw_widths(graph: Graph, budget: Budget, count: int, seed: int = 0) -> np.ndarray:
+    """Draw widths that a budget allows, shape (count, groups): the dense ones first, then the least, then at random."""
+    from compress.budget import ties
+
+    tied = ties(graph, budget)
+    generator = np.random.default_rng(seed)
+    drawn = np.repeat(graph.widths[None], count, axis=0)
+    for row in range(1, count):
+        level = generator.random() if row % 2 else None
+        for tie in tied:
+            place = generator.random() if level is None else level + SPREAD * generator.standard_normal()
+            index = int(np.clip(place * len(tie.parts), 0, len(tie.parts) - 1))
+            parts = tie.parts[-1] if row == 1 else tie.parts[index]
+            for group, units in tie.units.items():
+                drawn[row, group] = parts * units
+    return drawn
+
+
+def cut(model: nn.Module, graph: Graph, widths: np.ndarray) -> nn.Module:
+    """Return the model with the first channels of each group, as many as `widths` says."""
+    from compress.budget import Choice
+    from compress.plan import make_plan
+    from compress.surgery import apply_plan
+
+    keep = [np.arange(group.width) < width for group, width in zip(graph.groups, widths, strict=True)]
+    choice = Choice(keep, ["measured at this width"] * len(keep))
+    return apply_plan(model, make_plan(graph, choice, checkpoint.structure_hash(model), "widths", "none"))
+
+
+def export(model: nn.Module, name: str, runtime: str, imgsz: int, folder: Path) -> Path:
+    """Write a model as the file that a runtime reads and return its path. Parity is not proven: nobody deploys it.
+
+    Raises:
+        BenchmarkError: there is no exporter for this runtime.
+        ExportError: the model cannot be exported.
+    """
+    from export.ncnn import export_ncnn
+    from export.onnx import export_onnx
+
+    source = folder / f"{name}.pt"
+    checkpoint.save_model(model, source, {})
+    try:
+        if runtime == "onnxruntime":
+            return export_onnx(source, folder / f"{name}.onnx", imgsz=imgsz)
+        if runtime == "ncnn":
+            return export_ncnn(source, folder / f"{name}_ncnn_model", imgsz=imgsz)
+    finally:
+        source.unlink()
+    raise BenchmarkError(f"networks for {runtime} cannot be made: choose onnxruntime or ncnn")

@@ -1,0 +1,210 @@
+"""Latency tables from measurements: whole and by layer, resumed, refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmark import layer_times, profile, variants
+from benchmark.profile import Wanted, points_path
+from compress.checkpoint import build_model, save_model
+from compress.errors import BenchmarkError, SettingsError
+from compress.graph import build_graph
+from compress.latency_table import evaluate, load_table
+from compress.settings import Budget
+
+IMGSZ = 64
+BUDGET = Budget(multiple_of=4, min_width=4)
+MODEL = {
+    "nc": 3,
+    "backbone": [
+        [-1, 1, "Conv", [8, 3, 2]],
+        [-1, 1, "Conv", [16, 3, 2]],
+        [-1, 1, "C2f", [16, True]],
+        [-1, 1, "Conv", [16, 3, 2]],
+        [-1, 1, "DWConv", [16, 3, 2]],
+        [-1, 1, "Conv", [24, 3, 2]],
+    ],
+    "head": [[[3, 4, 5], 1, "Detect", ["nc"]]],
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return build_model(MODEL)
+
+
+def wanted(**changes: Any) -> Wanted:
+    return Wanted(**{"runtime": "onnxruntime", "imgsz": IMGSZ, "budget": BUDGET, "variants": 14, **changes})
+
+
+@pytest.fixture
+def stand_in(monkeypatch) -> list[str]:
+    """Instead of exporters and runtimes: a network costs 1 ms and 1 ms per 1000 weights; whole networks only."""
+    seen: list[str] = []
+
+    def export(network: Any, name: str, runtime: str, imgsz: int, folder: Path) -> Path:
+        path = folder / f"{name}.onnx"
+        path.write_text(str(1 + sum(p.numel() for p in network.parameters() if p.ndim == 4) / 1000))
+        return path
+
+    def observe_once(dense: Path, made: Path, settings: Wanted) -> dict[str, Any]:
+        seen.append(made.stem)
+        values = {"dense_ms": [float(dense.read_text())] * 4, "whole_ms": [float(made.read_text())] * 4}
+        return {**values, "segments": [], "version": "1.0", "precision": "fp32"}
+
+    monkeypatch.setattr(variants, "export", export)
+    monkeypatch.setattr(profile, "observe_once", observe_once)
+    return seen
+
+
+@pytest.mark.parametrize("runtime", profile.RUNTIMES)
+def test_a_network_is_measured_whole_and_by_layer(runtime: str, model: Any, tmp_path: Path) -> None:
+    path = variants.export(model, "dense", runtime, IMGSZ, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]  # the checkpoint on the way is gone
+    found = layer_times.measure(runtime, str(path), str(path), 1, IMGSZ, 0, 2)
+    assert (len(found["dense_ms"]), len(found["whole_ms"]), found["precision"]) == (2, 2, "fp32")
+    convolutions = [value for name, value in model.state_dict().items() if value.ndim == 4 and "dfl" not in name]
+    shapes = [segment["shape"] for segment in found["segments"]]
+    assert shapes[0] == [8, 3, 3, 3]
+    assert [16, 1, 3, 3] in shapes  # depthwise
+    # All of the model's convolutions; onnxruntime also has that of the decoder.
+    assert sorted(shape for shape in shapes if shape and shape != [1, 16, 1, 1]) == sorted(
+        list(value.shape) for value in convolutions
+    )
+    assert found["segments"][-1]["name"] == "tail"
+    assert all(segment["ms"] > 0 for segment in found["segments"][:-1])
+
+
+def test_layers_are_added_up_to_the_convolution_behind_them() -> None:
+    layers = [
+        ("a", [8, 3, 3, 3], [1.0, 2.0]),
+        ("", None, [0.5, 0.5]),
+        ("b", [4, 8, 1, 1], [3.0, 3.0]),
+        ("", None, [0.25, 0.5]),
+    ]
+    assert layer_times._join(layers) == [  # type: ignore[arg-type]
+        ("a", [8, 3, 3, 3], [1.0, 2.0]),
+        ("b", [4, 8, 1, 1], [3.5, 3.5]),
+        ("tail", [], [0.25, 0.5]),
+    ]
+
+
+def test_a_process_of_its_own_measures_and_says_what_is_wrong(model: Any, tmp_path: Path) -> None:
+    path = variants.export(model, "dense", "onnxruntime", IMGSZ, tmp_path)
+    record = profile.observe_once(path, path, wanted())
+    assert len(record["whole_ms"]) == profile.ROUNDS
+    (tmp_path / "broken.onnx").write_text("no graph")
+    with pytest.raises(BenchmarkError, match=r"broken\.onnx on onnxruntime: ValueError: .* cannot be opened"):
+        profile.observe_once(path, tmp_path / "broken.onnx", wanted())
+
+
+def test_a_table_predicts_what_was_measured(model: Any, stand_in: list[str], tmp_path: Path) -> None:
+    table, path = profile.profile(model, wanted(variants=40), tmp_path / "table.json")
+    assert path == tmp_path / "table.json"
+    assert load_table(path) == table
+    assert (table.unit, table.fit.variants, table.runtime_version) == ("ms", 40, "1.0")
+    weights = sum(p.numel() for p in model.parameters() if p.ndim == 4)
+    assert table.dense == pytest.approx(1 + weights / 1000, rel=1e-4)
+    graph = build_graph(model, IMGSZ)
+    assert evaluate(table, graph)(graph.widths) == pytest.approx(table.dense, rel=0.02)
+    assert len(stand_in) == 40
+    profile.profile(model, wanted(variants=40), path)  # finished: nothing is measured
+    assert len(stand_in) == 40
+
+
+def test_an_interrupted_run_goes_on(model: Any, stand_in: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
+    path = tmp_path / "table.json"
+    honest = profile.observe_once
+
+    def killed(dense: Path, made: Path, settings: Wanted) -> dict[str, Any]:
+        if made.stem == "variant5":
+            raise KeyboardInterrupt
+        return honest(dense, made, settings)
+
+    monkeypatch.setattr(profile, "observe_once", killed)
+    with pytest.raises(KeyboardInterrupt):
+        profile.profile(model, wanted(), path)
+    with points_path(path).open("a") as stream:
+        stream.write('{"index": 5, "wid')  # what kill -9 leaves
+    monkeypatch.setattr(profile, "observe_once", honest)
+    table, _ = profile.profile(model, wanted(), path)
+    assert "goes on after 5 of 14 networks" in capsys.readouterr().out
+    assert stand_in == [f"variant{index}" for index in range(14)]
+    assert table.fit.variants == 14
+    assert sorted(p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")) == [
+        "table.json",
+        "table.points.jsonl",
+    ]
+
+
+def test_points_of_other_settings_are_not_mixed(model: Any, stand_in: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    profile.profile(model, wanted(), path)
+    path.unlink()
+    with pytest.raises(SettingsError, match="holds points of other settings: choose another --output, or delete it"):
+        profile.profile(model, wanted(seed=1), path)
+
+
+def test_a_table_of_something_else_is_not_overwritten(model: Any, stand_in: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    profile.profile(model, wanted(), path)
+    with pytest.raises(SettingsError, match="is of runtime onnxruntime, not ncnn"):
+        profile.profile(model, wanted(runtime="ncnn"), path)
+
+
+def test_noise_is_measured_again_and_then_refused(model: Any, stand_in: list[str], tmp_path: Path, monkeypatch) -> None:
+    generator = np.random.default_rng(0)
+    honest = profile.observe_once
+
+    def noisy(dense: Path, made: Path, settings: Wanted) -> dict[str, Any]:
+        record = honest(dense, made, settings)
+        return {**record, "whole_ms": [value * generator.uniform(0.5, 2) for value in record["whole_ms"]]}
+
+    monkeypatch.setattr(profile, "observe_once", noisy)
+    with pytest.raises(BenchmarkError, match="14 of 14 networks are noisy"):
+        profile.profile(model, wanted(), tmp_path / "table.json")
+    assert stand_in.count("variant3") == profile.ATTEMPTS
+    points = [json.loads(line) for line in points_path(tmp_path / "table.json").read_text().splitlines()[1:]]
+    assert {point["noisy"] for point in points} == {True}
+
+
+def test_a_quiet_second_attempt_is_taken(model: Any, stand_in: list[str], tmp_path: Path, monkeypatch) -> None:
+    honest, calls = profile.observe_once, []
+
+    def once_noisy(dense: Path, made: Path, settings: Wanted) -> dict[str, Any]:
+        calls.append(made.stem)
+        record = honest(dense, made, settings)
+        return record if calls.count(made.stem) > 1 else {**record, "whole_ms": [1.0, 5.0, 2.0, 9.0]}
+
+    monkeypatch.setattr(profile, "observe_once", once_noisy)
+    table, path = profile.profile(model, wanted(), tmp_path / "table.json")
+    points = [json.loads(line) for line in points_path(path).read_text().splitlines()[1:]]
+    assert {point["attempts"] for point in points} == {2}
+    assert table.fit.variants == 14
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"device": "toaster"}, "device 'toaster' cannot be profiled"), ({"runtime": "torch"}, "runtime 'torch' cannot")],
+)
+def test_what_cannot_be_profiled_is_refused(changes: dict, message: str, model: Any, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=message):
+        profile.profile(model, wanted(**changes), tmp_path / "table.json")
+
+
+def test_the_command_says_how_good_the_table_is(
+    model: Any, stand_in: list[str], tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_model(model, tmp_path / "model.pt", {})
+    words = ["--model", "model.pt", "--imgsz", "64", "--multiple-of", "4", "--min-width", "4", "--variants", "14"]
+    profile.app(words, standalone_mode=False)
+    said = capsys.readouterr().out
+    assert "profile: runs/tables/cpu-onnxruntime-1t-64px-" in said
+    assert "(14 networks, dense" in said
+    assert len(list((tmp_path / "runs" / "tables").glob("*.json"))) == 1

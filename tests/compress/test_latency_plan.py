@@ -1,0 +1,162 @@
+"""From a target in words to widths, and what is said where there are none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from compress import prune
+from compress.checkpoint import load_model
+from compress.errors import BudgetError, SettingsError
+from compress.importance import importance
+from compress.latency_plan import choose_by_latency, find_table, limit_of
+from compress.latency_table import LatencyTable, evaluate, save_table
+from compress.settings import Budget, Prune
+from tables import BUDGET, table_of
+
+IMGSZ = 64
+
+
+@pytest.fixture(scope="module")
+def table(dense: Path) -> LatencyTable:
+    made, graph = table_of(load_model(dense), IMGSZ)
+    return made.model_copy(update={"dense": float(evaluate(made, graph)(graph.widths))})
+
+
+@pytest.fixture
+def path(table: LatencyTable, tmp_path: Path) -> Path:
+    save_table(table, tmp_path / "table.json")
+    return tmp_path / "table.json"
+
+
+def settings(**content: object) -> Prune:
+    return Prune(**{"importance": "l1", "budget": BUDGET, **content})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("content", "limit"), [({"latency": "20ms"}, 20.0), ({"latency": "20.5 ms"}, 20.5), ({"speedup": "1.25x"}, None)]
+)
+def test_targets_are_read(content: dict, limit: float | None, table: LatencyTable) -> None:
+    assert limit_of(settings(**content), table) == pytest.approx(limit or table.dense / 1.25)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"latency": "20"}, "latency"),
+        ({"latency": "fast"}, "latency"),
+        ({"speedup": "1x"}, "greater than 1"),
+        ({"speedup": "twice"}, "speedup"),
+        ({"speedup": 2.0, "macs": 0.5}, "exactly one of"),
+    ],
+)
+def test_a_target_that_means_nothing_is_refused(content: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        settings(**content)
+
+
+def test_instructions_and_milliseconds_are_not_mixed(table: LatencyTable) -> None:
+    with pytest.raises(SettingsError, match="latency 20M is in instructions, the table of cpu is in ms"):
+        limit_of(settings(latency="20M"), table)
+    counted = table.model_copy(update={"unit": "instructions", "dense": 3e7})
+    assert limit_of(settings(latency="20M"), counted) == 20e6
+
+
+def test_a_target_above_the_dense_model_is_refused(table: LatencyTable) -> None:
+    with pytest.raises(SettingsError, match="latency 99ms is not below that of the dense model"):
+        limit_of(settings(latency="99ms"), table)
+
+
+def test_a_missing_table_is_answered_with_the_command_that_makes_it(table: LatencyTable, monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingsError) as caught:
+        find_table(settings(speedup=2.0), IMGSZ, table.structure, "my.pt")
+    assert str(caught.value).endswith(
+        "make it with python -m benchmark.profile --model my.pt --device cpu --runtime onnxruntime --imgsz 64 "
+        "--threads 1 --multiple-of 2 --min-width 2 --max-removed 0.75"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "imgsz", "message"),
+    [
+        ({"runtime": "ncnn"}, IMGSZ, "is of runtime onnxruntime, not ncnn"),
+        ({"device": "rpi5"}, IMGSZ, "is of device cpu, not rpi5"),
+        ({"threads": 4}, IMGSZ, "is of threads 1, not 4"),
+        ({}, 128, "is of imgsz 64, not 128"),
+    ],
+)
+def test_a_table_of_something_else_is_refused(content: dict, imgsz: int, message: str, path: Path, table) -> None:
+    with pytest.raises(SettingsError, match=message):
+        find_table(settings(speedup=2.0, table=str(path), **content), imgsz, table.structure)
+
+
+def test_a_table_of_another_precision_or_model_is_refused(table: LatencyTable, path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"is of structure [0-9a-f]{12}, not bbbbbbbbbbbb"):
+        find_table(settings(speedup=2.0, table=str(path)), IMGSZ, "b" * 64)
+    save_table(table.model_copy(update={"precision": "fp16"}), path)
+    with pytest.raises(SettingsError, match="is of precision fp16, not fp32"):
+        find_table(settings(speedup=2.0, table=str(path)), IMGSZ, table.structure)
+
+
+def test_widths_meet_the_target_and_the_correction_moves_it(dense: Path, table: LatencyTable) -> None:
+    model = load_model(dense)
+    _, graph = table_of(model, IMGSZ)
+    scores = importance(graph, model, "l1")
+    latency = evaluate(table, graph)
+    wanted = settings(latency=f"{0.85 * table.dense:.6f}ms")
+    choice, found = choose_by_latency(graph, scores, wanted, table, Path("t.json"))
+    assert found.predicted == pytest.approx(latency(choice.widths))
+    assert found.predicted <= found.target
+    assert found.bound <= found.loss
+    assert 0 < found.kept < 1
+    slower, corrected = choose_by_latency(graph, scores, wanted, table, Path("t.json"), correction=1.05)
+    assert latency(slower.widths) * 1.05 == pytest.approx(corrected.predicted)
+    assert corrected.predicted <= corrected.target
+    assert latency(slower.widths) < latency(choice.widths)
+
+
+def test_what_cannot_be_reached_names_the_least_and_what_stands_in_the_way(dense: Path, table: LatencyTable) -> None:
+    model = load_model(dense)
+    _, graph = table_of(model, IMGSZ)
+    scores = [np.ones(group.width) for group in graph.groups]
+    with pytest.raises(BudgetError) as caught:
+        choose_by_latency(graph, scores, settings(latency="1ms"), table, Path("t.json"))
+    assert "the budget cannot bring the latency down to 1 ms" in str(caught.value)
+    assert "is reachable with multiples of 2, min_width 2, max_removed 0.75; most of it is left in model." in str(
+        caught.value
+    )
+
+
+def test_a_budget_with_other_widths_is_refused(dense: Path, table: LatencyTable, path: Path) -> None:
+    wanted = settings(speedup=1.2, table=str(path)).model_copy(update={"budget": Budget(multiple_of=1, min_width=1)})
+    with pytest.raises(SettingsError, match="the latency table was not measured at"):
+        prune.plan_pruning(load_model(dense), wanted, IMGSZ)
+
+
+def test_the_command_prints_the_prediction(dense: Path, path: Path, capsys) -> None:
+    words = ["--model", dense, "--imgsz", IMGSZ, "--speedup", "1.15x", "--table", path, "--dry-run"]
+    rules = ["--importance", "l1", "--multiple-of", "2"]
+    (path.parent / "budget.yaml").write_text("multiple_of: 2\nmin_width: 2\n")
+    prune.app([str(word) for word in [*words, *rules, "--budget", path.parent / "budget.yaml"]], standalone_mode=False)
+    said = capsys.readouterr().out
+    assert "predicted (1.1" in said
+    assert "no widths within the target lose less than" in said
+
+
+def test_the_front_is_printed_drawn_and_written(dense: Path, path: Path, table: LatencyTable, capsys) -> None:
+    (path.parent / "budget.yaml").write_text("multiple_of: 2\nmin_width: 2\n")
+    output = path.parent / "front"
+    words = ["--model", dense, "--imgsz", IMGSZ, "--table", path, "--importance", "l1", "--front", 4]
+    words += ["--budget", path.parent / "budget.yaml", "--output", output]
+    prune.app([str(word) for word in words], standalone_mode=False)
+    assert "1.00×" in capsys.readouterr().out
+    record = json.loads((output / "front.json").read_text())
+    points = record["points"]
+    assert (record["table_sha256"], len(points)) == (table.sha256, 4)
+    assert [point["kept"] for point in points] == sorted((point["kept"] for point in points), reverse=True)
+    assert points[0]["latency"] == pytest.approx(table.dense)
+    assert (output / "front.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,125 @@
+"""The loop that measures a plan and plans again, with measurements that are made up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmark import profile, system, variants
+from compress import manifest, prune
+from compress.checkpoint import load_model, plans_of
+from compress.errors import SettingsError
+from compress.latency_table import LatencyTable, evaluate, save_table
+from compress.measured import plan_measured
+from compress.plan import parse_plan
+from compress.settings import Prune
+from tables import BUDGET, table_of
+
+IMGSZ = 64
+
+
+@pytest.fixture
+def table(dense: Path, tmp_path: Path) -> LatencyTable:
+    made, graph = table_of(load_model(dense), IMGSZ, machine=system.device()["cpu"])
+    made = made.model_copy(update={"dense": float(evaluate(made, graph)(graph.widths))})
+    save_table(made, tmp_path / "table.json")
+    return made
+
+
+@pytest.fixture
+def wanted(table: LatencyTable, tmp_path: Path) -> Prune:
+    return Prune(speedup=1.15, importance="l1", budget=BUDGET, table=str(tmp_path / "table.json"))
+
+
+def measure_as(
+    monkeypatch, table: LatencyTable, dense: Path, factors: list[float], version: str = "1.0"
+) -> list[float]:
+    """Let networks take `factors` times what the table says, one after another; return what was measured."""
+    _, graph = table_of(load_model(dense), IMGSZ)
+    latency = evaluate(table, graph)
+    cut: list[Any] = []
+    seen: list[float] = []
+
+    def export(model: Any, name: str, runtime: str, imgsz: int, folder: Path) -> Path:
+        cut.append(model)
+        return folder / name
+
+    def observe(reference: Path, model: Path, settings: profile.Wanted) -> dict[str, Any]:
+        plan = parse_plan(plans_of(cut[-1])[-1], "model")
+        kept = dict(zip([g.name for g in plan.groups], [int(m.sum()) for m in plan.masks()], strict=True))
+        widths = [kept.get(group.name, group.width) for group in graph.groups]
+        seen.append(float(latency(np.array(widths))) * factors[len(seen)])
+        ratio = table.dense / seen[-1]
+        return {"speedup": ratio, "interval": [ratio * 0.99, ratio * 1.01], "record": {"version": version}}
+
+    monkeypatch.setattr(variants, "export", export)
+    monkeypatch.setattr(profile, "observe", observe)
+    return seen
+
+
+def run(dense: Path, wanted: Prune) -> tuple[prune.Planned, list[dict[str, Any]]]:
+    return plan_measured(load_model(dense), wanted, IMGSZ, 0, None, str(dense))
+
+
+def test_a_prediction_that_holds_is_measured_once(table, wanted, dense: Path, monkeypatch) -> None:
+    seen = measure_as(monkeypatch, table, dense, [1.02])
+    planned, rounds = run(dense, wanted)
+    assert planned.prediction is not None
+    assert rounds == [
+        {
+            "correction": 1.0,
+            "predicted": planned.prediction.predicted,
+            "measured": pytest.approx(seen[0]),
+            "interval": [pytest.approx(seen[0] / 1.01), pytest.approx(seen[0] / 0.99)],
+            "used": True,
+        }
+    ]
+
+
+def test_a_table_that_is_off_is_corrected_and_the_plan_made_anew(table, wanted, dense: Path, monkeypatch) -> None:
+    measure_as(monkeypatch, table, dense, [1.06, 1.06])
+    planned, rounds = run(dense, wanted)
+    assert [entry["correction"] for entry in rounds] == [1.0, pytest.approx(1.06)]
+    assert [entry["used"] for entry in rounds] == [False, True]
+    assert planned.prediction is not None
+    assert rounds[1]["measured"] == pytest.approx(planned.prediction.predicted)
+    assert rounds[1]["measured"] <= table.dense / 1.15
+
+
+def test_after_three_rounds_the_nearest_is_taken_and_said(table, wanted, dense: Path, monkeypatch, capsys) -> None:
+    measure_as(monkeypatch, table, dense, [1.10, 1.05, 1.13])
+    planned, rounds = run(dense, wanted)
+    assert len(rounds) == 3
+    target = table.dense / 1.15
+    nearest = min(rounds, key=lambda entry: (entry["measured"] > target * 1.03, abs(entry["measured"] / target - 1)))
+    assert nearest["used"]
+    assert planned.prediction is not None
+    assert planned.prediction.predicted == nearest["predicted"]
+    assert capsys.readouterr().out.count("prune: round") == 3
+
+
+def test_a_table_of_another_machine_is_refused(table, wanted, dense: Path, tmp_path: Path) -> None:
+    save_table(table.model_copy(update={"machine": "a toaster"}), tmp_path / "table.json")
+    with pytest.raises(SettingsError, match="was measured on a toaster, this machine is"):
+        run(dense, wanted)
+
+
+def test_a_table_of_another_version_is_refused(table, wanted, dense: Path, monkeypatch) -> None:
+    measure_as(monkeypatch, table, dense, [1.0], version="1.1")
+    with pytest.raises(SettingsError, match=r"was measured in onnxruntime 1\.0, 1\.1 is installed"):
+        run(dense, wanted)
+
+
+def test_the_stage_writes_what_was_predicted_and_measured(
+    table, wanted, dense: Path, tiny_data: Path, monkeypatch, tmp_path: Path
+) -> None:
+    measure_as(monkeypatch, table, dense, [1.06, 1.06])
+    prune.prune(dense, tiny_data, wanted, IMGSZ, 0, tmp_path / "out")
+    latency = manifest.read_json(tmp_path / "out" / "manifest.json")["metrics"]["latency"]
+    assert [entry["used"] for entry in latency["measured"]].count(True) == 1
+    assert latency["target"] == pytest.approx(table.dense / 1.15)
+    assert latency["bound"] <= latency["loss"]
+    assert latency["table_sha256"] == table.sha256
