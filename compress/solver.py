@@ -4,11 +4,13 @@ The loss of a choice is that of `budget.choose` with MACs: over all groups, the 
 that a group keeps. Latency is paid and saved at producers and at consumers, so it is a sum over pairs of widths.
 Lagrangian relaxation (Everett, "Generalized Lagrange multiplier method", 1963) turns the limit into a price per
 millisecond; at each price the best widths are found exactly (see `pairwise`), and the prices give a lower bound that
-no plan can beat. Between the prices a local search exchanges widths of one and two ties.
+no plan can beat. Between the prices a local search exchanges widths of one and two ties, and where the bound is still
+far, branch and bound splits the widths of a tie.
 """
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -16,16 +18,20 @@ import numpy as np
 
 from compress import pairwise
 from compress.budget import Tie, log_share_lost, ties
-from compress.latency_table import BLOCKS, TERMS, Latency
+from compress.errors import BudgetError
+from compress.exchange import repair, search
+from compress.latency_pairs import as_pairs
+from compress.latency_table import Latency
 
 if TYPE_CHECKING:
     from compress.graph import Graph
     from compress.settings import Budget
 
 MAX_PRICES = 40
-SEARCH_STEPS = 60
-REACH = 6  # how many widths up or down one exchange moves a tie
+MAX_NODES = 60
+GOOD_GAP = 0.005  # no branching below
 _TOLERANCE = 1e-9
+Goal = Literal["loss", "cost"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,11 @@ class Problem:
         """Return the latency at levels of shape (…, ties), in the table's unit."""
         return self.latency(self.widths(levels))
 
+    def pair_cost(self, levels: np.ndarray) -> float:
+        """Return the sum over pairs and the constant at levels of shape (ties,), which is never above the cost."""
+        alone = sum(float(values[level]) for values, level in zip(self.unary, levels, strict=True))
+        return self.constant + alone + sum(float(table[levels[i], levels[j]]) for (i, j), table in self.pairs.items())
+
     def lost(self, levels: np.ndarray) -> float:
         """Return the loss at levels of shape (ties,)."""
         return float(sum(self.loss[i][level] for i, level in enumerate(levels)))
@@ -95,9 +106,14 @@ def build_problem(graph: Graph, budget: Budget, scores: list[np.ndarray], latenc
 
     Args:
         scores: importance per group, arrays of shape (width,).
+
+    Raises:
+        BudgetError: no width can be chosen.
     """
     every = ties(graph, budget)
     tied = [tie for tie in every if len(tie.parts) > 1]
+    if not tied:
+        raise BudgetError("the budget allows no group of channels another width: loosen it")
     base = graph.widths.astype(np.float64)
     units = np.zeros((len(tied), len(graph.groups)))
     for row, tie in enumerate(tied):
@@ -108,7 +124,7 @@ def build_problem(graph: Graph, budget: Budget, scores: list[np.ndarray], latenc
         np.array([sum(log_share_lost(ascending[i], p * n) for i, n in t.units.items()) for p in t.parts]) for t in tied
     ]
     parts = [np.array(tie.parts, dtype=np.float64) for tie in tied]
-    unary, pairs, constant = _as_pairs(latency, base, units, parts)
+    unary, pairs, constant = as_pairs(latency, base, units, parts)
     order = pairwise.elimination_order([p.size for p in parts], pairs)
     return Problem(tied, base, units, parts, loss, latency, unary, pairs, constant, order)
 
@@ -125,9 +141,9 @@ def least_cost(problem: Problem, loss: float) -> Solution | None:
 
 def cheapest(problem: Problem) -> np.ndarray:
     """Return the levels of the least cost that can be reached, shape (ties,)."""
-    levels = pairwise.minimise(problem.unary, problem.pairs, problem.order).assignment
+    levels = _minimise(problem, _all_levels(problem), 0.0, 1.0).assignment
     # What pairs leave out, a local search sees.
-    return _search(problem, levels, "cost", np.inf)
+    return search(problem, levels, "cost", np.inf)
 
 
 def front(problem: Problem, count: int) -> list[Solution]:
@@ -138,46 +154,116 @@ def front(problem: Problem, count: int) -> list[Solution]:
     return [solution for solution in found if solution is not None]
 
 
-def _solve(problem: Problem, goal: Literal["loss", "cost"], limit: float) -> Solution | None:
-    """Minimise loss or cost while the other one stays within a limit."""
-    scale = float(problem.cost(np.zeros(len(problem.parts), np.int64)))
+def _solve(problem: Problem, goal: Goal, limit: float) -> Solution | None:
+    """Minimise loss or cost while the other one stays within a limit: by price, then by branch and bound."""
+    limit *= 1 + _TOLERANCE
+
+    def value(levels: np.ndarray) -> float:
+        return problem.lost(levels) if goal == "loss" else float(problem.cost(levels))
+
+    def other(levels: np.ndarray) -> float:
+        return float(problem.cost(levels)) if goal == "loss" else problem.lost(levels)
+
+    safe = cheapest(problem) if goal == "loss" else np.zeros(len(problem.parts), dtype=np.int64)
+    if other(safe) > limit:
+        return None
+    root = _price(problem, _all_levels(problem), goal, limit)
+    assert root is not None
+    starts = [safe, *(repair(problem, levels, goal, limit) for levels in (root.within, root.beyond))]
+    found = [search(problem, start, goal, limit) for start in starts if start is not None and other(start) <= limit]
+    best = min(found, key=value)
+    open_nodes, bound, count = [(root.bound, 0, root)], root.bound, 1
+    while open_nodes:
+        bound = min(open_nodes[0][0], value(best))
+        if value(best) - bound <= GOOD_GAP * value(best) or count >= MAX_NODES:
+            break
+        _, _, node = heapq.heappop(open_nodes)
+        for allowed in _branch(problem, node):
+            child = _price(problem, allowed, goal, limit)
+            if child is None or child.bound >= value(best):
+                continue
+            count += 1
+            heapq.heappush(open_nodes, (max(child.bound, node.bound), count, child))
+            start = repair(problem, child.within, goal, limit)
+            if start is not None:
+                best = min(best, search(problem, start, goal, limit), key=value)
+    else:
+        bound = value(best)  # every other choice was ruled out
+    return _solution(problem, best, bound, goal)
+
+
+@dataclass(frozen=True)
+class _Node:
+    """Choices among the levels that are `allowed`, their lower bound, and the two sides of the limit."""
+
+    allowed: list[np.ndarray]
+    bound: float
+    within: np.ndarray
+    beyond: np.ndarray
+
+
+def _price(problem: Problem, allowed: list[np.ndarray], goal: Goal, limit: float) -> _Node | None:
+    """Find the price at which the limit is met, among the levels that are allowed; None where none meets it."""
+    dense = np.array([levels[0] for levels in allowed])
+    least = _minimise(problem, allowed, 0.0, 1.0).assignment
+    within, beyond = (dense, least) if goal == "cost" else (least, dense)
 
     def measure(levels: np.ndarray) -> tuple[float, float]:
-        return problem.lost(levels), float(problem.cost(levels)) / scale
+        return problem.lost(levels), problem.pair_cost(levels)
 
-    limit = limit if goal == "cost" else limit / scale
-    dense, least = np.zeros(len(problem.parts), dtype=np.int64), cheapest(problem)
-    within, beyond = (dense, least) if goal == "cost" else (least, dense)
     side = 0 if goal == "cost" else 1
-    if measure(within)[side] > limit * (1 + _TOLERANCE):
+    if measure(within)[side] > limit:
         return None
-    if measure(beyond)[side] <= limit * (1 + _TOLERANCE):
-        return _solution(problem, beyond, problem.lost(beyond) if goal == "loss" else float(problem.cost(beyond)), goal)
-    bound, candidates = -np.inf, [within]
+    if measure(beyond)[side] <= limit:
+        return _Node(allowed, measure(beyond)[1 - side], beyond, beyond)
+    bound = measure(beyond)[1 - side]
     for _ in range(MAX_PRICES):
         (loss_a, cost_a), (loss_b, cost_b) = measure(within), measure(beyond)
-        if abs(cost_a - cost_b) < _TOLERANCE:
-            break
-        price = max((loss_b - loss_a) / (cost_a - cost_b), 1e-12)
-        found = _at_price(problem, price / scale)
-        least_sum = found.bound + price * problem.constant / scale
+        price = max((loss_b - loss_a) / (cost_a - cost_b), 1e-12 / abs(cost_a - cost_b))
+        found = _minimise(problem, allowed, 1.0, price)
+        least_sum = found.bound + price * problem.constant
         bound = max(bound, least_sum - price * limit if goal == "loss" else (least_sum - limit) / price)
-        here = measure(found.assignment)
-        if here[0] + price * here[1] >= loss_a + price * cost_a - _TOLERANCE:
+        loss, cost = measure(found.assignment)
+        if loss + price * cost >= loss_a + price * cost_a - _TOLERANCE * (loss_a + price * cost_a):
             break  # the line through both is the lower hull
-        if here[side] <= limit:
+        if (loss, cost)[side] <= limit:
             within = found.assignment
         else:
             beyond = found.assignment
-        candidates.append(within)
-    unscaled = bound if goal == "loss" else bound * scale
-    real_limit = limit * scale if goal == "loss" else limit
-    starts = [within, _repair(problem, beyond, goal, real_limit)]
-    best = min(
-        (_search(problem, start, goal, real_limit) for start in starts if start is not None),
-        key=lambda levels: problem.lost(levels) if goal == "loss" else float(problem.cost(levels)),
-    )
-    return _solution(problem, best, unscaled, goal)
+    return _Node(allowed, bound, within, beyond)
+
+
+def _branch(problem: Problem, node: _Node) -> list[list[np.ndarray]]:
+    """Split the levels of the tie in which both sides of the limit differ most."""
+    apart = [
+        abs(float(problem.loss[i][a] - problem.loss[i][b])) if a != b else -1.0
+        for i, (a, b) in enumerate(zip(node.within, node.beyond, strict=True))
+    ]
+    chosen = int(np.argmax(apart))
+    if apart[chosen] < 0:
+        return []
+    middle = (node.within[chosen] + node.beyond[chosen]) / 2
+    levels = node.allowed[chosen]
+    return [
+        [*node.allowed[:chosen], part, *node.allowed[chosen + 1 :]]
+        for part in (levels[levels <= middle], levels[levels > middle])
+    ]
+
+
+def _all_levels(problem: Problem) -> list[np.ndarray]:
+    return [np.arange(parts.size) for parts in problem.parts]
+
+
+def _minimise(problem: Problem, allowed: list[np.ndarray], loss: float, cost: float) -> pairwise.Minimum:
+    """Minimise loss · what is lost + cost · the sum over pairs (without its constant) among the levels allowed."""
+    unary = [
+        loss * lost[levels] + cost * costs[levels]
+        for lost, costs, levels in zip(problem.loss, problem.unary, allowed, strict=True)
+    ]
+    pairs = {(i, j): cost * table[np.ix_(allowed[i], allowed[j])] for (i, j), table in problem.pairs.items()}
+    found = pairwise.minimise(unary, pairs, problem.order)
+    levels = [chosen[index] for chosen, index in zip(allowed, found.assignment, strict=True)]
+    return pairwise.Minimum(found.bound, np.array(levels, dtype=np.int64))
 
 
 def _solution(problem: Problem, levels: np.ndarray, bound: float, goal: str) -> Solution:
@@ -185,158 +271,3 @@ def _solution(problem: Problem, levels: np.ndarray, bound: float, goal: str) -> 
     value = loss if goal == "loss" else cost
     gap = max((value - bound) / value, 0.0) if value > 0 else 0.0
     return Solution(problem.widths(levels).round().astype(np.int64), cost, loss, bound, gap)
-
-
-def _at_price(problem: Problem, price: float) -> pairwise.Minimum:
-    """Minimise loss + price · cost (without its constant)."""
-    unary = [loss + price * cost for loss, cost in zip(problem.loss, problem.unary, strict=True)]
-    pairs = {key: price * table for key, table in problem.pairs.items()}
-    return pairwise.minimise(unary, pairs, problem.order)
-
-
-def _repair(problem: Problem, levels: np.ndarray, goal: str, limit: float) -> np.ndarray | None:
-    """Take the single steps that cost least per gain until the limit holds."""
-    levels = levels.copy()
-    for _ in range(sum(p.size for p in problem.parts)):
-        loss, cost = problem.lost(levels), float(problem.cost(levels))
-        if (cost if goal == "loss" else loss) <= limit:
-            return levels
-        step = 1 if goal == "loss" else -1
-        rows = [i for i in range(levels.size) if 0 <= levels[i] + step < problem.parts[i].size]
-        if not rows:
-            return None
-        moved = np.repeat(levels[None], len(rows), axis=0)
-        moved[np.arange(len(rows)), rows] += step
-        losses = np.array([problem.loss[i][levels[i] + step] - problem.loss[i][levels[i]] for i in rows])
-        costs = np.asarray(problem.cost(moved)) - cost
-        pays, gains = (losses, -costs) if goal == "loss" else (costs, -losses)
-        levels = moved[int(np.argmin(np.where(gains > 0, pays / np.maximum(gains, 1e-15), np.inf)))]
-    return None
-
-
-def _search(problem: Problem, levels: np.ndarray, goal: str, limit: float) -> np.ndarray:
-    """Change one or two ties at a time while that lowers the goal and keeps the limit."""
-    for _ in range(SEARCH_STEPS):
-        better = _best_exchange(problem, levels, goal, limit)
-        if better is None:
-            break
-        levels = better
-    return levels
-
-
-def _best_exchange(problem: Problem, levels: np.ndarray, goal: str, limit: float) -> np.ndarray | None:
-    loss, cost = problem.lost(levels), float(problem.cost(levels))
-    owner, target = [], []
-    for i, parts in enumerate(problem.parts):
-        near = [x for x in range(max(levels[i] - REACH, 0), min(levels[i] + REACH + 1, parts.size)) if x != levels[i]]
-        owner += [i] * len(near)
-        target += near
-    who, where = np.array(owner), np.array(target)
-    moved = np.repeat(levels[None], who.size, axis=0)
-    moved[np.arange(who.size), who] = where
-    d_loss = np.array([problem.loss[i][x] - problem.loss[i][levels[i]] for i, x in zip(owner, target, strict=True)])
-    d_cost = np.asarray(problem.cost(moved)) - cost
-    pair_loss = d_loss[:, None] + d_loss[None]
-    pair_cost = d_cost[:, None] + d_cost[None]
-    start = np.searchsorted(who, np.arange(len(problem.parts) + 1))
-    for (i, j), table in problem.pairs.items():
-        rows, columns = slice(start[i], start[i + 1]), slice(start[j], start[j + 1])
-        x, y = where[rows], where[columns]
-        together = (
-            table[np.ix_(x, y)] - table[x, levels[j]][:, None] - table[levels[i], y][None] + table[levels[i], levels[j]]
-        )
-        pair_cost[rows, columns] += together
-        pair_cost[columns, rows] += together.T
-    alone = np.eye(who.size, dtype=bool)
-    np.fill_diagonal(pair_loss, d_loss)
-    np.fill_diagonal(pair_cost, d_cost)
-    same = (who[:, None] == who[None]) & ~alone
-    gain, after = (pair_loss, cost + pair_cost) if goal == "loss" else (pair_cost, loss + pair_loss)
-    possible = (gain < -1e-9 * max(abs(loss if goal == "loss" else cost), 1e-6)) & (after <= limit) & ~same
-    for index in np.argsort(np.where(possible, gain, np.inf), axis=None)[:20]:
-        a, b = np.unravel_index(index, gain.shape)
-        if not possible[a, b]:
-            return None
-        candidate = levels.copy()
-        candidate[who[a]], candidate[who[b]] = where[a], where[b]
-        new_loss, new_cost = problem.lost(candidate), float(problem.cost(candidate))
-        kept = (new_cost if goal == "loss" else new_loss) <= limit
-        if kept and (new_loss < loss if goal == "loss" else new_cost < cost):
-            return candidate
-    return None
-
-
-def _as_pairs(
-    latency: Latency, base: np.ndarray, units: np.ndarray, parts: list[np.ndarray]
-) -> tuple[list[np.ndarray], dict[tuple[int, int], np.ndarray], float]:
-    """Write the cost as constant + Σ unary + Σ pairs.
-
-    A surcharge for a width that is off the blocks depends on one tie where one tie makes that width; where several
-    do, it is left out, which makes the sum a lower bound.
-    """
-    fixed = latency.forms @ base + latency.consts  # (3, segments)
-    slopes = latency.forms @ units.T  # (3, segments, ties)
-    terms = {name: latency.terms[:, index] for index, name in enumerate(TERMS)}
-    reads, makes = (0, 1)
-    linear = (
-        terms["reads"] @ slopes[0]
-        + terms["makes"] @ slopes[1]
-        + terms["before"] @ slopes[2]
-        + terms["product"] @ (fixed[reads][:, None] * slopes[makes] + fixed[makes][:, None] * slopes[reads])
-    )
-    square = np.einsum("s,si,sj->ij", terms["product"], slopes[reads], slopes[makes])
-    square = square + square.T
-    unary = [linear[i] * p + square[i, i] / 2 * p * p for i, p in enumerate(parts)]
-    pairs = {
-        (i, j): square[i, j] * np.outer(parts[i], parts[j])
-        for i in range(len(parts))
-        for j in range(i + 1, len(parts))
-        if square[i, j] > 0
-    }
-    constant = latency.offset + float(
-        terms["constant"].sum()
-        + sum(terms[name] @ fixed[k] for k, name in enumerate(("reads", "makes", "before")))
-        + terms["product"] @ (fixed[reads] * fixed[makes])
-    )
-    for block in BLOCKS:
-        for side, name in ((reads, f"in_off_{block}"), (makes, f"out_off_{block}")):
-            for segment in np.flatnonzero(terms[name]):
-                mine = np.flatnonzero(slopes[side, segment])
-                if mine.size > 1:
-                    continue
-                constant += _surcharge(
-                    terms[name][segment], fixed[:, segment], slopes[:, segment], side, mine, block, parts, unary, pairs
-                )
-    return unary, pairs, constant
-
-
-def _surcharge(
-    factor: float,
-    fixed: np.ndarray,
-    slopes: np.ndarray,
-    side: int,
-    mine: np.ndarray,
-    block: int,
-    parts: list[np.ndarray],
-    unary: list[np.ndarray],
-    pairs: dict[tuple[int, int], np.ndarray],
-) -> float:
-    """Add factor · this side · the other side where this side is off the block; return what is constant of it."""
-    other = 1 - side
-    if mine.size == 0:
-        off = factor * fixed[side] * (fixed[side] % block != 0)
-        for j in np.flatnonzero(slopes[other]):
-            unary[j] = unary[j] + off * slopes[other, j] * parts[j]
-        return float(off * fixed[other])
-    i = int(mine[0])
-    width = fixed[side] + slopes[side, i] * parts[i]
-    off = factor * width * (width % block != 0)
-    unary[i] = unary[i] + off * fixed[other]
-    for j in np.flatnonzero(slopes[other]).tolist():
-        table = np.outer(off, slopes[other, j] * parts[j])
-        if j == i:
-            unary[i] = unary[i] + np.diag(table)
-            continue
-        key, value = ((i, j), table) if i < j else ((j, i), table.T)
-        pairs[key] = pairs.get(key, 0.0) + value
-    return 0.0

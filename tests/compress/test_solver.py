@@ -7,8 +7,10 @@ import itertools
 import numpy as np
 import pytest
 
+from compress.errors import BudgetError
 from compress.importance import importance
 from compress.latency_table import Segment, evaluate
+from compress.settings import Budget
 from compress.solver import Problem, build_problem, cheapest, front, least_cost, least_loss
 from tables import BUDGET, table_of
 from topologies import Chain, ChunkTie, Concat, Residual, randomised
@@ -95,6 +97,14 @@ def test_what_cannot_be_reached_has_no_solution() -> None:
     found = least_loss(problem, least)
     assert found is not None
     assert found.cost == pytest.approx(least)
+
+
+def test_a_budget_without_a_choice_is_refused() -> None:
+    model = randomised(Chain())
+    table, graph = table_of(model, 16)
+    scores = [np.ones(group.width) for group in graph.groups]
+    with pytest.raises(BudgetError, match="allows no group of channels another width"):
+        build_problem(graph, Budget(max_removed=0.0), scores, evaluate(table, graph))
 
 
 def test_a_loose_limit_keeps_everything() -> None:
