@@ -31,11 +31,11 @@ _FUSED = {"Relu", "LeakyRelu", "Clip", "Sigmoid", "Tanh", "HardSigmoid", "Add"}
 
 
 class Segment(NamedTuple):
-    """One segment: the name of its convolution in the model's file, the shape of its weight, and ms per query."""
+    """One segment: the name of its convolution in the model's file, the shape of its weight, and its median time."""
 
     name: str
     shape: list[int]
-    samples_ms: list[float]
+    cost_ms: float
 
 
 TAIL = "tail"  # what follows the last convolution
@@ -51,18 +51,15 @@ def measure(runtime: str, dense: str, model: str, threads: int, imgsz: int, seed
     clock = time.thread_time_ns if threads == 1 else time.perf_counter_ns
     kind = _KINDS[runtime]
     reference, network = kind(dense, threads, image, clock), kind(model, threads, image, clock)
-    for query in (reference.run, network.run, network.run_by_layer):
+    for query in (reference.run, network.run):
         for _ in range(WARM_UP):
             query()
-    record: dict[str, list[float]] = {"dense_ms": [], "whole_ms": []}
+    record: dict[str, list[float]] = {"dense": [], "whole": []}
     for _ in range(rounds):
-        for name, query in (("dense_ms", reference.run), ("whole_ms", network.run)):
+        for name, query in (("dense", reference.run), ("whole", network.run)):
             record[name].append(_burst(query, clock))
-        for _ in range(LEAD_IN + BURST):
-            network.run_by_layer()
-    segments = [
-        {"name": s.name, "shape": s.shape, "ms": round(median(s.samples_ms[WARM_UP:]), 6)} for s in network.segments()
-    ]
+        network.burst_by_layer()
+    segments = [{"name": s.name, "shape": s.shape, "cost": round(s.cost_ms, 6)} for s in network.segments()]
     return {**record, "segments": segments, "version": reference.version, "precision": reference.precision}
 
 
@@ -95,10 +92,12 @@ class _Network:
     def run(self) -> None:
         self.runner.infer(self.session, self.image)
 
-    def run_by_layer(self) -> None:
+    def burst_by_layer(self) -> None:
+        """Run a burst of queries, layer by layer."""
         raise NotImplementedError
 
     def segments(self) -> list[Segment]:
+        """Return what all bursts have found."""
         raise NotImplementedError
 
 
@@ -106,10 +105,11 @@ class _Onnxruntime(_Network):
     runtime = "onnxruntime"
     _profiled: Any = None
 
-    def run_by_layer(self) -> None:
+    def burst_by_layer(self) -> None:
         if self._profiled is None:
             self._profiled = self._open_profiled()
-        self._profiled.run(None, {self._profiled.get_inputs()[0].name: self.image})
+        for _ in range(LEAD_IN + BURST):
+            self._profiled.run(None, {self._profiled.get_inputs()[0].name: self.image})
 
     def _open_profiled(self) -> Any:
         import onnxruntime
@@ -138,7 +138,8 @@ class _Onnxruntime(_Network):
         layers = []
         for name, values in samples.items():
             known = shapes.get(name.removesuffix("_nchwc")) if "Conv" in kinds[name] else None
-            layers.append((*(known or ("", None)), values))
+            counted = [value for i, value in enumerate(values) if i % (LEAD_IN + BURST) >= LEAD_IN]
+            layers.append((*(known or ("", None)), median(counted)))
         return _join(layers)
 
 
@@ -170,58 +171,41 @@ class _Ncnn(_Network):
 
     def __init__(self, path: str, threads: int, image: np.ndarray, clock: Callable[[], int]) -> None:
         super().__init__(path, threads, image, clock)
-        import ncnn as compiled
+        self._bursts: list[list[dict[str, Any]]] = []
 
-        self._ncnn: Any = compiled  # its names are in no type stub
-        self._layers = _ncnn_layers(Path(path) / self.runner.PARAM)
-        self._samples: list[list[float]] = [[] for _ in self._layers]
+    def burst_by_layer(self) -> None:
+        from benchmark.runners.ncnn_layers import layer_costs
 
-    def run_by_layer(self) -> None:
-        # Asked for one blob after another, ncnn computes one layer at a time; 1: as it is packed, not converted.
-        with self.session.net.create_extractor() as extractor:
-            extractor.input("in0", self._ncnn.Mat(self.image[0]))
-            for samples, (blob, _, _) in zip(self._samples, self._layers, strict=True):
-                start = self.clock()
-                _, output = extractor.extract(blob, 1)
-                samples.append((self.clock() - start) / 1e6)
-                del output  # else the next layer could not work in place
+        self._bursts.append(layer_costs(self.session.net, self.path, self.image[0], self.clock, BURST))
 
     def segments(self) -> list[Segment]:
-        layers = zip(self._layers, self._samples, strict=True)
-        return _join([(name, shape, samples) for (_, name, shape), samples in layers])
+        shapes = _ncnn_shapes(Path(self.path) / self.runner.PARAM)
+        rows = zip(*self._bursts, strict=True)
+        return _join([(r[0]["name"], shapes.get(r[0]["name"]), median(x["cost"] for x in r) / 1e6) for r in rows])
 
 
-def _ncnn_layers(param: Path) -> list[tuple[str, str, list[int] | None]]:
-    """Return first blob, name and weight shape (null where it is no convolution) of each layer behind the input."""
-    found = []
+def _ncnn_shapes(param: Path) -> dict[str, list[int]]:
+    """Return the weight shape of each convolution by its name."""
+    found = {}
     for line in param.read_text(encoding="utf-8").splitlines()[2:]:
         kind, name, inputs, outputs, *rest = line.split()
-        blobs, settings = rest[int(inputs) : int(inputs) + int(outputs)], rest[int(inputs) + int(outputs) :]
-        if kind == "Input":
-            continue
-        shape = None
         if kind in ("Convolution", "ConvolutionDepthWise"):
-            values = {
-                int(key): int(value)
-                for key, value in (s.split("=") for s in settings)
-                if "," not in value and "." not in value
-            }
-            made, width = values[0], values[1]
-            height = values.get(11, width)
-            shape = [made, values[6] // (made * width * height), height, width]
-        found.append((blobs[0], name, shape))
+            settings = dict(word.split("=") for word in rest[int(inputs) + int(outputs) :])
+            made, width, size = (int(settings[key]) for key in ("0", "1", "6"))
+            height = int(settings.get("11", width))
+            found[name] = [made, size // (made * width * height), height, width]
     return found
 
 
-def _join(layers: list[tuple[str, list[int] | None, list[float]]]) -> list[Segment]:
+def _join(layers: list[tuple[str, list[int] | None, float]]) -> list[Segment]:
     """Add layers up to the convolution that follows them."""
-    segments, waiting = [], np.zeros(len(layers[0][2]))
-    for name, shape, samples in layers:
-        waiting = waiting + np.array(samples)
+    segments, waiting = [], 0.0
+    for name, shape, cost_ms in layers:
+        waiting += cost_ms
         if shape is not None:
-            segments.append(Segment(name, shape, waiting.tolist()))
-            waiting = np.zeros_like(waiting)
-    return [*segments, Segment(TAIL, [], waiting.tolist())]
+            segments.append(Segment(name, shape, waiting))
+            waiting = 0.0
+    return [*segments, Segment(TAIL, [], waiting)]
 
 
 _KINDS: dict[str, type[_Network]] = {"onnxruntime": _Onnxruntime, "ncnn": _Ncnn}

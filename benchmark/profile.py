@@ -10,54 +10,29 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
 
-from benchmark import statistics, system
+from benchmark import observe, statistics
+from benchmark.layer_times import RUNTIMES
+from benchmark.observe import Wanted
 from compress import checkpoint, manifest
+from compress.devices import load_device
 from compress.errors import BenchmarkError, SettingsError, run_app
 from compress.settings import Budget, load_budget, parse
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from benchmark.sites import Site
     from compress.graph import Graph
     from compress.latency_table import LatencyTable
 
-DEVICES = ("cpu",)
-RUNTIMES = ("onnxruntime", "ncnn")
-VARIANTS = 64
-ROUNDS = 12
-ATTEMPTS = 3
 MAX_REFUSED = 0.1
-TIMEOUT_S = 300
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What is measured, on what.
-
-    Attributes:
-        variants: number of networks, the dense one included.
-        max_interval: a network whose 95 % interval is wider than this share of its latency is measured again, at most
-            three times in all, and then refused.
-    """
-
-    runtime: str
-    imgsz: int
-    budget: Budget
-    device: str = "cpu"
-    threads: int = 1
-    variants: int = VARIANTS
-    max_interval: float = 0.05
-    seed: int = 0
 
 
 def profile(model: nn.Module, wanted: Wanted, output: Path | None = None) -> tuple[LatencyTable, Path]:
@@ -76,11 +51,9 @@ def profile(model: nn.Module, wanted: Wanted, output: Path | None = None) -> tup
     from compress.graph import build_graph
     from compress.latency_table import default_path, load_table
 
-    for kind, value, known in (("device", wanted.device, DEVICES), ("runtime", wanted.runtime, RUNTIMES)):
-        if value not in known:
-            raise SettingsError(f"{kind} '{value}' cannot be profiled: choose {' or '.join(known)}")
+    observe.check(wanted)
     # Where a rule comes from changes no width.
-    wanted = replace(wanted, budget=wanted.budget.model_copy(update={"source": ""}))
+    wanted = replace(wanted, device=wanted.site.name, budget=wanted.budget.model_copy(update={"source": ""}))
     structure = checkpoint.structure_hash(model)
     path = output or default_path(wanted.device, wanted.runtime, wanted.threads, wanted.imgsz, structure, wanted.budget)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,8 +64,10 @@ def profile(model: nn.Module, wanted: Wanted, output: Path | None = None) -> tup
             print(f"profile: finished before: {path}")
             return table, path
         graph = build_graph(model, wanted.imgsz)
-        points = _measure(model, graph, wanted, structure, path)
-        table = _fit(graph, points, wanted, structure)
+        with observe.reach(wanted) as site:
+            machine = observe.machine(site)
+            points = _measure(model, graph, wanted, structure, path, site, machine)
+        table = _fit(graph, points, wanted, structure, machine)
         from compress.latency_table import save_table
 
         save_table(table, path)
@@ -106,7 +81,9 @@ def _check_same(table: LatencyTable, wanted: Wanted, structure: str, path: Path)
     check_fits(table, {name: getattr(wanted, name) for name in names} | {"structure": structure}, path)
 
 
-def _measure(model: nn.Module, graph: Graph, wanted: Wanted, structure: str, path: Path) -> list[dict[str, Any]]:
+def _measure(
+    model: nn.Module, graph: Graph, wanted: Wanted, structure: str, path: Path, site: Site, machine: str | None
+) -> list[dict[str, Any]]:
     """Return all points, those of an interrupted run first; each new one is on disk before the next one begins."""
     from benchmark import variants
     from compress.progress import track
@@ -115,9 +92,9 @@ def _measure(model: nn.Module, graph: Graph, wanted: Wanted, structure: str, pat
     widths = variants.draw_widths(graph, wanted.budget, wanted.variants, wanted.seed)
     heading = {
         "structure": structure,
-        "wanted": {**wanted.__dict__, "budget": wanted.budget.model_dump(mode="json")},
+        "wanted": {**asdict(wanted), "budget": wanted.budget.model_dump(mode="json")},
         "tools": manifest.tool_versions(),
-        "machine": system.device()["cpu"],
+        "machine": machine,
     }
     file = points_path(path)
     points = _read_points(file, heading)
@@ -125,13 +102,16 @@ def _measure(model: nn.Module, graph: Graph, wanted: Wanted, structure: str, pat
     if points and left:
         print(f"profile: goes on after {len(points)} of {len(widths)} networks")
     with scratch(path) as folder:
-        dense = variants.export(model, "dense", wanted.runtime, wanted.imgsz, folder) if left else None
+        known: dict[str, Any] = {}
+        dense = variants.export(model, "dense", wanted, folder) if left else None
         for index in track(left, f"profile {path.stem}"):
             assert dense is not None
-            made = variants.export(
-                variants.cut(model, graph, widths[index]), f"variant{index}", wanted.runtime, wanted.imgsz, folder
-            )
-            point = {"index": index, "widths": widths[index].tolist(), **observe(dense, made, wanted)}
+            made = variants.export(variants.cut(model, graph, widths[index]), f"variant{index}", wanted, folder)
+            point = {
+                "index": index,
+                "widths": widths[index].tolist(),
+                **observe.observe(site, dense, made, wanted, known),
+            }
             with file.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(point) + "\n")
                 stream.flush()
@@ -165,64 +145,9 @@ def _parse_line(line: str) -> dict[str, Any] | None:
         return None
 
 
-def observe(dense: Path, model: Path, wanted: Wanted) -> dict[str, Any]:
-    """Measure one network until its interval is narrow enough, and say whether it is."""
-    best: dict[str, Any] = {}
-    for attempt in range(1, ATTEMPTS + 1):
-        record = observe_once(dense, model, wanted)
-        rounds = [[[value] for value in record[name]] for name in ("dense_ms", "whole_ms")]
-        ratio, interval = statistics.speedup(rounds[0], rounds[1], wanted.seed)
-        width = (interval[1] - interval[0]) / ratio
-        if not best or width < best["interval_width"]:
-            best = {"speedup": ratio, "interval": interval, "interval_width": width, "record": record}
-        best["attempts"] = attempt
-        if width <= wanted.max_interval:
-            break
-    return {**best, "noisy": best["interval_width"] > wanted.max_interval}
-
-
-def observe_once(dense: Path, model: Path, wanted: Wanted) -> dict[str, Any]:
-    """Measure one network beside the dense one in a fresh process, see `layer_times.measure`.
-
-    Raises:
-        BenchmarkError: the process ends, or says that it cannot.
-    """
-    numbers = (wanted.threads, wanted.imgsz, wanted.seed, ROUNDS)
-    command = [
-        sys.executable,
-        "-m",
-        "benchmark.layer_times",
-        wanted.runtime,
-        str(dense.resolve()),
-        str(model.resolve()),
-    ]
-    root = str(Path(__file__).parents[1])
-    paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, **dict.fromkeys(_THREAD_VARIABLES, str(wanted.threads)), "PYTHONPATH": paths}
-    try:
-        done = subprocess.run(  # noqa: S603  (our own module in our own interpreter)
-            [*command, *map(str, numbers)],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=TIMEOUT_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise BenchmarkError(f"{model.name} was not measured in {TIMEOUT_S} s: use a smaller --imgsz") from None
-    record = _parse_line(done.stdout.strip().rpartition("\n")[2]) if done.stdout.strip() else None
-    if record is None:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        reason = f"; its last line was: {said[-1]}" if said else ""
-        raise BenchmarkError(f"{model.name} on {wanted.runtime} ended with exit code {done.returncode}{reason}")
-    if "error" in record:
-        raise BenchmarkError(f"{model.name} on {wanted.runtime}: {record['error']}")
-    return record
-
-
-def _fit(graph: Graph, points: list[dict[str, Any]], wanted: Wanted, structure: str) -> LatencyTable:
+def _fit(
+    graph: Graph, points: list[dict[str, Any]], wanted: Wanted, structure: str, machine: str | None
+) -> LatencyTable:
     """Fit a table to the points that are not noisy.
 
     Raises:
@@ -237,26 +162,26 @@ def _fit(graph: Graph, points: list[dict[str, Any]], wanted: Wanted, structure: 
             f"{len(points) - len(usable)} of {len(points)} networks are noisy (95 % intervals wider than "
             f"{wanted.max_interval:.0%}): close what else runs on this machine, delete the points file, and run again"
         )
-    dense = [float(np.median(point["record"]["dense_ms"])) for point in usable]
-    dense_ms = float(np.median(dense))
+    dense = [float(np.median(point["record"]["dense"])) for point in usable]
+    dense_cost = float(np.median(dense))
     observations = [
         regression.Observation(
             widths=np.array(point["widths"]),
-            whole=dense_ms / point["speedup"],
+            whole=dense_cost / point["speedup"],
             segments=[
-                (segment["name"], segment["shape"], segment["ms"] * dense_ms / own)
+                (segment["name"], segment["shape"], segment["cost"] * dense_cost / own)
                 for segment in point["record"]["segments"]
             ],
         )
         for point, own in zip(usable, dense, strict=True)
     ]
     model, quality = regression.fit(graph, observations)
-    _, intervals = statistics.summarise([point["record"]["dense_ms"] for point in usable], wanted.seed)
+    _, intervals = statistics.summarise([point["record"]["dense"] for point in usable], wanted.seed)
     first = points[0]["record"]
     return LatencyTable(
-        unit="ms",
+        unit=wanted.unit,  # type: ignore[arg-type]
         device=wanted.device,
-        machine=system.device()["cpu"],
+        machine=machine,
         runtime=wanted.runtime,
         runtime_version=first["version"],
         precision=first["precision"],
@@ -264,7 +189,7 @@ def _fit(graph: Graph, points: list[dict[str, Any]], wanted: Wanted, structure: 
         imgsz=wanted.imgsz,
         structure=structure,
         budget=wanted.budget,
-        dense=round(dense_ms, 5),
+        dense=round(dense_cost, 5),
         dense_interval=(round(intervals["p50_ms"][0], 5), round(intervals["p50_ms"][1], 5)),
         scale=model.scale,
         offset=model.offset,
@@ -280,21 +205,28 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     model: Annotated[Path, typer.Option(help="checkpoint (.pt), dense")],
     output: Annotated[Path | None, typer.Option(help="table (.json); not given: where compress.prune finds it")] = None,
-    device: Annotated[str, typer.Option(help=", ".join(DEVICES))] = "cpu",
-    runtime: Annotated[str, typer.Option(help=", ".join(RUNTIMES))] = "onnxruntime",
+    device: Annotated[str, typer.Option(help="a name of configs/devices, shortened or not, or a .yaml file")] = "cpu",
+    host: Annotated[str | None, typer.Option(help="[user@]host[:port], an alias of ssh, or a serial of adb")] = None,
+    python: Annotated[str | None, typer.Option(help="interpreter on the device")] = None,
+    bootstrap: Annotated[bool, typer.Option("--bootstrap", help="put missing packages into a folder there")] = False,
+    runtime: Annotated[str | None, typer.Option(help=f"{', '.join(RUNTIMES)}; the device's first one")] = None,
     imgsz: Annotated[int, typer.Option(min=32, help="side of the square input, px")] = 640,
-    threads: Annotated[int, typer.Option(min=1, help="threads of the runtime")] = 1,
-    budget: Annotated[Path | None, typer.Option(help="a file of configs/budgets/: the widths to measure")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="threads of the runtime; the device's own")] = None,
+    budget: Annotated[
+        Path | None, typer.Option(help="the widths to measure: a file of configs/budgets/; the device's own")
+    ] = None,
     multiple_of: Annotated[int | None, typer.Option(min=1, help="channel counts are multiples of this")] = None,
     power_of_two: Annotated[bool, typer.Option("--power-of-two", help="channel counts are powers of two")] = False,
     min_width: Annotated[int | None, typer.Option(min=1, help="no layer becomes narrower")] = None,
     max_removed: Annotated[float | None, typer.Option(help="largest share that one group may lose")] = None,
-    variants: Annotated[int, typer.Option(min=12, help="how many networks are measured")] = VARIANTS,
+    variants: Annotated[int, typer.Option(min=12, help="how many networks are measured")] = 64,
     max_interval: Annotated[float, typer.Option(help="widest interval, as a share of the latency")] = 0.05,
     seed: Annotated[int, typer.Option(help="of the widths and the input")] = 0,
 ) -> None:
     """Measure a model at the widths of a budget and write the latency table that `compress.prune --latency` reads."""
-    rules = load_budget(budget) if budget else Budget()
+    known = load_device(device)
+    runtime = runtime or known.runtimes[0]
+    rules = load_budget(budget) if budget else known.budgets.get(runtime, Budget())  # type: ignore[call-overload]
     changes = {
         "multiple_of": multiple_of,
         "power_of_two": power_of_two or None,
@@ -307,14 +239,19 @@ def main(
         imgsz=imgsz,
         budget=parse(Budget, content, "budget"),
         device=device,
-        threads=threads,
+        threads=threads or known.threads,
+        host=host,
+        python=python,
+        bootstrap=bootstrap,
         variants=variants,
         max_interval=max_interval,
         seed=seed,
     )
+    from compress.latency_table import amount
+
     table, path = profile(checkpoint.load_model(model), wanted, output)
     print(
-        f"profile: {path} ({table.fit.variants} networks, dense {table.dense:.4g} {table.unit}; "
+        f"profile: {path} ({table.fit.variants} networks, dense {amount(table.dense, table.unit)}; "
         f"networks that a fit has not seen: predicted within {table.fit.median_error:.1%} (median), "
         f"{table.fit.p95_error:.1%} (95th percentile))"
     )

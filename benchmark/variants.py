@@ -13,6 +13,7 @@ from compress.errors import BenchmarkError
 if TYPE_CHECKING:
     from torch import nn
 
+    from benchmark.observe import Wanted
     from compress.graph import Graph
     from compress.settings import Budget
 
@@ -49,7 +50,7 @@ def cut(model: nn.Module, graph: Graph, widths: np.ndarray) -> nn.Module:
     return apply_plan(model, make_plan(graph, choice, checkpoint.structure_hash(model), "widths", "none"))
 
 
-def export(model: nn.Module, name: str, runtime: str, imgsz: int, folder: Path) -> Path:
+def export(model: nn.Module, name: str, wanted: Wanted, folder: Path) -> Path:
     """Write a model as the file that a runtime reads and return its path. Parity is not proven: nobody deploys it.
 
     Raises:
@@ -62,10 +63,10 @@ def export(model: nn.Module, name: str, runtime: str, imgsz: int, folder: Path) 
     source = folder / f"{name}.pt"
     checkpoint.save_model(model, source, {})
     try:
-        if runtime == "onnxruntime":
-            return export_onnx(source, folder / f"{name}.onnx", imgsz=imgsz)
-        if runtime == "ncnn":
-            return export_ncnn(source, folder / f"{name}_ncnn_model", imgsz=imgsz)
+        if wanted.runtime == "onnxruntime":
+            return export_onnx(source, folder / f"{name}.onnx", imgsz=wanted.imgsz)
+        if wanted.runtime == "ncnn":
+            return export_ncnn(source, folder / f"{name}_ncnn_model", imgsz=wanted.imgsz, half=wanted.half)
     finally:
         source.unlink()
-    raise BenchmarkError(f"networks for {runtime} cannot be made: choose onnxruntime or ncnn")
+    raise BenchmarkError(f"networks for {wanted.runtime} cannot be made: choose onnxruntime or ncnn")

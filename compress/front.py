@@ -66,7 +66,7 @@ def _print(rows: list[dict[str, Any]], unit: str, dense_macs: float) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from compress.latency_plan import amount
+    from compress.latency_table import amount
 
     shown = Table(title="the most importance at each latency, as predicted")
     for heading in ("latency", "speed-up", "kept importance", "gap to the bound", "MACs"):

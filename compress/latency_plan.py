@@ -10,9 +10,11 @@ import numpy as np
 
 from compress import latency_table, solver
 from compress.budget import Choice, keep_best
+from compress.devices import load_device
 from compress.errors import BudgetError, SettingsError
 
 if TYPE_CHECKING:
+    from compress.devices import Device
     from compress.graph import Graph
     from compress.latency_table import Latency, LatencyTable
     from compress.settings import Budget, Prune
@@ -63,29 +65,37 @@ def find_table(settings: Prune, imgsz: int, structure: str, model: str = "MODEL"
     Raises:
         SettingsError: it is missing (the message is the command that makes it), damaged, or of something else.
     """
-    device, runtime, threads = settings.device, settings.runtime, settings.threads
+    device, runtime, threads = place(settings)
     path = (
         Path(settings.table)
         if settings.table
-        else latency_table.default_path(device, runtime, threads, imgsz, structure, settings.budget)
+        else latency_table.default_path(device.name, runtime, threads, imgsz, structure, settings.budget)
     )
     if not path.exists():
         raise SettingsError(
-            f"no latency table {path}: make it with python -m benchmark.profile --model {model} --device {device} "
-            f"--runtime {runtime} --imgsz {imgsz} --threads {threads} {_rules(settings.budget)}"
+            f"no latency table {path}: make it with python -m benchmark.profile --model {model} "
+            f"--device {settings.device} --runtime {runtime} --imgsz {imgsz} --threads {threads} "
+            f"{_rules(settings.budget)}"
+            + (f" --host {settings.host}" if settings.host else "")
             + (f" --output {path}" if settings.table else "")
         )
     table = latency_table.load_table(path)
     wanted = {
-        "device": device,
+        "device": device.name,
         "runtime": runtime,
         "threads": threads,
         "imgsz": imgsz,
-        "precision": "fp32",
+        "precision": device.precision if runtime == "ncnn" else "fp32",
         "structure": structure,
     }
     latency_table.check_fits(table, wanted, path)
     return table, path
+
+
+def place(settings: Prune) -> tuple[Device, str, int]:
+    """Return device, runtime and threads that are meant: the device's own where the settings name none."""
+    device = load_device(settings.device)
+    return device, settings.runtime or device.runtimes[0], settings.threads or device.threads
 
 
 def limit_of(settings: Prune, table: LatencyTable) -> float:
@@ -103,10 +113,8 @@ def limit_of(settings: Prune, table: LatencyTable) -> float:
         raise SettingsError(f"latency {settings.latency} is in {unit}, the table of {table.device} is in {table.unit}")
     limit = float(settings.latency.removesuffix(name)) * factor
     if limit >= table.dense:
-        raise SettingsError(
-            f"latency {settings.latency} is not below that of the dense model, {amount(table.dense, unit)}: "
-            "ask for less"
-        )
+        dense = latency_table.amount(table.dense, unit)
+        raise SettingsError(f"latency {settings.latency} is not below that of the dense model, {dense}: ask for less")
     return limit
 
 
@@ -148,15 +156,6 @@ def choose_by_latency(
     return choice, prediction
 
 
-def amount(value: float, unit: str) -> str:
-    """Write a cost as a person reads it.
-
-    >>> amount(12.345, "ms"), amount(119_000_000.0, "instructions")
-    ('12.35 ms', '119 M instructions')
-    """
-    return f"{value:.4g} ms" if unit == "ms" else f"{value / 1e6:.4g} M instructions"
-
-
 def _infeasible(
     problem: solver.Problem,
     latency: Latency,
@@ -171,8 +170,8 @@ def _infeasible(
     largest = [table.segments[i].tensor or table.segments[i].name for i in np.argsort(-left)[:3]]
     names = ", ".join(name.removesuffix(".weight").removesuffix(".conv") for name in largest)
     return BudgetError(
-        f"the budget cannot bring the latency down to {amount(target, table.unit)}: "
-        f"{amount(least, table.unit)} ({table.dense / least:.2f}×) is reachable with "
+        f"the budget cannot bring the latency down to {latency_table.amount(target, table.unit)}: "
+        f"{latency_table.amount(least, table.unit)} ({table.dense / least:.2f}×) is reachable with "
         f"multiples of {budget.multiple_of}, min_width {budget.min_width}, max_removed {budget.max_removed:g}; "
         f"most of it is left in {names}; "
         "ask for more time, a smaller imgsz, or loosen the budget"

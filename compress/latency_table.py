@@ -265,6 +265,15 @@ def check_widths(graph: Graph, table: LatencyTable, budget: Budget) -> None:
             )
 
 
+def amount(value: float, unit: str) -> str:
+    """Write a cost as a person reads it.
+
+    >>> amount(12.345, "ms"), amount(119_000_000.0, "instructions")
+    ('12.35 ms', '119 M instructions')
+    """
+    return f"{value:.4g} ms" if unit == "ms" else f"{value / 1e6:.4g} M instructions"
+
+
 def _short(value: object) -> str:
     text = str(value)
     return text[:12] if len(text) == 64 else text

@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from compress import checkpoint
 from compress.errors import SettingsError
-from compress.latency_plan import amount, find_table, limit_of
+from compress.latency_plan import find_table, limit_of, place
+from compress.latency_table import amount
 from compress.prune import Planned, choose_widths, score
 from compress.surgery import apply_plan
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from benchmark.observe import Wanted
+    from benchmark.sites import Site
     from compress.latency_table import LatencyTable
     from compress.settings import Prune
 
@@ -43,26 +46,30 @@ def plan_measured(
         SettingsError: there is no latency table that fits.
         BudgetError: no widths under the budget meet the target, or none does after the table was corrected.
     """
+    from benchmark import observe
+
     table, path = find_table(settings, imgsz, checkpoint.structure_hash(model), source)
-    check_machine(table, path)
-    scored = score(model, settings, imgsz, seed, data)
+    device, runtime, threads = place(settings)
+    wanted = observe.Wanted(runtime, imgsz, settings.budget, device.name, threads, settings.host, seed=seed)
     target, correction, tried = limit_of(settings, table), 1.0, []
-    for number in range(1, MAX_ROUNDS + 1):
-        planned = choose_widths(scored, settings, imgsz, source, correction)
-        assert planned.prediction is not None
-        predicted = planned.prediction.predicted
-        measured, interval = measure(model, apply_plan(model, planned.plan), table, settings, imgsz, seed)
-        off = measured / predicted - 1
-        tried.append(
-            (planned, {"correction": correction, "predicted": predicted, "measured": measured, "interval": interval})
-        )
-        print(
-            f"prune: round {number}: predicted {amount(predicted, table.unit)}, "
-            f"measured {amount(measured, table.unit)} ({off:+.1%}), target {amount(target, table.unit)}"
-        )
-        if abs(off) <= TOLERANCE:
-            break
-        correction *= measured / predicted
+    with observe.reach(wanted) as site:
+        check_machine(table, path, observe.machine(site))
+        scored = score(model, settings, imgsz, seed, data)
+        for number in range(1, MAX_ROUNDS + 1):
+            planned = choose_widths(scored, settings, imgsz, source, correction)
+            assert planned.prediction is not None
+            predicted = planned.prediction.predicted
+            measured, interval = measure(site, model, apply_plan(model, planned.plan), table, wanted)
+            off = measured / predicted - 1
+            record = {"correction": correction, "predicted": predicted, "measured": measured, "interval": interval}
+            tried.append((planned, record))
+            print(
+                f"prune: round {number}: predicted {amount(predicted, table.unit)}, "
+                f"measured {amount(measured, table.unit)} ({off:+.1%}), target {amount(target, table.unit)}"
+            )
+            if abs(off) <= TOLERANCE:
+                break
+            correction *= measured / predicted
     best, record = min(tried, key=lambda item: _distance(item[1]["measured"], target))
     if record["measured"] > target * (1 + TOLERANCE):
         print(
@@ -72,38 +79,32 @@ def plan_measured(
     return best, [{**rest, "used": rest is record} for _, rest in tried]
 
 
-def check_machine(table: LatencyTable, path: Path) -> None:
-    """Check that a table of this machine was made on this machine.
+def check_machine(table: LatencyTable, path: Path, machine: str | None) -> None:
+    """Check that a table was made on the machine that is here now.
 
     Raises:
         SettingsError: it was not.
     """
-    from benchmark import system
-
-    here = system.device()["cpu"]
-    if table.device == "cpu" and table.machine != here:
-        raise SettingsError(f"{path} was measured on {table.machine}, this machine is {here}: profile the model here")
+    if table.machine != machine:
+        raise SettingsError(f"{path} was measured on {table.machine}, this is {machine}: profile the model here")
 
 
 def measure(
-    dense: nn.Module, pruned: nn.Module, table: LatencyTable, settings: Prune, imgsz: int, seed: int
+    site: Site, dense: nn.Module, pruned: nn.Module, table: LatencyTable, wanted: Wanted
 ) -> tuple[float, list[float]]:
     """Return the latency of a pruned model and its 95 % interval, in the table's unit.
 
     It is the dense latency of the table over the speed-up measured now, so that a machine that is faster or slower
     today than on the day of the table changes nothing.
     """
-    from benchmark import profile, variants
+    from benchmark import observe, variants
 
-    wanted = profile.Wanted(
-        settings.runtime, imgsz, settings.budget, device=settings.device, threads=settings.threads, seed=seed
-    )
     with tempfile.TemporaryDirectory(prefix="espalier-") as folder:
         files = [
-            variants.export(network, name, settings.runtime, imgsz, Path(folder))
+            variants.export(network, name, wanted, Path(folder))
             for name, network in (("dense", dense), ("pruned", pruned))
         ]
-        point = profile.observe(files[0], files[1], wanted)
+        point = observe.observe(site, files[0], files[1], wanted)
     found = point["record"]["version"]
     if found != table.runtime_version:
         raise SettingsError(

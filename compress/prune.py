@@ -109,7 +109,8 @@ def choose_widths(
     model, graph, structure = scored.model, scored.graph, checkpoint.structure_hash(scored.model)
     prediction = None
     if settings.by_latency:
-        from compress.latency_plan import amount, choose_by_latency, find_table
+        from compress.latency_plan import choose_by_latency, find_table
+        from compress.latency_table import amount
 
         table, path = find_table(settings, imgsz, structure, source)
         choice, prediction = choose_by_latency(graph, scored.scores, settings, table, path, correction)
@@ -186,7 +187,7 @@ def prune(model: Path, data: Path, settings: Prune, imgsz: int, seed: int, outpu
 
 def print_prediction(prediction: Prediction) -> None:
     """Print what a latency table says about a plan."""
-    from compress.latency_plan import amount
+    from compress.latency_table import amount
 
     unit = prediction.unit
     print(
@@ -226,6 +227,15 @@ def print_plan(planned: Planned, budget: Budget) -> None:
         print_prediction(planned.prediction)
 
 
+def _own_budget(device: str, runtime: str | None, by_latency: object) -> Budget:
+    """Return the budget where none is given: with a latency that of the device."""
+    if not by_latency:
+        return Budget()
+    from compress.devices import device_budget
+
+    return device_budget(f"{device}:{runtime or ''}")
+
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -242,8 +252,9 @@ def main(
     ] = None,
     speedup: Annotated[str | None, typer.Option(help="dense latency over the pruned one, such as 2x")] = None,
     device: Annotated[str, typer.Option(help="with --latency, --speedup: where the model will run")] = "cpu",
-    runtime: Annotated[str, typer.Option(help="with --latency, --speedup: onnxruntime or ncnn")] = "onnxruntime",
-    threads: Annotated[int, typer.Option(min=1, help="with --latency, --speedup: of the runtime")] = 1,
+    host: Annotated[str | None, typer.Option(help="with --device: [user@]host[:port], or a serial of adb")] = None,
+    runtime: Annotated[str | None, typer.Option(help="with --device: onnxruntime or ncnn; its first one")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="with --device: of the runtime; its own")] = None,
     table: Annotated[Path | None, typer.Option(help="latency table, if not where benchmark.profile puts it")] = None,
     front: Annotated[int | None, typer.Option(min=2, help="print so many best trade-offs of latency, and stop")] = None,
     budget: Annotated[Path | None, typer.Option(help="a file of configs/budgets/")] = None,
@@ -261,14 +272,15 @@ def main(
     """
     from compress.settings import parse
 
-    rules = load_budget(budget) if budget else Budget()
+    rules = load_budget(budget) if budget else _own_budget(device, runtime, latency or speedup or front)
     changes = {"multiple_of": multiple_of, "max_removed": max_removed, "power_of_two": power_of_two or None}
     rules = rules.model_dump(mode="json") | {key: value for key, value in changes.items() if value is not None}
     amount = {"percent": percent, "macs": macs, "params": params, "latency": latency, "speedup": speedup}
     if front is not None:
         amount["speedup"] = 2.0  # only its table is read
     content = {key: value for key, value in amount.items() if value is not None}
-    content |= {"device": device, "runtime": runtime, "threads": threads, "table": str(table) if table else None}
+    content |= {"device": device, "host": host, "runtime": runtime, "threads": threads}
+    content |= {"table": str(table) if table else None}
     settings = parse(Prune, {**content, "importance": importance, "budget": rules}, "prune")
     if front is not None:
         from compress.dataset import resolve

@@ -82,10 +82,13 @@ def check(settings: Run, data: Path) -> None:
 
 def tabulate(model: Any, settings: Run) -> None:
     """Make the latency table of a model's structure, where it is not there yet. Latency does not depend on weights."""
-    from benchmark.profile import Wanted, profile
+    from benchmark.observe import Wanted
+    from benchmark.profile import profile
+    from compress.latency_plan import place
 
     cut = settings.prune
-    wanted = Wanted(cut.runtime, settings.imgsz, cut.budget, cut.device, cut.threads)
+    device, runtime, threads = place(cut)
+    wanted = Wanted(runtime, settings.imgsz, cut.budget, device.name, threads, cut.host)
     profile(model, wanted, Path(cut.table) if cut.table else None)
 
 

@@ -118,8 +118,9 @@ class Prune(Strict):
         default=None, description="dense latency over that of the pruned model, such as 2x"
     )
     device: str = Field(default="cpu", description="of latency and speedup: where the model will run")
-    runtime: Runtime = Field(default="onnxruntime", description="of latency and speedup")
-    threads: int = Field(default=1, ge=1, description="of latency and speedup")
+    host: str | None = Field(default=None, description="of latency and speedup: how the device is reached")
+    runtime: Runtime | None = Field(default=None, description="of latency and speedup; the device's first one")
+    threads: int | None = Field(default=None, ge=1, description="of latency and speedup; the device's own")
     table: str | None = Field(
         default=None, description="latency table; not given: the one that benchmark.profile wrote"
     )
@@ -258,11 +259,12 @@ class Run(Strict):
 
     @model_validator(mode="after")
     def _measures_its_target(self) -> Run:
-        wanted = (self.prune.runtime, self.prune.threads)
-        if self.prune.by_latency and (wanted[0] not in self.benchmark.runtimes or wanted[1] != self.benchmark.threads):
+        runtime, threads = self.prune.runtime or "onnxruntime", self.prune.threads or 1  # as configs/devices/cpu.yaml
+        known = runtime in self.benchmark.runtimes and threads == self.benchmark.threads
+        if self.prune.by_latency and self.prune.device == "cpu" and not known:
             raise ValueError(
-                f"prune asks for a latency in {wanted[0]} with threads={wanted[1]}, which benchmark does not measure: "
-                f"set benchmark.runtimes and benchmark.threads to it"
+                f"prune asks for a latency in {runtime} with threads={threads}, which benchmark does not measure: "
+                "set benchmark.runtimes and benchmark.threads to it"
             )
         return self
 

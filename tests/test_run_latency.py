@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from benchmark import profile
+from benchmark.observe import Wanted
 from compress import run
 from compress.errors import BudgetError, SettingsError
 from compress.graph import build_graph
@@ -58,7 +59,7 @@ def profiled(monkeypatch) -> list[Any]:
     """Instead of measuring: a table in which every product of channels costs the same. Its models are listed."""
     made: list[Any] = []
 
-    def stand_in(model: Any, wanted: profile.Wanted, output: Path | None) -> None:
+    def stand_in(model: Any, wanted: Wanted, output: Path | None) -> None:
         from compress.checkpoint import structure_hash
         from compress.latency_table import default_path
 

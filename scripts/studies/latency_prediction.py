@@ -23,7 +23,8 @@ import torch
 from torch import nn
 
 from benchmark import latency, variants
-from benchmark.profile import Wanted, profile
+from benchmark.observe import Wanted
+from benchmark.profile import profile
 from compress import manifest
 from compress.budget import Target, choose, log_share_lost, ties
 from compress.checkpoint import load_model
@@ -54,6 +55,11 @@ class Case:
     table: LatencyTable
     table_path: Path
     latency: Latency
+
+    @property
+    def wanted(self) -> Wanted:
+        """What is measured."""
+        return Wanted(self.runtime, self.imgsz, self.budget)
 
     @property
     def graph(self) -> Graph:
@@ -96,10 +102,10 @@ def measure(case: Case, networks: list[np.ndarray], folder: Path) -> list[dict[s
 def _measure_together(case: Case, networks: list[np.ndarray]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        models = {"dense": variants.export(case.model, "dense", case.runtime, case.imgsz, folder)}
+        models = {"dense": variants.export(case.model, "dense", case.wanted, folder)}
         for number, widths in enumerate(networks):
             network = variants.cut(case.model, case.graph, widths)
-            models[f"plan{number}"] = variants.export(network, f"plan{number}", case.runtime, case.imgsz, folder)
+            models[f"plan{number}"] = variants.export(network, f"plan{number}", case.wanted, folder)
         files = {name: {case.runtime: path} for name, path in models.items()}
         record = latency.measure(files, imgsz=case.imgsz, threads=1, mode=case.mode)
     for cell in record["cells"]:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmark import layer_times, profile, variants
-from benchmark.profile import Wanted, points_path
+from benchmark import layer_times, observe, profile, sites, variants
+from benchmark.observe import Wanted
+from benchmark.profile import points_path
 from compress.checkpoint import build_model, save_model
 from compress.errors import BenchmarkError, SettingsError
 from compress.graph import build_graph
@@ -47,27 +48,27 @@ def stand_in(monkeypatch) -> list[str]:
     """Instead of exporters and runtimes: a network costs 1 ms and 1 ms per 1000 weights; whole networks only."""
     seen: list[str] = []
 
-    def export(network: Any, name: str, runtime: str, imgsz: int, folder: Path) -> Path:
+    def export(network: Any, name: str, settings: Wanted, folder: Path) -> Path:
         path = folder / f"{name}.onnx"
         path.write_text(str(1 + sum(p.numel() for p in network.parameters() if p.ndim == 4) / 1000))
         return path
 
-    def observe_once(dense: Path, made: Path, settings: Wanted) -> dict[str, Any]:
+    def observe_once(site: Any, dense: Path, made: Path, settings: Wanted, known: dict[str, Any]) -> dict[str, Any]:
         seen.append(made.stem)
-        values = {"dense_ms": [float(dense.read_text())] * 4, "whole_ms": [float(made.read_text())] * 4}
+        values = {"dense": [float(dense.read_text())] * 4, "whole": [float(made.read_text())] * 4}
         return {**values, "segments": [], "version": "1.0", "precision": "fp32"}
 
     monkeypatch.setattr(variants, "export", export)
-    monkeypatch.setattr(profile, "observe_once", observe_once)
+    monkeypatch.setattr(observe, "observe_once", observe_once)
     return seen
 
 
-@pytest.mark.parametrize("runtime", profile.RUNTIMES)
+@pytest.mark.parametrize("runtime", layer_times.RUNTIMES)
 def test_a_network_is_measured_whole_and_by_layer(runtime: str, model: Any, tmp_path: Path) -> None:
-    path = variants.export(model, "dense", runtime, IMGSZ, tmp_path)
+    path = variants.export(model, "dense", wanted(runtime=runtime), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]  # the checkpoint on the way is gone
     found = layer_times.measure(runtime, str(path), str(path), 1, IMGSZ, 0, 2)
-    assert (len(found["dense_ms"]), len(found["whole_ms"]), found["precision"]) == (2, 2, "fp32")
+    assert (len(found["dense"]), len(found["whole"]), found["precision"]) == (2, 2, "fp32")
     convolutions = [value for name, value in model.state_dict().items() if value.ndim == 4 and "dfl" not in name]
     shapes = [segment["shape"] for segment in found["segments"]]
     assert shapes[0] == [8, 3, 3, 3]
@@ -77,30 +78,26 @@ def test_a_network_is_measured_whole_and_by_layer(runtime: str, model: Any, tmp_
         list(value.shape) for value in convolutions
     )
     assert found["segments"][-1]["name"] == "tail"
-    assert all(segment["ms"] > 0 for segment in found["segments"][:-1])
+    assert all(segment["cost"] > 0 for segment in found["segments"][:-1])
 
 
 def test_layers_are_added_up_to_the_convolution_behind_them() -> None:
-    layers = [
-        ("a", [8, 3, 3, 3], [1.0, 2.0]),
-        ("", None, [0.5, 0.5]),
-        ("b", [4, 8, 1, 1], [3.0, 3.0]),
-        ("", None, [0.25, 0.5]),
-    ]
+    layers = [("a", [8, 3, 3, 3], 1.0), ("", None, 0.5), ("b", [4, 8, 1, 1], 3.0), ("", None, 0.25)]
     assert layer_times._join(layers) == [  # type: ignore[arg-type]
-        ("a", [8, 3, 3, 3], [1.0, 2.0]),
-        ("b", [4, 8, 1, 1], [3.5, 3.5]),
-        ("tail", [], [0.25, 0.5]),
+        ("a", [8, 3, 3, 3], 1.0),
+        ("b", [4, 8, 1, 1], 3.5),
+        ("tail", [], 0.25),
     ]
 
 
 def test_a_process_of_its_own_measures_and_says_what_is_wrong(model: Any, tmp_path: Path) -> None:
-    path = variants.export(model, "dense", "onnxruntime", IMGSZ, tmp_path)
-    record = profile.observe_once(path, path, wanted())
-    assert len(record["whole_ms"]) == profile.ROUNDS
+    path = variants.export(model, "dense", wanted(), tmp_path)
+    site = sites.here()
+    record = observe.observe_once(site, path, path, wanted(), {})
+    assert len(record["whole"]) == observe.ROUNDS
     (tmp_path / "broken.onnx").write_text("no graph")
     with pytest.raises(BenchmarkError, match=r"broken\.onnx on onnxruntime: ValueError: .* cannot be opened"):
-        profile.observe_once(path, tmp_path / "broken.onnx", wanted())
+        observe.observe_once(site, path, tmp_path / "broken.onnx", wanted(), {})
 
 
 def test_a_table_predicts_what_was_measured(model: Any, stand_in: list[str], tmp_path: Path) -> None:
@@ -119,19 +116,19 @@ def test_a_table_predicts_what_was_measured(model: Any, stand_in: list[str], tmp
 
 def test_an_interrupted_run_goes_on(model: Any, stand_in: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
     path = tmp_path / "table.json"
-    honest = profile.observe_once
+    honest = observe.observe_once
 
-    def killed(dense: Path, made: Path, settings: Wanted) -> dict[str, Any]:
+    def killed(site: Any, dense: Path, made: Path, *rest: Any) -> dict[str, Any]:
         if made.stem == "variant5":
             raise KeyboardInterrupt
-        return honest(dense, made, settings)
+        return honest(site, dense, made, *rest)
 
-    monkeypatch.setattr(profile, "observe_once", killed)
+    monkeypatch.setattr(observe, "observe_once", killed)
     with pytest.raises(KeyboardInterrupt):
         profile.profile(model, wanted(), path)
     with points_path(path).open("a") as stream:
         stream.write('{"index": 5, "wid')  # what kill -9 leaves
-    monkeypatch.setattr(profile, "observe_once", honest)
+    monkeypatch.setattr(observe, "observe_once", honest)
     table, _ = profile.profile(model, wanted(), path)
     assert "goes on after 5 of 14 networks" in capsys.readouterr().out
     assert stand_in == [f"variant{index}" for index in range(14)]
@@ -159,29 +156,29 @@ def test_a_table_of_something_else_is_not_overwritten(model: Any, stand_in: list
 
 def test_noise_is_measured_again_and_then_refused(model: Any, stand_in: list[str], tmp_path: Path, monkeypatch) -> None:
     generator = np.random.default_rng(0)
-    honest = profile.observe_once
+    honest = observe.observe_once
 
-    def noisy(dense: Path, made: Path, settings: Wanted) -> dict[str, Any]:
-        record = honest(dense, made, settings)
-        return {**record, "whole_ms": [value * generator.uniform(0.5, 2) for value in record["whole_ms"]]}
+    def noisy(site: Any, dense: Path, made: Path, *rest: Any) -> dict[str, Any]:
+        record = honest(site, dense, made, *rest)
+        return {**record, "whole": [value * generator.uniform(0.5, 2) for value in record["whole"]]}
 
-    monkeypatch.setattr(profile, "observe_once", noisy)
+    monkeypatch.setattr(observe, "observe_once", noisy)
     with pytest.raises(BenchmarkError, match="14 of 14 networks are noisy"):
         profile.profile(model, wanted(), tmp_path / "table.json")
-    assert stand_in.count("variant3") == profile.ATTEMPTS
+    assert stand_in.count("variant3") == observe.ATTEMPTS
     points = [json.loads(line) for line in points_path(tmp_path / "table.json").read_text().splitlines()[1:]]
     assert {point["noisy"] for point in points} == {True}
 
 
 def test_a_quiet_second_attempt_is_taken(model: Any, stand_in: list[str], tmp_path: Path, monkeypatch) -> None:
-    honest, calls = profile.observe_once, []
+    honest, calls = observe.observe_once, []
 
-    def once_noisy(dense: Path, made: Path, settings: Wanted) -> dict[str, Any]:
+    def once_noisy(site: Any, dense: Path, made: Path, *rest: Any) -> dict[str, Any]:
         calls.append(made.stem)
-        record = honest(dense, made, settings)
-        return record if calls.count(made.stem) > 1 else {**record, "whole_ms": [1.0, 5.0, 2.0, 9.0]}
+        record = honest(site, dense, made, *rest)
+        return record if calls.count(made.stem) > 1 else {**record, "whole": [1.0, 5.0, 2.0, 9.0]}
 
-    monkeypatch.setattr(profile, "observe_once", once_noisy)
+    monkeypatch.setattr(observe, "observe_once", once_noisy)
     table, path = profile.profile(model, wanted(), tmp_path / "table.json")
     points = [json.loads(line) for line in points_path(path).read_text().splitlines()[1:]]
     assert {point["attempts"] for point in points} == {2}
@@ -190,7 +187,11 @@ def test_a_quiet_second_attempt_is_taken(model: Any, stand_in: list[str], tmp_pa
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"device": "toaster"}, "device 'toaster' cannot be profiled"), ({"runtime": "torch"}, "runtime 'torch' cannot")],
+    [
+        ({"device": "toaster"}, "unknown device 'toaster'"),
+        ({"runtime": "torch"}, "runtime 'torch' on cpu cannot be profiled: choose onnxruntime or ncnn"),
+        ({"device": "cuda", "runtime": "tensorrt"}, "no runtime of this device can be"),
+    ],
 )
 def test_what_cannot_be_profiled_is_refused(changes: dict, message: str, model: Any, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=message):

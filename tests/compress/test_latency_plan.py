@@ -84,7 +84,11 @@ def test_a_missing_table_is_answered_with_the_command_that_makes_it(table: Laten
     ("content", "imgsz", "message"),
     [
         ({"runtime": "ncnn"}, IMGSZ, "is of runtime onnxruntime, not ncnn"),
-        ({"device": "rpi5"}, IMGSZ, "is of device cpu, not rpi5"),
+        (
+            {"device": "rpi5"},
+            IMGSZ,
+            "is of device cpu, not rpi5, of runtime onnxruntime, not ncnn, of threads 1, not 4",
+        ),
         ({"threads": 4}, IMGSZ, "is of threads 1, not 4"),
         ({}, 128, "is of imgsz 64, not 128"),
     ],

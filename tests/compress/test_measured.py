@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmark import profile, system, variants
+from benchmark import observe, system, variants
 from compress import manifest, prune
 from compress.checkpoint import load_model, plans_of
 from compress.errors import SettingsError
@@ -43,11 +43,11 @@ def measure_as(
     cut: list[Any] = []
     seen: list[float] = []
 
-    def export(model: Any, name: str, runtime: str, imgsz: int, folder: Path) -> Path:
+    def export(model: Any, name: str, settings: observe.Wanted, folder: Path) -> Path:
         cut.append(model)
         return folder / name
 
-    def observe(reference: Path, model: Path, settings: profile.Wanted) -> dict[str, Any]:
+    def seen_as(site: Any, reference: Path, model: Path, settings: observe.Wanted) -> dict[str, Any]:
         plan = parse_plan(plans_of(cut[-1])[-1], "model")
         kept = dict(zip([g.name for g in plan.groups], [int(m.sum()) for m in plan.masks()], strict=True))
         widths = [kept.get(group.name, group.width) for group in graph.groups]
@@ -56,7 +56,7 @@ def measure_as(
         return {"speedup": ratio, "interval": [ratio * 0.99, ratio * 1.01], "record": {"version": version}}
 
     monkeypatch.setattr(variants, "export", export)
-    monkeypatch.setattr(profile, "observe", observe)
+    monkeypatch.setattr(observe, "observe", seen_as)
     return seen
 
 
@@ -103,7 +103,7 @@ def test_after_three_rounds_the_nearest_is_taken_and_said(table, wanted, dense: 
 
 def test_a_table_of_another_machine_is_refused(table, wanted, dense: Path, tmp_path: Path) -> None:
     save_table(table.model_copy(update={"machine": "a toaster"}), tmp_path / "table.json")
-    with pytest.raises(SettingsError, match="was measured on a toaster, this machine is"):
+    with pytest.raises(SettingsError, match="was measured on a toaster, this is"):
         run(dense, wanted)
 
 

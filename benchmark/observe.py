@@ -1,0 +1,194 @@
+"""One network beside the dense one on a device: both whole, and on this machine segment by segment too.
+
+Networks take turns with the dense model in short bursts, so that what the device does meanwhile meets both alike, and
+only their ratio counts. A device that counts instructions needs no turns, because its counts repeat.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmark import sites, statistics
+from benchmark.layer_times import BURST, LEAD_IN, RUNTIMES
+from benchmark.sites import Site
+from compress.devices import Device, load_device
+from compress.errors import BenchmarkError, SettingsError
+from compress.settings import Budget
+
+ROUNDS = 12
+COUNTED = 2  # queries where instructions are counted: they repeat to 0.1 %
+ATTEMPTS = 3
+TIMEOUT_S = 300
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is measured, on what.
+
+    Attributes:
+        device: name of a file of configs/devices.
+        host, python, bootstrap: how it is reached, see `sites.open_site`.
+        variants: number of networks, the dense one included.
+        max_interval: a network whose 95 % interval is wider than this share of its latency is measured again, at most
+            three times in all, and then refused.
+    """
+
+    runtime: str
+    imgsz: int
+    budget: Budget
+    device: str = "cpu"
+    threads: int = 1
+    host: str | None = None
+    python: str | None = None
+    bootstrap: bool = False
+    variants: int = 64
+    max_interval: float = 0.05
+    seed: int = 0
+
+    @property
+    def site(self) -> Device:
+        """What the device's file says."""
+        return load_device(self.device)
+
+    @property
+    def unit(self) -> str:
+        """In what is measured."""
+        return "instructions" if self.site.counter else "ms"
+
+    @property
+    def half(self) -> bool:
+        """Whether networks are exported in fp16."""
+        return self.site.precision == "fp16" and self.runtime == "ncnn"
+
+
+def check(wanted: Wanted) -> None:
+    """Check that there is such a device and that its runtime can be profiled.
+
+    Raises:
+        SettingsError: there is not, or it cannot.
+    """
+    possible = [runtime for runtime in wanted.site.runtimes if runtime in RUNTIMES]
+    if wanted.runtime not in possible:
+        known = f"choose {' or '.join(possible)}" if possible else "no runtime of this device can be"
+        raise SettingsError(f"runtime '{wanted.runtime}' on {wanted.device} cannot be profiled: {known}")
+
+
+def reach(wanted: Wanted) -> AbstractContextManager[Site]:
+    """Open the device, see `sites.open_site`."""
+    return sites.open_site(wanted.site, wanted.host, wanted.python, [wanted.runtime], put_packages=wanted.bootstrap)
+
+
+def machine(site: Site) -> str | None:
+    """Return what the device says about its CPU."""
+    return sites.snapshot(site)["device"]["cpu"]
+
+
+def observe(
+    site: Site, dense: Path, model: Path, wanted: Wanted, known: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Measure a network until its interval is narrow enough.
+
+    Args:
+        known: where instructions are counted, those of the dense model are kept in it.
+
+    Returns:
+        `speedup` over the dense model, its 95 % `interval`, `interval_width` as a share, `attempts`, `noisy`, and
+        `record`: per round `dense` and `whole`, in the unit of `wanted`; `segments` (name, shape, cost), where the
+        runtime tells; `version` and `precision`.
+
+    Raises:
+        BenchmarkError: the network cannot be measured.
+        DeviceError: the device is gone.
+    """
+    best: dict[str, Any] = {}
+    for attempt in range(1, ATTEMPTS + 1):
+        record = observe_once(site, dense, model, wanted, known if known is not None else {})
+        rounds = [[[value] for value in record[name]] for name in ("dense", "whole")]
+        ratio, interval = statistics.speedup(rounds[0], rounds[1], wanted.seed)
+        width = (interval[1] - interval[0]) / ratio
+        if not best or width < best["interval_width"]:
+            best = {"speedup": ratio, "interval": interval, "interval_width": width, "record": record}
+        best["attempts"] = attempt
+        if width <= wanted.max_interval:
+            break
+    return {**best, "noisy": best["interval_width"] > wanted.max_interval}
+
+
+def observe_once(site: Site, dense: Path, model: Path, wanted: Wanted, known: dict[str, Any]) -> dict[str, Any]:
+    """Measure a network once, see `observe`."""
+    return _here(dense, model, wanted) if site.is_here else _there(site, dense, model, wanted, known)
+
+
+def _there(site: Site, dense: Path, model: Path, wanted: Wanted, known: dict[str, Any]) -> dict[str, Any]:
+    options = {"threads": wanted.threads, "imgsz": wanted.imgsz, "seed": wanted.seed}
+    counted = site.device.counter is not None
+
+    def sample(worker: sites.Worker) -> float:
+        answer, _ = worker.ask({"queries": 1 if counted else LEAD_IN + BURST})
+        found = answer["instructions"] if counted else answer["samples_ms"][LEAD_IN:]
+        return float(sorted(found)[len(found) // 2])
+
+    with sites.worker(site, wanted.runtime, model, **options) as mine:
+        facts = mine.receive()[0]["facts"]
+        if counted:
+            whole = [sample(mine) for _ in range(COUNTED)]
+            if "dense" not in known:
+                with sites.worker(site, wanted.runtime, dense, **options) as other:
+                    other.receive()
+                    known["dense"] = [sample(other) for _ in range(COUNTED)]
+            reference = list(known["dense"])
+        else:
+            with sites.worker(site, wanted.runtime, dense, **options) as other:
+                other.receive()
+                turns = [(sample(other), sample(mine)) for _ in range(ROUNDS + 1)][1:]  # the first is the warm-up
+                reference, whole = [list(column) for column in zip(*turns, strict=True)]
+    facts = {key: facts[key] for key in ("version", "precision")}
+    return {"dense": reference, "whole": whole, "segments": [], **facts}
+
+
+def _here(dense: Path, model: Path, wanted: Wanted) -> dict[str, Any]:
+    """Measure in a fresh process, see `layer_times.measure`."""
+    numbers = (wanted.threads, wanted.imgsz, wanted.seed, ROUNDS)
+    command = [
+        sys.executable,
+        "-m",
+        "benchmark.layer_times",
+        wanted.runtime,
+        str(dense.resolve()),
+        str(model.resolve()),
+    ]
+    root = str(Path(__file__).parents[1])
+    paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, **dict.fromkeys(_THREAD_VARIABLES, str(wanted.threads)), "PYTHONPATH": paths}
+    try:
+        done = subprocess.run(  # noqa: S603  (our own module in our own interpreter)
+            [*command, *map(str, numbers)],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise BenchmarkError(f"{model.name} was not measured in {TIMEOUT_S} s: use a smaller --imgsz") from None
+    try:
+        record = json.loads(done.stdout.strip().rpartition("\n")[2])
+    except json.JSONDecodeError:
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        reason = f"; its last line was: {said[-1]}" if said else ""
+        raise BenchmarkError(
+            f"{model.name} on {wanted.runtime} ended with exit code {done.returncode}{reason}"
+        ) from None
+    if "error" in record:
+        raise BenchmarkError(f"{model.name} on {wanted.runtime}: {record['error']}")
+    return record
