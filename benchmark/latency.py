@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmark import prepare, runtimes, sites, statistics, store
+from benchmark import clocks, prepare, runtimes, sites, statistics, store
 from benchmark.latency_record import INSTRUCTIONS, Cell, cell_record, compare, noise, others_cores, print_table
 from benchmark.sites import Site
 from compress import manifest
@@ -94,7 +94,7 @@ def measure(
     counted = site.device.counter is not None
     with ExitStack() as stack:
         if lock_clocks:
-            stack.enter_context(sites.locked_clocks(site))
+            stack.enter_context(clocks.locked(site.device, site.place))
         before, started, own = sites.snapshot(site), time.monotonic(), time.process_time()
         show = stack.enter_context(_progress())
         cells = []
@@ -118,6 +118,8 @@ def measure(
         "device": {
             "name": site.device.name,
             **before["device"],
+            # What an emulated machine shows of its processor is the one that emulates it.
+            **({"cpu": f"emulated {before['device']['architecture']}"} if counted else {}),
             "start": before["state"],
             "end": after["state"],
             "start_log": before["log"],

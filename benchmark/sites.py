@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmark import bootstrap, runtimes, system, transfer, transports
+from benchmark import bootstrap, clocks, runtimes, system, transfer, transports
 from benchmark.cell import SILENCE_S, Worker, connect
 from benchmark.transports import Adb, Local, Ssh, Transport
 from benchmark.worker import COUNTER, WATCHDOG
@@ -23,8 +23,6 @@ from compress.errors import DeviceError, SettingsError
 
 WATCHDOG_S = 60.0
 COUNTING = 15  # an emulator that counts takes longer by about so much
-LOG_CHARACTERS = 2000
-_COMMAND_S = 30.0
 _PACKAGE = ("frames.py", "probe.py", "system.py", "worker.py")
 _OLDEST = (3, 8)
 _THREAD_VARIABLES = (
@@ -181,52 +179,8 @@ def snapshot(site: Site) -> dict[str, Any]:
         facts = {"device": system.device(), "state": system.state(), "busy_s": system.busy_s()}
     else:
         facts = _probe(site.place, site.folder, [])
-    return {key: facts[key] for key in ("device", "state", "busy_s")} | {"log": _log(site)}
-
-
-@contextmanager
-def locked_clocks(site: Site) -> Iterator[None]:
-    """Fix the device's clocks as its file says, and undo it afterwards.
-
-    Raises:
-        DeviceError: the device has no commands for it, or one fails.
-    """
-    if not site.device.lock:
-        raise DeviceError(f"{site.device.name} has no commands that lock clocks: leave out --lock-clocks")
-    locked = False
-    try:
-        for command in site.device.lock:
-            transports.run(site.place, list(command), purpose=f"run {' '.join(command)}", timeout_s=_COMMAND_S)
-            locked = True
-        yield
-    finally:
-        if locked:
-            _unlock(site)
-
-
-def _unlock(site: Site) -> None:
-    try:
-        for command in site.device.unlock:
-            transports.run(
-                site.place, list(command), purpose=f"run {' '.join(command)}", timeout_s=transports.CLEAN_UP_S
-            )
-    except DeviceError as error:  # what came before matters more
-        print(f"the clocks of {site.device.name} may still be fixed: {error}", file=sys.stderr)
-
-
-def _log(site: Site) -> dict[str, str]:
-    """Return what the commands that read clocks, governor and temperature say; a command that fails says so itself."""
-    found = {}
-    for command in site.device.read:
-        try:
-            done = transports.run(site.place, list(command), timeout_s=_COMMAND_S)
-        except DeviceError as error:
-            if site.place != Local() and not transports.is_alive(site.place):
-                raise
-            found[" ".join(command)] = str(error)
-            continue
-        found[" ".join(command)] = (done.stdout + done.stderr).strip()[:LOG_CHARACTERS]
-    return found
+    said = clocks.log(site.device, site.place)
+    return {"device": facts["device"], "state": facts["state"], "busy_s": facts["busy_s"], "log": said}
 
 
 def _push_package(place: Transport, folder: str, wanted: Sequence[str]) -> None:

@@ -28,7 +28,7 @@ class GroupPenalty:
         parameters = dict(model.named_parameters())
         offsets = np.cumsum([0, *graph.widths.tolist()])
         prunable = np.array([not group.frozen for group in graph.groups] + [False])  # the last entry is FIXED's
-        device = next(model.parameters()).device
+        self.device = device = next(model.parameters()).device
         names = batch_norm_scales(graph, model)
         self.units = int(offsets[-1])
         self.gammas: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]] = []
@@ -39,17 +39,37 @@ class GroupPenalty:
                 self.gammas.append((parameters[axis.tensor], torch.from_numpy(unit).to(device), weight))
 
     @torch.no_grad()
-    def add_gradient(self, strength: float) -> None:
-        """Add `strength`·γ/‖γ of its unit‖ to the gradient of every prunable γ; nothing where γ is zero."""
+    def add_gradient(self, strength: float, units: torch.Tensor | None = None) -> None:
+        """Add `strength`·γ/‖γ of its unit‖ to the gradient of every prunable γ; nothing where γ is zero.
+
+        Args:
+            strength: λ.
+            units: boolean, shape (units,): the ones that are pulled; all of them when not given.
+        """
         if not self.gammas or strength == 0.0:
             return
-        square = torch.zeros(self.units, device=self.gammas[0][0].device)
-        for gamma, unit, weight in self.gammas:
-            square.index_add_(0, unit, gamma.float().square() * weight)
-        norm = square.sqrt().clamp_(min=1e-12)
+        norm = self._norms().clamp_(min=1e-12)
         for gamma, unit, weight in self.gammas:
             if gamma.grad is not None:
-                gamma.grad.add_((strength * weight * gamma / norm[unit]).to(gamma.grad.dtype))
+                pulled = weight if units is None else weight * units[unit]
+                gamma.grad.add_((strength * pulled * gamma / norm[unit]).to(gamma.grad.dtype))
+
+    @torch.no_grad()
+    def least(self, share: float) -> torch.Tensor:
+        """Return which units have the least γ, a share of all prunable ones: boolean, shape (units,)."""
+        count = torch.zeros(self.units, device=self.device)
+        for _, unit, weight in self.gammas:
+            count.index_add_(0, unit, weight)
+        size = self._norms() / count.clamp(min=1.0).sqrt()
+        known = count > 0
+        return known & (size <= size[known].quantile(share, interpolation="lower")) if known.any() else known
+
+    def _norms(self) -> torch.Tensor:
+        """Return ‖γ‖₂ of every unit, shape (units,)."""
+        square = torch.zeros(self.units, device=self.device)
+        for gamma, unit, weight in self.gammas:
+            square.index_add_(0, unit, gamma.detach().float().square() * weight)
+        return square.sqrt()
 
     def values(self) -> np.ndarray:
         """Return |γ| of the prunable channels."""

@@ -1,8 +1,10 @@
 """λ that steers itself: the penalty is set each epoch so that the wanted share of γ is near zero in time.
 
-Under a constant pull λ every unimportant γ falls by λ · Σ lr / (1 - momentum), whatever the loss says of the others. So
-the γ at the wanted quantile is watched: what it has still to fall, over what the remaining learning rates can pull, is
-the λ of the next epoch, corrected by how well the last epochs' pull was followed.
+Only the least γ are pulled, as many as shall go, ranked anew each epoch; those that stay are left alone, as in Zhuang
+et al., "Neuron-level Structured Pruning using Polarization Regularizer", NeurIPS 2020. Under a constant pull λ a γ that
+the loss does not care for falls by λ · Σ lr / (1 - momentum). So the largest of the pulled γ is watched: what it has
+still to fall, over what the remaining learning rates can pull, is the λ of the next epoch, corrected by how well the
+last epochs' pull was followed.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from compress.manifest import read_json, write_json
 
 STEERING = "steering.json"  # the course so far, in the stage's folder
 END = 0.8  # share of the training at which the wanted share shall be there; afterwards the rest recovers
-MOST_CHANGE = 3.0  # of λ from one epoch to the next
-LEAST_RESPONSE = 0.05  # of the pull: below it γ do not shrink
+MOST_CHANGE = 2.0  # of λ from one epoch to the next
+LEAST_RESPONSE = 0.1  # of the pull: below it γ do not shrink
 TOLERATED_DROP = 0.1  # of the best mAP so far; beyond it λ is halved
 _SMOOTHING = 0.5
 
@@ -134,7 +136,7 @@ class Steering:
             self.start, self.threshold = known["start"], known["threshold"]
             self.history = [Epoch(**epoch) for epoch in known["epochs"]]
         else:
-            self.start, self.threshold = float(np.quantile(gammas, share)), near_zero * float(gammas.mean())
+            self.start, self.threshold = _quantile(gammas, share), near_zero * float(gammas.mean())
 
     def strength(self, epoch: int, epochs: int, pull: Callable[[int], float]) -> float:
         """Return λ of an epoch; what a killed training left of it and of later ones is forgotten.
@@ -153,7 +155,7 @@ class Steering:
 
     def record(self, strength: float, pull: float, gammas: np.ndarray, fitness: float, epochs: int) -> str | None:
         """Write down what an epoch left, and return what a person should know."""
-        quantile, share = float(np.quantile(gammas, self.share)), float((gammas < self.threshold).mean())
+        quantile, share = _quantile(gammas, self.share), float((gammas < self.threshold).mean())
         self.history.append(Epoch(strength, pull, quantile, share, fitness))
         course = {"start": self.start, "threshold": self.threshold, "epochs": [asdict(e) for e in self.history]}
         write_json(self.path, course)
@@ -163,3 +165,8 @@ class Steering:
     def end(epochs: int) -> int:
         """Return how many epochs there are until `END`."""
         return max(1, round(END * epochs))
+
+
+def _quantile(values: np.ndarray, share: float) -> float:
+    """Return the largest of the least values, a share of all; not a mean with the next one, which is not pulled."""
+    return float(np.quantile(values, share, method="lower"))

@@ -133,12 +133,13 @@ class Sparse(Planned):
         self.penalty = GroupPenalty(graph, model)
         optimizer: Any = self.optimizer
         optimizer.register_step_pre_hook(lambda *_: self.pull())
-        self.pulled = 0.0
+        self.pulled, self.pulled_units = 0.0, None
         if self.sr == AUTO:
+            self.share = float(settings["share"])
             self.add_callback("on_train_epoch_start", Sparse.steer)
             if RANK in (-1, 0):
                 folder, gammas = Path(self.save_dir).parent, self.penalty.values()
-                self.steering = Steering(folder, settings["share"], NEAR_ZERO, gammas)
+                self.steering = Steering(folder, self.share, NEAR_ZERO, gammas)
                 self.add_callback("on_fit_epoch_end", Sparse.record_course)
         if settings.get("fade"):
             self.fade: Fade | None = None
@@ -154,7 +155,7 @@ class Sparse(Planned):
         """Add the penalty to the gradients of this step, and count how far λ = 1 would move a γ in it."""
         group: Any = self._gamma_options()
         self.pulled += group["lr"] / (1.0 - group.get("momentum", 0.0))
-        self.penalty.add_gradient(self.current_sr())
+        self.penalty.add_gradient(self.current_sr(), self.pulled_units)
 
     def steer(self) -> None:
         """Set λ of this epoch; the first process decides for all."""
@@ -168,6 +169,8 @@ class Sparse(Planned):
         if RANK != -1 and self.world_size > 1:
             torch.distributed.broadcast_object_list(chosen, src=0)
         self.steered, self.pulled = chosen[0], 0.0
+        # What stays shall not shrink: it would only cost mAP, and make running statistics lag behind.
+        self.pulled_units = self.penalty.least(self.share)
 
     def record_course(self) -> None:
         """Write down what this epoch did to γ, and say what a person should know."""

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "torchvision", "ultralytics", "onnx", "onnxruntime", "matplotlib", "tensorrt", "tensorrt_rtx")
-PROGRAMS = ("worker.py", "layer_times.py", "probe.py", "trt_builder.py")  # started by our own code, not by a person
+PROGRAMS = ("worker.py", "probe.py", "layer_times.py", "trt_builder.py")  # started by our own code, not by a person
 RUN = f"""
 import runpy, sys
 module = sys.argv[1]

@@ -41,7 +41,7 @@ def layer_costs(
     runs = [_run(net, layers, image, mark) for _ in range(1 + repeats)][1:]
     return [
         {"name": name, "type": kind, "cost": statistics.median(costs)}
-        for (name, kind, _, _), costs in zip(layers, zip(*runs, strict=True), strict=True)
+        for (name, kind, _, _), costs in zip(layers, zip(*runs))  # noqa: B905  (Python 3.8 has no `strict`)
     ]
 
 

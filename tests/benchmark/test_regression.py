@@ -100,7 +100,7 @@ def test_convolutions_are_matched_by_their_shapes_alone(graph: Graph) -> None:
         if tensor is not None:
             mine = [known[name][:2] for known in shapes]
             (makes, b), (reads, a) = (linear_form(graph, tensor, side) for side in (False, True))
-            assert mine == [[round(makes @ p.widths + b), round(reads @ p.widths + a)] for p in seen]
+            assert mine == [[round(float(makes @ p.widths) + b), round(float(reads @ p.widths) + a)] for p in seen]
     assert len(set(tensors.values())) == len(tensors)  # none twice
 
 

@@ -113,6 +113,24 @@ def test_the_penalty_is_added_to_what_is_there() -> None:
     assert model.a.bn.weight.grad.tolist() == [7.5] * 8
 
 
+def test_the_least_units_can_be_pulled_alone() -> None:
+    """a, b and c share their channels: channel 0 has |γ| (3, 4, 0) and channel 1 (1, 1, 1); the rest 2."""
+    model = Residual()
+    for block, gamma in ((model.a, 3.0), (model.b, -4.0), (model.c, 0.0)):
+        block.bn.weight.data[:] = 2.0
+        block.bn.weight.data[:2] = torch.tensor([gamma, 1.0])
+    penalty = GroupPenalty(build_graph(model.eval(), 16), model)
+    found = penalty.least(1 / 8)
+    assert int(found.sum()) == 1
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    penalty.add_gradient(0.1, found)
+    gradient = model.a.bn.weight.grad
+    assert gradient is not None
+    assert gradient[1].item() == pytest.approx(0.1 / 3**0.5)
+    assert int(gradient.count_nonzero()) == 1
+
+
 def test_a_model_without_batch_norm_has_no_penalty() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)).eval()
     GroupPenalty(build_graph(model, 16), model).add_gradient(1.0)

@@ -1,0 +1,120 @@
+"""Which runtime a file is for on a device, and what a checkpoint is exported to for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmark import prepare, sites
+from benchmark.transports import Adb, Ssh
+from compress.devices import Device, load_device
+from compress.errors import BenchmarkError
+from compress.settings import ExportTrt
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> list[Path]:
+    paths = [tmp_path / "dense.pt", tmp_path / "pruned.pt"]
+    for path in paths:
+        path.write_bytes(b"weights")
+    return paths
+
+
+def asked(device: str, paths: list[Path], **changes: Any) -> prepare.Request:
+    given: dict[str, Any] = dict.fromkeys(("runtime", "precision", "imgsz", "threads", "data", "host"))
+    return prepare.request(load_device(device), paths, **{**given, "split": "val", **changes})
+
+
+@pytest.mark.parametrize(
+    ("device", "runtime", "expected"),
+    [
+        ("cpu", None, "torch"),
+        ("cpu", "ncnn", "ncnn"),
+        ("cuda", None, "tensorrt"),
+        ("jetson", None, "tensorrt"),
+        ("rpi5", None, "ncnn"),
+        ("rpi5", "onnxruntime", "onnxruntime"),
+    ],
+)
+def test_a_checkpoint_goes_to_the_first_runtime_of_its_device(
+    device: str, runtime: str | None, expected: str, models: list[Path]
+) -> None:
+    found = prepare.by_name(models, runtime, load_device(device))
+    assert found == {"dense": {expected: models[0]}, "pruned": {expected: models[1]}}
+
+
+def test_the_device_says_what_was_not_asked(tiny_data: Path, models: list[Path]) -> None:
+    wanted = asked("rpi5", models, data=str(tiny_data))
+    assert (wanted.imgsz, wanted.threads, wanted.precision) == (640, 4, "fp16")
+    assert wanted.config()["precision"] == "fp16"
+    other = asked("cpu", models, imgsz=320, threads=2)
+    assert (other.imgsz, other.threads) == (320, 2)
+    assert other.config()["precision"] is None  # nothing is exported
+
+
+def test_a_file_that_the_device_does_not_run_is_refused(tiny_data: Path, models: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "a.onnx").write_bytes(b"graph")
+    with pytest.raises(BenchmarkError, match=r"a\.onnx needs onnxruntime, cuda runs tensorrt: give a checkpoint"):
+        asked("cuda", [tmp_path / "a.onnx"])
+    with pytest.raises(BenchmarkError, match=r"--data is missing: .* export of .*dense\.pt for ncnn"):
+        asked("rpi5", models)
+    with pytest.raises(BenchmarkError, match="jetson-orin-nano runs tensorrt"):
+        asked("jetson", models, runtime="ncnn", data=str(tiny_data))
+
+
+def test_an_engine_is_built_on_the_device(
+    tiny_data: Path, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from export import trt
+
+    built: list[Any] = []
+    monkeypatch.setattr(trt, "export_stage", lambda *arguments, **more: built.append((arguments, more["data"])))
+    wanted, place = asked("jetson", models, data=str(tiny_data), imgsz=320), Ssh("jetson", 22, "/usr/bin/python3")
+    engine = prepare._export(wanted, "tensorrt", models[0], tmp_path / "exports" / "0-tensorrt", place)
+    assert engine == tmp_path / "exports" / "0-tensorrt" / "dense.engine"
+    settings = ExportTrt(precision="fp16", imgsz="320")
+    assert built == [((models[0], settings, place, engine.parent), wanted.data)]
+    with pytest.raises(BenchmarkError, match="TensorRT does not run on Android"):
+        prepare._export(wanted, "tensorrt", models[0], tmp_path / "exports" / "0-tensorrt", Adb())
+
+
+def test_an_engine_goes_there_with_its_sidecar(adb: Path, tmp_path: Path) -> None:
+    engine = tmp_path / "a b.engine"
+    for ending in ("", ".json", ".layers.json"):
+        engine.with_name(engine.name + ending).write_bytes(b"x")
+    (adb / "data/local/tmp/job").mkdir()
+    there = sites._push_model(Adb("phone-1"), "/data/local/tmp/job", "0", engine)
+    assert there == "0/model.engine"
+    names = sorted(path.name for path in (adb / "data/local/tmp/job/0").iterdir())
+    assert names == ["model.engine", "model.engine.json"]
+
+
+def test_host_and_interpreter_are_those_of_the_device_or_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def place(name: str, host: str | None = None, python: str | None = None) -> Any:
+        return sites.transport_of(load_device(name), host, python)
+
+    assert place("rpi5", "pi@10.0.0.7:2222") == Ssh("pi@10.0.0.7", 2222, "python3")
+    assert place("jetson", "j", "/opt/python") == Ssh("j", None, "/opt/python")
+    assert place("android") == Adb(None, "python3")
+    assert place("android", "0123") == Adb("0123", "python3")
+    with pytest.raises(Exception, match="cpu is this machine: leave out --host and --python"):
+        place("cpu", "host")
+    monkeypatch.setenv("ESPALIER_CACHE", str(tmp_path))
+    with pytest.raises(Exception, match=r"ssh_config does not exist: run scripts/emulated_arm\.sh up"):
+        place("arm-emulated")
+    config = tmp_path / "emulated-arm" / "ssh_config"
+    config.parent.mkdir()
+    config.touch()
+    assert place("arm-emulated") == Ssh("espalier-arm", None, "/opt/espalier/bin/python-count", config)
+
+
+def test_a_runtime_of_this_machine_alone_is_refused_elsewhere() -> None:
+    content = load_device("rpi5").model_dump()
+    device = Device(**{**content, "runtimes": ("torch",), "budgets": {"torch": content["budgets"]["ncnn"]}})
+    with (
+        pytest.raises(Exception, match="torch runs on this machine only: export the model for rpi5"),
+        sites.open_site(device, "host", None, ["torch"]),
+    ):
+        pass
