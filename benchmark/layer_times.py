@@ -35,7 +35,7 @@ class Segment(NamedTuple):
 
     name: str
     shape: list[int]
-    cost_ms: float
+    cost: float
 
 
 TAIL = "tail"  # what follows the last convolution
@@ -59,7 +59,7 @@ def measure(runtime: str, dense: str, model: str, threads: int, imgsz: int, seed
         for name, query in (("dense", reference.run), ("whole", network.run)):
             record[name].append(_burst(query, clock))
         network.burst_by_layer()
-    segments = [{"name": s.name, "shape": s.shape, "cost": round(s.cost_ms, 6)} for s in network.segments()]
+    segments = [{"name": s.name, "shape": s.shape, "cost": round(s.cost, 6)} for s in network.segments()]
     return {**record, "segments": segments, "version": reference.version, "precision": reference.precision}
 
 
@@ -140,7 +140,7 @@ class _Onnxruntime(_Network):
             known = shapes.get(name.removesuffix("_nchwc")) if "Conv" in kinds[name] else None
             counted = [value for i, value in enumerate(values) if i % (LEAD_IN + BURST) >= LEAD_IN]
             layers.append((*(known or ("", None)), median(counted)))
-        return _join(layers)
+        return join(layers)
 
 
 def _onnx_shapes(path: str) -> dict[str, tuple[str, list[int]]]:
@@ -179,12 +179,12 @@ class _Ncnn(_Network):
         self._bursts.append(layer_costs(self.session.net, self.path, self.image[0], self.clock, BURST))
 
     def segments(self) -> list[Segment]:
-        shapes = _ncnn_shapes(Path(self.path) / self.runner.PARAM)
+        shapes = ncnn_shapes(Path(self.path) / self.runner.PARAM)
         rows = zip(*self._bursts, strict=True)
-        return _join([(r[0]["name"], shapes.get(r[0]["name"]), median(x["cost"] for x in r) / 1e6) for r in rows])
+        return join([(r[0]["name"], shapes.get(r[0]["name"]), median(x["cost"] for x in r) / 1e6) for r in rows])
 
 
-def _ncnn_shapes(param: Path) -> dict[str, list[int]]:
+def ncnn_shapes(param: Path) -> dict[str, list[int]]:
     """Return the weight shape of each convolution by its name."""
     found = {}
     for line in param.read_text(encoding="utf-8").splitlines()[2:]:
@@ -197,11 +197,11 @@ def _ncnn_shapes(param: Path) -> dict[str, list[int]]:
     return found
 
 
-def _join(layers: list[tuple[str, list[int] | None, float]]) -> list[Segment]:
+def join(layers: list[tuple[str, list[int] | None, float]]) -> list[Segment]:
     """Add layers up to the convolution that follows them."""
     segments, waiting = [], 0.0
-    for name, shape, cost_ms in layers:
-        waiting += cost_ms
+    for name, shape, cost in layers:
+        waiting += cost
         if shape is not None:
             segments.append(Segment(name, shape, waiting))
             waiting = 0.0

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark import sites, statistics
-from benchmark.layer_times import BURST, LEAD_IN, RUNTIMES
+from benchmark.layer_times import BURST, LEAD_IN, RUNTIMES, join, ncnn_shapes
 from benchmark.sites import Site
 from compress.devices import Device, load_device
 from compress.errors import BenchmarkError, SettingsError
@@ -140,6 +140,7 @@ def _there(site: Site, dense: Path, model: Path, wanted: Wanted, known: dict[str
         facts = mine.receive()[0]["facts"]
         if counted:
             whole = [sample(mine) for _ in range(COUNTED)]
+            costs = _layers_there(mine, wanted, repeats=1, scale=1.0)
             if "dense" not in known:
                 with sites.worker(site, wanted.runtime, dense, **options) as other:
                     other.receive()
@@ -149,9 +150,26 @@ def _there(site: Site, dense: Path, model: Path, wanted: Wanted, known: dict[str
             with sites.worker(site, wanted.runtime, dense, **options) as other:
                 other.receive()
                 turns = [(sample(other), sample(mine)) for _ in range(ROUNDS + 1)][1:]  # the first is the warm-up
+                costs = _layers_there(mine, wanted, repeats=ROUNDS, scale=1e-6)  # ns to ms
                 reference, whole = [list(column) for column in zip(*turns, strict=True)]
     facts = {key: facts[key] for key in ("version", "precision")}
-    return {"dense": reference, "whole": whole, "segments": [], **facts}
+    return {"dense": reference, "whole": whole, "segments": _segments(model, costs), **facts}
+
+
+def _layers_there(worker: sites.Worker, wanted: Wanted, repeats: int, scale: float) -> list[tuple[str, float]]:
+    """Return name and cost of each layer; nothing where the runtime does not tell."""
+    if wanted.runtime != "ncnn":
+        return []
+    answer, _ = worker.ask({"layers": repeats})
+    return [(row["name"], row["cost"] * scale) for row in answer["layers"]]
+
+
+def _segments(model: Path, costs: list[tuple[str, float]]) -> list[dict[str, Any]]:
+    if not costs:
+        return []
+    shapes = ncnn_shapes(model / "model.ncnn.param")
+    joined = join([(name, shapes.get(name), cost) for name, cost in costs])
+    return [{"name": s.name, "shape": s.shape, "cost": s.cost} for s in joined]
 
 
 def _here(dense: Path, model: Path, wanted: Wanted) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 then it answers every line of its input until that ends, and says what the whole cost:
 
 - `{"queries": n}`: `{"samples_ms": [...]}`, or `{"instructions": [...]}` where a counter is there;
+- `{"layers": n}`: `{"layers": [...]}`, what each layer costs, the median of n, of runtimes with a file `_layers`;
 - `{"infer": {"shape": [...], "dtype": "uint8"}, "bytes": n}` and n bytes: `{"arrays": [...], "bytes": m}` and m bytes;
 - an empty line says that the other side is still there.
 
@@ -84,6 +85,9 @@ def serve(arguments: list[str], requests: Callable[[], Any], answer: Callable[..
             found = runner.infer(session, unpack_image(content["infer"], payload))
             answer(*pack_outputs(found))
             continue
+        if "layers" in content:
+            answer({"layers": _layers(runner_name, session, model, images[0], content["layers"])})
+            continue
         key, samples, outputs = _measure(infer, content["queries"])
         _check_shapes(_shapes(outputs), shapes)
         answer({key: samples})
@@ -107,6 +111,14 @@ def _measure(infer: Callable[[], Any], queries: int) -> tuple[str, list[float], 
         outputs = infer()
         samples_ns.append(time.perf_counter_ns() - start)
     return "samples_ms", [_ms(sample) for sample in samples_ns], outputs
+
+
+def _layers(runner_name: str, session: Any, model: str, image: np.ndarray, repeats: int) -> list[dict[str, Any]]:
+    """Return the cost of each layer, ns or instructions, see `runners.ncnn_layers`."""
+    module = importlib.import_module(runner_name.replace("_runner", "_layers"))
+    counter = os.environ.get(COUNTER)
+    mark = module.instruction_mark(counter) if counter else time.perf_counter_ns
+    return module.layer_costs(session.net, model, image, mark, repeats)
 
 
 def _count(path: Path) -> int:

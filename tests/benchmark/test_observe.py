@@ -32,6 +32,9 @@ def asked(monkeypatch) -> list[tuple[str, int]]:
             return {"facts": {"version": "1.2", "precision": "fp16", "more": 0}}, b""
 
         def ask(self, content: dict[str, int]) -> tuple[dict[str, Any], bytes]:
+            if "layers" in content:
+                seen.append((self.name, -content["layers"]))
+                return {"layers": [{"name": "conv_0", "cost": 3e6}, {"name": "swish", "cost": 1e6}]}, b""
             seen.append((self.name, content["queries"]))
             return {
                 self.key: [self.cost if i or content["queries"] == 1 else 99.0 for i in range(content["queries"])]
@@ -43,6 +46,7 @@ def asked(monkeypatch) -> list[tuple[str, int]]:
         yield Worker(model, site.device.counter is not None)
 
     monkeypatch.setattr(sites, "worker", worker)
+    monkeypatch.setattr(observe, "ncnn_shapes", lambda path: {"conv_0": [8, 3, 3, 3]})
     return seen
 
 
@@ -60,11 +64,15 @@ def test_a_device_with_a_clock_measures_both_in_turns(asked: list[tuple[str, int
     assert found["record"] == {
         "dense": [8.0] * observe.ROUNDS,
         "whole": [4.0] * observe.ROUNDS,
-        "segments": [],
+        "segments": [
+            {"name": "conv_0", "shape": [8, 3, 3, 3], "cost": 3.0},
+            {"name": "tail", "shape": [], "cost": 1.0},
+        ],
         "version": "1.2",
         "precision": "fp16",
     }
-    assert asked == [(DENSE.name, LEAD_IN + BURST), (MODEL.name, LEAD_IN + BURST)] * (observe.ROUNDS + 1)
+    turns = [(DENSE.name, LEAD_IN + BURST), (MODEL.name, LEAD_IN + BURST)] * (observe.ROUNDS + 1)
+    assert asked == [*turns, (MODEL.name, -observe.ROUNDS)]
 
 
 def test_a_device_that_counts_counts_the_dense_model_once(asked: list[tuple[str, int]]) -> None:
@@ -72,6 +80,7 @@ def test_a_device_that_counts_counts_the_dense_model_once(asked: list[tuple[str,
     for _ in range(2):
         found = observe.observe(site("arm-emulated"), DENSE, MODEL, wanted("arm-emulated"), known)
         assert found["speedup"] == 2.0
+        assert found["record"]["segments"][0]["cost"] == 3e6
     assert asked.count((DENSE.name, 1)) == observe.COUNTED
     assert asked.count((MODEL.name, 1)) == 2 * observe.COUNTED
 

@@ -83,7 +83,7 @@ def test_a_network_is_measured_whole_and_by_layer(runtime: str, model: Any, tmp_
 
 def test_layers_are_added_up_to_the_convolution_behind_them() -> None:
     layers = [("a", [8, 3, 3, 3], 1.0), ("", None, 0.5), ("b", [4, 8, 1, 1], 3.0), ("", None, 0.25)]
-    assert layer_times._join(layers) == [  # type: ignore[arg-type]
+    assert layer_times.join(layers) == [
         ("a", [8, 3, 3, 3], 1.0),
         ("b", [4, 8, 1, 1], 3.5),
         ("tail", [], 0.25),
@@ -98,6 +98,17 @@ def test_a_process_of_its_own_measures_and_says_what_is_wrong(model: Any, tmp_pa
     (tmp_path / "broken.onnx").write_text("no graph")
     with pytest.raises(BenchmarkError, match=r"broken\.onnx on onnxruntime: ValueError: .* cannot be opened"):
         observe.observe_once(site, path, tmp_path / "broken.onnx", wanted(), {})
+
+
+def test_a_worker_tells_what_each_layer_costs(model: Any, tmp_path: Path) -> None:
+    path = variants.export(model, "dense", wanted(runtime="ncnn"), tmp_path)
+    with sites.worker(sites.here(), "ncnn", path, threads=1, imgsz=IMGSZ, seed=0) as worker:
+        worker.receive()
+        answer, _ = worker.ask({"layers": 1})
+    shapes = layer_times.ncnn_shapes(path / "model.ncnn.param")
+    assert set(shapes) < {row["name"] for row in answer["layers"]}
+    assert all(row["cost"] > 0 for row in answer["layers"] if row["name"] in shapes)  # ns
+    assert [16, 1, 3, 3] in shapes.values()
 
 
 def test_a_table_predicts_what_was_measured(model: Any, stand_in: list[str], tmp_path: Path) -> None:
