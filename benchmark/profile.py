@@ -132,10 +132,10 @@ def _read_points(file: Path, heading: dict[str, Any]) -> list[dict[str, Any]]:
     heading = json.loads(json.dumps(heading))
     if found and found[0] != heading:
         raise SettingsError(f"{file} holds points of other settings: choose another --output, or delete it")
-    # A line that kill -9 cut short is dropped.
-    whole = "".join(json.dumps(content) + "\n" for content in found or [heading])
-    manifest.write_bytes_atomic(file, whole.encode())
-    return found[1:]
+    # A line that kill -9 cut short is dropped, and what was noisy is measured once more.
+    kept = [heading, *(point for point in found[1:] if not point["noisy"])]
+    manifest.write_bytes_atomic(file, "".join(json.dumps(content) + "\n" for content in kept).encode())
+    return kept[1:]
 
 
 def _parse_line(line: str) -> dict[str, Any] | None:
@@ -160,7 +160,8 @@ def _fit(
     if len(points) - len(usable) > MAX_REFUSED * len(points):
         raise BenchmarkError(
             f"{len(points) - len(usable)} of {len(points)} networks are noisy (95 % intervals wider than "
-            f"{wanted.max_interval:.0%}): close what else runs on this machine, delete the points file, and run again"
+            f"{wanted.max_interval:.0%}): close what else runs on this "
+            "machine and run the same command again, which measures only these anew"
         )
     dense = [float(np.median(point["record"]["dense"])) for point in usable]
     dense_cost = float(np.median(dense))

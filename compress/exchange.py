@@ -14,13 +14,14 @@ REACH = 6  # how many widths up or down one exchange moves a tie
 
 
 def repair(problem: Problem, levels: np.ndarray, goal: Goal, limit: float) -> np.ndarray | None:
-    """Take the single steps that cost least per gain until the limit holds."""
+    """Take the single steps that cost least per gain until the limit, and one of memory, hold; None where none do."""
     levels = levels.copy()
-    for _ in range(sum(p.size for p in problem.parts)):
-        loss, cost = problem.lost(levels), float(problem.cost(levels))
-        if (cost if goal == "loss" else loss) <= limit:
+    for _ in range(2 * sum(p.size for p in problem.parts)):
+        loss, cost, excess = problem.lost(levels), float(problem.cost(levels)), problem.excess_memory(levels)
+        over = (cost if goal == "loss" else loss) > limit
+        if not over and excess == 0:
             return levels
-        step = 1 if goal == "loss" else -1
+        step = 1 if goal == "loss" or not over else -1
         rows = [i for i in range(levels.size) if 0 <= levels[i] + step < problem.parts[i].size]
         if not rows:
             return None
@@ -29,6 +30,11 @@ def repair(problem: Problem, levels: np.ndarray, goal: Goal, limit: float) -> np
         losses = np.array([problem.loss[i][levels[i] + step] - problem.loss[i][levels[i]] for i in rows])
         costs = np.asarray(problem.cost(moved)) - cost
         pays, gains = (losses, -costs) if goal == "loss" else (costs, -losses)
+        if not over:  # memory alone is too large
+            pays = losses
+            gains = np.array([excess - problem.excess_memory(row) for row in moved])
+            if not (gains > 0).any():  # the peak is several layers wide
+                gains = np.ones(len(rows))
         levels = moved[int(np.argmin(np.where(gains > 0, pays / np.maximum(gains, 1e-15), np.inf)))]
     return None
 
@@ -79,7 +85,7 @@ def _best_exchange(problem: Problem, levels: np.ndarray, goal: Goal, limit: floa
         candidate = levels.copy()
         candidate[who[a]], candidate[who[b]] = where[a], where[b]
         new_loss, new_cost = problem.lost(candidate), float(problem.cost(candidate))
-        kept = (new_cost if goal == "loss" else new_loss) <= limit
+        kept = (new_cost if goal == "loss" else new_loss) <= limit and problem.excess_memory(candidate) == 0
         if kept and (new_loss < loss if goal == "loss" else new_cost < cost):
             return candidate
     return None

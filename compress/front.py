@@ -24,11 +24,12 @@ def draw_front(
         settings: importance, budget and table; its target is not read.
 
     Returns:
-        Per point: latency, speed-up, kept importance, loss, bound and gap of the loss, MACs, and the width of each
-        group that may be cut.
+        Per point: latency, speed-up, kept importance, loss, bound and gap of the loss, MACs, memory, and the widths of
+        the groups that may be cut.
     """
-    from compress.latency_plan import find_table
+    from compress.latency_plan import find_table, memory_limit
     from compress.latency_table import check_widths, evaluate
+    from compress.memory import memory_of
     from compress.prune import score
     from compress.solver import build_problem, front
 
@@ -37,7 +38,9 @@ def draw_front(
     scored = score(network, settings, imgsz, seed, data)
     graph = scored.graph
     check_widths(graph, table, settings.budget)
-    problem = build_problem(graph, settings.budget, scored.scores, evaluate(table, graph))
+    memory = memory_of(graph, 2 if table.precision == "fp16" else 4)
+    latency, most = evaluate(table, graph), memory_limit(settings)
+    problem = build_problem(graph, settings.budget, scored.scores, latency, memory, most)
     groups = [index for tie in problem.ties for index in tie.units]
     rows = [
         {
@@ -48,6 +51,7 @@ def draw_front(
             "bound": found.bound,
             "gap": found.gap,
             "macs": graph.macs(found.widths),
+            "memory_bytes": int(memory(found.widths)),
             "widths": {graph.groups[i].name: int(found.widths[i]) for i in groups},
         }
         for found in front(problem, count)

@@ -12,6 +12,7 @@ from compress import latency_table, solver
 from compress.budget import Choice, keep_best
 from compress.devices import load_device
 from compress.errors import BudgetError, SettingsError
+from compress.memory import memory_of
 
 if TYPE_CHECKING:
     from compress.devices import Device
@@ -36,6 +37,7 @@ class Prediction:
         correction: factor on the table from measurements of earlier plans.
         table: path of the table.
         table_sha256: hash of its content.
+        memory_bytes: weights, and activations at the peak, see `memory`.
     """
 
     unit: str
@@ -49,6 +51,7 @@ class Prediction:
     correction: float
     table: str
     table_sha256: str
+    memory_bytes: int
 
     def metrics(self) -> dict[str, Any]:
         """Return everything as JSON holds it."""
@@ -98,6 +101,21 @@ def place(settings: Prune) -> tuple[Device, str, int]:
     return device, settings.runtime or device.runtimes[0], settings.threads or device.threads
 
 
+def memory_limit(settings: Prune) -> float | None:
+    """Return the bytes that are asked for, if any.
+
+    >>> from compress.settings import Prune
+    >>> memory_limit(Prune(speedup=2.0, memory="8MB")), memory_limit(Prune(speedup=2.0, memory="1 MiB"))
+    (8000000.0, 1048576.0)
+    """
+    if settings.memory is None:
+        return None
+    number = settings.memory.rstrip("kMGiB ")
+    unit = settings.memory.removeprefix(number).strip()
+    base = 1024.0 if "i" in unit else 1000.0
+    return float(number) * base ** ("kMG".index(unit[0]) + 1)
+
+
 def limit_of(settings: Prune, table: LatencyTable) -> float:
     """Return the latency that is asked for, in the table's unit.
 
@@ -133,10 +151,17 @@ def choose_by_latency(
     """
     latency_table.check_widths(graph, table, settings.budget)
     latency = latency_table.evaluate(table, graph)
-    problem = solver.build_problem(graph, settings.budget, scores, latency)
+    memory, most = memory_of(graph, 2 if table.precision == "fp16" else 4), memory_limit(settings)
+    problem = solver.build_problem(graph, settings.budget, scores, latency, memory, most)
     target = limit_of(settings, table)
     found = solver.least_loss(problem, target / correction)
     if found is None:
+        least = problem.widths(np.array([parts.size - 1 for parts in problem.parts]))
+        if most is not None and float(latency(least)) * correction <= target:
+            raise BudgetError(
+                f"no widths within the latency need at most {settings.memory} of memory: all at their least need "
+                f"{memory(least) / 1e6:.4g} MB (weights, and activations at the peak); ask for more, or a smaller imgsz"
+            )
         raise _infeasible(problem, latency, target, table, correction, settings.budget)
     choice = keep_best(graph, scores, found.widths, settings.budget, "best under the latency")
     cut_groups = sum(len(tie.units) for tie in problem.ties)
@@ -152,6 +177,7 @@ def choose_by_latency(
         correction=correction,
         table=str(path),
         table_sha256=table.sha256,
+        memory_bytes=int(memory(found.widths)),
     )
     return choice, prediction
 

@@ -192,7 +192,8 @@ def print_prediction(prediction: Prediction) -> None:
     unit = prediction.unit
     print(
         f" latency: {amount(prediction.dense, unit)} → {amount(prediction.predicted, unit)} predicted "
-        f"({prediction.dense / prediction.predicted:.2f}×), target {amount(prediction.target, unit)}"
+        f"({prediction.dense / prediction.predicted:.2f}×), target {amount(prediction.target, unit)}; "
+        f"memory {prediction.memory_bytes / 1e6:.4g} MB"
     )
     print(
         f"    kept: {prediction.kept:.2%} of the importance of a group on average; loss {prediction.loss:.4f}, "
@@ -251,6 +252,9 @@ def main(
         str | None, typer.Option(help="latency that remains, such as 12ms; needs a latency table")
     ] = None,
     speedup: Annotated[str | None, typer.Option(help="dense latency over the pruned one, such as 2x")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="with --latency: weights and peak activations, such as 8MB")
+    ] = None,
     device: Annotated[str, typer.Option(help="with --latency, --speedup: where the model will run")] = "cpu",
     host: Annotated[str | None, typer.Option(help="with --device: [user@]host[:port], or a serial of adb")] = None,
     runtime: Annotated[str | None, typer.Option(help="with --device: onnxruntime or ncnn; its first one")] = None,
@@ -280,6 +284,7 @@ def main(
         amount["speedup"] = 2.0  # only its table is read
     content = {key: value for key, value in amount.items() if value is not None}
     content |= {"device": device, "host": host, "runtime": runtime, "threads": threads}
+    content |= {"memory": memory} if memory is not None else {}
     content |= {"table": str(table) if table else None}
     settings = parse(Prune, {**content, "importance": importance, "budget": rules}, "prune")
     if front is not None:

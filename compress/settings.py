@@ -117,6 +117,11 @@ class Prune(Strict):
     speedup: Annotated[float, BeforeValidator(_times), Field(gt=1.0)] | None = Field(
         default=None, description="dense latency over that of the pruned model, such as 2x"
     )
+    memory: str | None = Field(
+        default=None,
+        pattern=r"^\d+(\.\d+)?\s*[kMG]i?B$",
+        description="with latency or speedup: weights and peak, such as 8MB",
+    )
     device: str = Field(default="cpu", description="of latency and speedup: where the model will run")
     host: str | None = Field(default=None, description="of latency and speedup: how the device is reached")
     runtime: Runtime | None = Field(default=None, description="of latency and speedup; the device's first one")
@@ -135,6 +140,8 @@ class Prune(Strict):
         given = [name for name in TARGETS if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"exactly one of {', '.join(TARGETS)} is needed, got {', '.join(given) or 'none'}")
+        if self.memory is not None and not self.by_latency:
+            raise ValueError("memory goes with latency or speedup")
         return self
 
     @property

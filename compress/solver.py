@@ -25,6 +25,7 @@ from compress.latency_table import Latency
 
 if TYPE_CHECKING:
     from compress.graph import Graph
+    from compress.memory import Memory
     from compress.settings import Budget
 
 MAX_PRICES = 40
@@ -45,6 +46,7 @@ class Problem:
         parts: how many parts each level of a tie has, descending.
         loss: loss of each level of each tie.
         latency: the cost of any widths.
+        memory, memory_limit: a second limit, in bytes, that every solution keeps; the bounds do not know of it.
         unary, pairs: a lower bound of it, and mostly the cost itself, as a sum over pairs of ties; without `constant`.
     """
 
@@ -58,6 +60,14 @@ class Problem:
     pairs: dict[tuple[int, int], np.ndarray]
     constant: float
     order: list[int]
+    memory: Memory | None = None
+    memory_limit: float | None = None
+
+    def excess_memory(self, levels: np.ndarray) -> float:
+        """Return the bytes above the limit at levels of shape (ties,); 0 without one."""
+        if self.memory is None or self.memory_limit is None:
+            return 0.0
+        return max(self.memory(self.widths(levels)) - self.memory_limit, 0.0)
 
     def widths(self, levels: np.ndarray) -> np.ndarray:
         """Return the widths of all groups at levels of shape (…, ties)."""
@@ -101,11 +111,20 @@ class Solution:
         return float(np.exp(-self.loss / max(groups, 1)))
 
 
-def build_problem(graph: Graph, budget: Budget, scores: list[np.ndarray], latency: Latency) -> Problem:
+def build_problem(
+    graph: Graph,
+    budget: Budget,
+    scores: list[np.ndarray],
+    latency: Latency,
+    memory: Memory | None = None,
+    memory_limit: float | None = None,
+) -> Problem:
     """Collect what the solver needs.
 
     Args:
         scores: importance per group, arrays of shape (width,).
+        memory: of the model, where there is a limit.
+        memory_limit: bytes.
 
     Raises:
         BudgetError: no width can be chosen.
@@ -126,7 +145,7 @@ def build_problem(graph: Graph, budget: Budget, scores: list[np.ndarray], latenc
     parts = [np.array(tie.parts, dtype=np.float64) for tie in tied]
     unary, pairs, constant = as_pairs(latency, base, units, parts)
     order = pairwise.elimination_order([p.size for p in parts], pairs)
-    return Problem(tied, base, units, parts, loss, latency, unary, pairs, constant, order)
+    return Problem(tied, base, units, parts, loss, latency, unary, pairs, constant, order, memory, memory_limit)
 
 
 def least_loss(problem: Problem, limit: float) -> Solution | None:
@@ -165,6 +184,11 @@ def _solve(problem: Problem, goal: Goal, limit: float) -> Solution | None:
         return float(problem.cost(levels)) if goal == "loss" else problem.lost(levels)
 
     safe = cheapest(problem) if goal == "loss" else np.zeros(len(problem.parts), dtype=np.int64)
+    if problem.excess_memory(safe) > 0:
+        small = repair(problem, safe, goal, limit)
+        if small is None:
+            return None
+        safe = small
     if other(safe) > limit:
         return None
     root = _price(problem, _all_levels(problem), goal, limit)

@@ -168,6 +168,9 @@ def test_noise_is_measured_again_and_then_refused(model: Any, stand_in: list[str
     assert stand_in.count("variant3") == observe.ATTEMPTS
     points = [json.loads(line) for line in points_path(tmp_path / "table.json").read_text().splitlines()[1:]]
     assert {point["noisy"] for point in points} == {True}
+    monkeypatch.setattr(observe, "observe_once", honest)  # a quiet day: all of them are measured anew
+    table, _ = profile.profile(model, wanted(), tmp_path / "table.json")
+    assert table.fit.variants == 14
 
 
 def test_a_quiet_second_attempt_is_taken(model: Any, stand_in: list[str], tmp_path: Path, monkeypatch) -> None:

@@ -51,6 +51,8 @@ def test_targets_are_read(content: dict, limit: float | None, table: LatencyTabl
         ({"speedup": "1x"}, "greater than 1"),
         ({"speedup": "twice"}, "speedup"),
         ({"speedup": 2.0, "macs": 0.5}, "exactly one of"),
+        ({"macs": 0.5, "memory": "8MB"}, "memory goes with latency or speedup"),
+        ({"speedup": 2.0, "memory": "8 bits"}, "memory"),
     ],
 )
 def test_a_target_that_means_nothing_is_refused(content: dict, message: str) -> None:
@@ -133,6 +135,19 @@ def test_what_cannot_be_reached_names_the_least_and_what_stands_in_the_way(dense
     assert "is reachable with multiples of 2, min_width 2, max_removed 0.75; most of it is left in model." in str(
         caught.value
     )
+
+
+def test_memory_is_a_second_limit(dense: Path, table: LatencyTable) -> None:
+    model = load_model(dense)
+    _, graph = table_of(model, IMGSZ)
+    scores = importance(graph, model, "l1")
+    _, free = choose_by_latency(graph, scores, settings(speedup=1.05), table, Path("t.json"))
+    most = free.memory_bytes * 0.9 / 1e6
+    _, tight = choose_by_latency(graph, scores, settings(speedup=1.05, memory=f"{most:.6f}MB"), table, Path("t.json"))
+    assert tight.memory_bytes <= most * 1e6
+    assert tight.loss > free.loss
+    with pytest.raises(BudgetError, match="need at most 1kB of memory: all at their least need"):
+        choose_by_latency(graph, scores, settings(speedup=1.05, memory="1kB"), table, Path("t.json"))
 
 
 def test_a_budget_with_other_widths_is_refused(dense: Path, table: LatencyTable, path: Path) -> None:

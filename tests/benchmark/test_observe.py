@@ -1,0 +1,91 @@
+"""Networks on devices that are stood in for: what is asked of their workers, and what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmark import observe, sites
+from benchmark.observe import BURST, LEAD_IN, Wanted
+from compress.devices import load_device
+from compress.errors import SettingsError
+from compress.settings import Budget
+
+DENSE, MODEL = Path("dense_ncnn_model"), Path("plan_ncnn_model")
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[tuple[str, int]]:
+    """Let the dense model cost 8 and the other one 4; the first sample of a burst is dear."""
+    seen: list[tuple[str, int]] = []
+
+    class Worker:
+        def __init__(self, model: Path, counted: bool) -> None:
+            self.name, self.cost = model.name, 8.0 if model == DENSE else 4.0
+            self.key = "instructions" if counted else "samples_ms"
+
+        def receive(self) -> tuple[dict[str, Any], bytes]:
+            return {"facts": {"version": "1.2", "precision": "fp16", "more": 0}}, b""
+
+        def ask(self, content: dict[str, int]) -> tuple[dict[str, Any], bytes]:
+            seen.append((self.name, content["queries"]))
+            return {
+                self.key: [self.cost if i or content["queries"] == 1 else 99.0 for i in range(content["queries"])]
+            }, b""
+
+    @contextmanager
+    def worker(site: Any, runtime: str, model: Path, **options: Any) -> Iterator[Worker]:
+        assert (runtime, options) == ("ncnn", {"threads": 1, "imgsz": 64, "seed": 0})
+        yield Worker(model, site.device.counter is not None)
+
+    monkeypatch.setattr(sites, "worker", worker)
+    return seen
+
+
+def site(name: str) -> sites.Site:
+    return sites.Site(load_device(name), sites.Local(), "folder")
+
+
+def wanted(device: str, **changes: Any) -> Wanted:
+    return Wanted(**{"runtime": "ncnn", "imgsz": 64, "budget": Budget(), "device": device, **changes})
+
+
+def test_a_device_with_a_clock_measures_both_in_turns(asked: list[tuple[str, int]]) -> None:
+    found = observe.observe(site("rpi5"), DENSE, MODEL, wanted("rpi5"))
+    assert (found["speedup"], found["interval"], found["noisy"], found["attempts"]) == (2.0, [2.0, 2.0], False, 1)
+    assert found["record"] == {
+        "dense": [8.0] * observe.ROUNDS,
+        "whole": [4.0] * observe.ROUNDS,
+        "segments": [],
+        "version": "1.2",
+        "precision": "fp16",
+    }
+    assert asked == [(DENSE.name, LEAD_IN + BURST), (MODEL.name, LEAD_IN + BURST)] * (observe.ROUNDS + 1)
+
+
+def test_a_device_that_counts_counts_the_dense_model_once(asked: list[tuple[str, int]]) -> None:
+    known: dict[str, Any] = {}
+    for _ in range(2):
+        found = observe.observe(site("arm-emulated"), DENSE, MODEL, wanted("arm-emulated"), known)
+        assert found["speedup"] == 2.0
+    assert asked.count((DENSE.name, 1)) == observe.COUNTED
+    assert asked.count((MODEL.name, 1)) == 2 * observe.COUNTED
+
+
+def test_units_and_precision_are_those_of_the_device() -> None:
+    assert (wanted("arm-emulated").unit, wanted("arm-emulated").half) == ("instructions", False)
+    assert (wanted("rpi5").unit, wanted("rpi5").half) == ("ms", True)
+    assert wanted("rpi5", runtime="onnxruntime").half is False  # its CPU kernels compute in nothing less
+
+
+@pytest.mark.parametrize(
+    ("device", "runtime", "message"),
+    [("rpi5", "tensorrt", "choose ncnn or onnxruntime"), ("cpu", "torch", "choose onnxruntime or ncnn")],
+)
+def test_runtimes_that_cannot_be_profiled_are_named(device: str, runtime: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=f"runtime '{runtime}' on {device} cannot be profiled: {message}"):
+        observe.check(wanted(device, runtime=runtime))
