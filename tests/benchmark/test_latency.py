@@ -212,7 +212,7 @@ def test_a_silent_worker_is_named_and_ended(folder: Path, monkeypatch: pytest.Mo
 
 def test_ctrl_c_ends_every_worker(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(_: Any) -> bool:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.default_int_handler(signal.SIGINT, None)  # what Ctrl-C calls, also where it is ignored in the background
         return False
 
     monkeypatch.setattr(statistics, "on_plateau", interrupt)
