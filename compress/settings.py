@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from compress.errors import SettingsError
 
-Importance = Literal["bn", "l1", "l2", "taylor", "random"]
+Importance = Literal["bn", "l1", "l2", "fpgm", "taylor", "random"]
 Runtime = Literal["torch", "onnxruntime", "ncnn", "tensorrt"]
 AUTO = "auto"
 Section = TypeVar("Section", bound="Strict")
