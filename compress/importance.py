@@ -24,9 +24,9 @@ def importance(graph: Graph, model: nn.Module, method: Importance, seed: int = 0
             ICCV 2017). A group without batch norm is scored by l1, scaled to the mean |γ| of the model.
         l1, l2: norm of the filters that make the channel (Li et al., "Pruning Filters for Efficient ConvNets",
             ICLR 2017), divided by the mean over the group, since layers differ in scale.
-        fpgm: sum of the distances to the other filters of the layer, divided by the mean over the group: what lies nearest
-            to the geometric median, the others can stand in for (He et al., "Filter Pruning via Geometric Median for
-            Deep Convolutional Neural Networks Acceleration", CVPR 2019).
+        fpgm: sum of the distances to the other filters of the layer, divided by the mean over the group: for what lies
+            nearest to the geometric median, the others can stand in (He et al., "Filter Pruning via Geometric Median
+            for Deep Convolutional Neural Networks Acceleration", CVPR 2019).
         random: uniform noise from `seed`, the control that every other method has to beat.
     """
     if method == "random":

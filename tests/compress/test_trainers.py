@@ -405,6 +405,8 @@ def test_right_arguments_pass() -> None:
 class Recorder:
     """Stands in for a trainer."""
 
+    notes_file = SPARSITY
+
     given: dict[str, Any]
     error: Exception | None = None
 
