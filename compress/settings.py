@@ -129,6 +129,12 @@ class Finetune(Training, Grown):
     ld_temperature: float = Field(default=10.0, gt=0.0)
     distil_off_epochs: int = Field(default=0, ge=0, description="last epochs, in which the teacher is not asked")
 
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> Finetune:
+        if self.distill and not (self.dis or self.cwd or self.ld):
+            raise ValueError("dis, cwd and ld are all 0: leave out the teacher (distill: false)")
+        return self
+
     @property
     def terms(self) -> dict[str, float]:
         """Return what a trainer must know beside Ultralytics' arguments; empty where that is nothing."""

@@ -50,6 +50,7 @@ _TRACE_IMGSZ = 64  # groups do not depend on the image size; the smallest that e
 # All γ shrink a little at every step, so running statistics lag behind, and over a deep network the lags multiply:
 # with Ultralytics' 0.03 the validation mAP of a good detector fell from 0.56 to 0.23 (docs/results.md).
 _BATCH_NORM_MOMENTUM = 0.1
+_LOST_BATCHES = 3  # so many in succession without a finite loss end a sparsity training
 
 
 class Planned(BaseTrainer):
@@ -158,6 +159,8 @@ class Sparse(Planned):
         self.penalty = GroupPenalty(graph, model)
         optimizer: Any = self.optimizer
         optimizer.register_step_pre_hook(lambda *_: self.pull())
+        self.lost_batches = 0
+        self.add_callback("on_train_batch_end", Sparse.watch_loss)
         self.pulled, self.pulled_units = 0.0, None
         if self.sr == AUTO:
             self.share = float(settings["share"])
@@ -175,6 +178,32 @@ class Sparse(Planned):
         if RANK in (-1, 0):
             self.gamma_log = GammaLog(graph, Path(self.save_dir).parent, model)
             self.add_callback("on_fit_epoch_end", Sparse.log_gammas)
+
+    def watch_loss(self) -> None:
+        """Stop where the loss stays without a number; a single one of AMP's steps may be."""
+        self.lost_batches = 0 if self.loss is None or self.loss.isfinite() else self.lost_batches + 1
+        if self.lost_batches == _LOST_BATCHES:
+            self.give_up()
+
+    def _handle_nan_recovery(self, epoch: int) -> bool:
+        """Stop where Ultralytics would start the epoch again: the same λ would only lead to the same end."""
+        corrupted = self.loss is not None and not self.loss.isfinite()
+        if corrupted or (self.fitness is not None and self.fitness != self.fitness):
+            self.give_up()
+        return super()._handle_nan_recovery(epoch)
+
+    def give_up(self) -> None:
+        """Say what led nowhere, and what is left.
+
+        Raises:
+            EspalierError: always.
+        """
+        good = self.wdir / RESUME
+        kept = f"the last good checkpoint is {good}" if good.exists() else "nothing was trained before"
+        raise EspalierError(
+            f"sparsity training stopped in epoch {self.epoch + 1}: the loss is no number any more with "
+            f"λ {self.current_sr():.3g} (sr {self.sr}); {kept}; start again with a smaller sr or lr0"
+        )
 
     def pull(self) -> None:
         """Add the penalty to the gradients of this step, and count how far λ = 1 would move a γ in it."""
