@@ -10,6 +10,7 @@ import typer
 from compress import checkpoint
 from compress.errors import SettingsError, run_app
 from compress.settings import Finetune, parse, training_args
+from compress.teacher import check_teacher
 from compress.train import MORE_HELP, Common, training_stage
 
 
@@ -20,13 +21,18 @@ def finetune(model: Path, teacher: Path | None, data: Path, settings: Finetune, 
 
     Args:
         teacher: the dense model to distil from; None, or `settings.distill` false, trains without one.
+            `settings.teacher` takes its place.
 
     Raises:
-        SettingsError: there is a teacher, and the model classifies.
+        SettingsError: there is a teacher, and the model classifies; or the teacher does not fit, see `check_teacher`.
     """
+    teacher = Path(settings.teacher) if settings.teacher else teacher
     distil = teacher is not None and settings.distill
-    if distil and model.is_file() and checkpoint.task_of(checkpoint.load_model(model)) == "classify":
-        raise SettingsError(f"{model} classifies, and Ultralytics distils detectors only: leave out the teacher")
+    if distil and teacher and model.is_file():
+        student = checkpoint.load_model(model)
+        if checkpoint.task_of(student) == "classify":
+            raise SettingsError(f"{model} classifies, and Ultralytics distils detectors only: leave out the teacher")
+        check_teacher(student, teacher, data, settings, common.imgsz)
     return training_stage(
         "finetune",
         "PLAN_TRAINERS",
@@ -37,6 +43,7 @@ def finetune(model: Path, teacher: Path | None, data: Path, settings: Finetune, 
         output,
         overrides={"distill_model": str(teacher), "dis": settings.dis} if distil else None,
         extra_inputs={"teacher": teacher} if distil and teacher else None,
+        notes=settings.terms if distil else None,
     )
 
 
@@ -48,7 +55,9 @@ def main(
     model: Annotated[Path, typer.Option(help="pruned checkpoint (.pt)")],
     data: Annotated[str, typer.Option(help="data set YAML, or 'shapes' for the generated one")],
     output: Annotated[Path, typer.Option(help="folder of this stage")],
-    teacher: Annotated[Path | None, typer.Option(help="dense checkpoint to distil from")] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="checkpoint to distil from: the dense model, or any larger one")
+    ] = None,
     more: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help=MORE_HELP)] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 100,
     batch: Annotated[int, typer.Option(min=1)] = 16,
@@ -56,7 +65,10 @@ def main(
     device: Annotated[str, typer.Option(help="cpu, 0, 0,1 …")] = "cpu",
     optimizer: Annotated[str, typer.Option(help="as Ultralytics names them")] = "auto",
     lr0: Annotated[float, typer.Option(help="first learning rate (ignored by optimizer=auto)")] = 0.01,
-    dis: Annotated[float, typer.Option(min=0.0, help="weight of the distillation loss")] = 6.0,
+    dis: Annotated[float, typer.Option(min=0.0, help="weight of Ultralytics' feature distillation")] = 6.0,
+    cwd: Annotated[float, typer.Option(min=0.0, help="weight of channel-wise distillation (CWD)")] = 0.0,
+    ld: Annotated[float, typer.Option(min=0.0, help="weight of distilling box distributions (LD)")] = 0.0,
+    distil_off_epochs: Annotated[int, typer.Option(min=0, help="last epochs without the teacher")] = 0,
     workers: Annotated[int, typer.Option(min=0)] = 8,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
@@ -64,7 +76,8 @@ def main(
     from compress.dataset import resolve
 
     given = {"epochs": epochs, "batch": batch, "optimizer": optimizer, "lr0": lr0, "args": training_args(more or [])}
-    settings = parse(Finetune, {**given, "dis": dis}, "finetune")
+    given |= {"dis": dis, "cwd": cwd, "ld": ld, "distil_off_epochs": distil_off_epochs}
+    settings = parse(Finetune, given, "finetune")
     common = Common(imgsz=imgsz, device=device, workers=workers, seed=seed)
     finetune(model, teacher, resolve(data), settings, common, output)
 

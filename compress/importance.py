@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,17 +24,20 @@ def importance(graph: Graph, model: nn.Module, method: Importance, seed: int = 0
             ICCV 2017). A group without batch norm is scored by l1, scaled to the mean |γ| of the model.
         l1, l2: norm of the filters that make the channel (Li et al., "Pruning Filters for Efficient ConvNets",
             ICLR 2017), divided by the mean over the group, since layers differ in scale.
+        fpgm: sum of the distances to the other filters of the layer, divided by the mean over the group: for what lies
+            nearest to the geometric median, the others can stand in (He et al., "Filter Pruning via Geometric Median
+            for Deep Convolutional Neural Networks Acceleration", CVPR 2019).
         random: uniform noise from `seed`, the control that every other method has to beat.
     """
     if method == "random":
         generator = np.random.default_rng(seed)
         return [generator.random(group.width) for group in graph.groups]
-    if method in ("l1", "l2"):
-        return [_relative(score) for score in _filter_norms(graph, model, order=int(method[1]))]
+    if method in _FILTERS:
+        return [_relative(score) for score in _filter_scores(graph, model, _FILTERS[method])]
     gammas = _average(graph, {(name, 0): values for name, values in batch_norm_scales(graph, model).items()})
     known = [score for score in gammas if np.isfinite(score).all()]
     scale = float(np.concatenate(known).mean()) if known else 1.0
-    norms = _filter_norms(graph, model, order=1)
+    norms = _filter_scores(graph, model, _FILTERS["l1"])
     return [
         gamma if np.isfinite(gamma).all() else _relative(norm) * scale
         for gamma, norm in zip(gammas, norms, strict=True)
@@ -52,15 +56,31 @@ def batch_norm_scales(graph: Graph, model: nn.Module) -> dict[str, np.ndarray]:
     }
 
 
-def _filter_norms(graph: Graph, model: nn.Module, order: int) -> list[np.ndarray]:
-    """Return the mean norm of the filters that make each unit; ones where no filter does."""
+def _distances(filters: np.ndarray) -> np.ndarray:
+    """Return Σ over all filters j of ‖filter i − filter j‖₂, shape (filters,)."""
+    import torch
+
+    rows = torch.from_numpy(filters)
+    return torch.cdist(rows, rows).sum(dim=1).numpy()
+
+
+# What a filter is worth, from the filters of its layer, shape (filters, weights of one).
+_FILTERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "l1": lambda filters: np.linalg.norm(filters, ord=1, axis=1),
+    "l2": lambda filters: np.linalg.norm(filters, ord=2, axis=1),
+    "fpgm": _distances,
+}
+
+
+def _filter_scores(graph: Graph, model: nn.Module, worth: Callable[[np.ndarray], np.ndarray]) -> list[np.ndarray]:
+    """Return the mean worth of the filters that make each unit; ones where no filter does."""
     state = model.state_dict()
-    norms = {}
+    scores = {}
     for axis in graph.axes:
         if axis.tensor in graph.positions and not axis.reads:
             weight = state[axis.tensor].double().movedim(axis.dim, 0).flatten(1).cpu().numpy()
-            norms[axis.tensor, axis.dim] = np.linalg.norm(weight, ord=order, axis=1)
-    return [np.where(np.isfinite(score), score, 1.0) for score in _average(graph, norms)]
+            scores[axis.tensor, axis.dim] = worth(weight)
+    return [np.where(np.isfinite(score), score, 1.0) for score in _average(graph, scores)]
 
 
 def _average(graph: Graph, values: dict[tuple[str, int], np.ndarray]) -> list[np.ndarray]:

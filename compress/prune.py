@@ -265,7 +265,7 @@ def main(
     multiple_of: Annotated[int | None, typer.Option(min=1, help="channel counts are multiples of this")] = None,
     power_of_two: Annotated[bool, typer.Option("--power-of-two", help="channel counts are powers of two")] = False,
     max_removed: Annotated[float | None, typer.Option(help="largest share that one group may lose")] = None,
-    importance: Annotated[Importance, typer.Option(help="bn, l1, l2, taylor or random")] = "bn",
+    importance: Annotated[Importance, typer.Option(help="bn, l1, l2, fpgm, taylor or random")] = "bn",
     imgsz: Annotated[int, typer.Option(min=32)] = 640,
     seed: Annotated[int, typer.Option()] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,

@@ -5,13 +5,22 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from compress.errors import SettingsError
 
-Importance = Literal["bn", "l1", "l2", "taylor", "random"]
+Importance = Literal["bn", "l1", "l2", "fpgm", "taylor", "random"]
 Runtime = Literal["torch", "onnxruntime", "ncnn", "tensorrt"]
 AUTO = "auto"
 Section = TypeVar("Section", bound="Strict")
@@ -31,6 +40,19 @@ class Strict(BaseModel):
     """A settings section: an unknown key is an error, and so is a value of another type."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Grown(Strict):
+    """A section with settings that came later: unless they are set, it is written as before, and old runs are found."""
+
+    later: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content = handler(self)
+        fields = type(self).model_fields
+        unset = {name for name in self.later if getattr(self, name) == fields[name].default}
+        return {key: value for key, value in content.items() if key not in unset}
 
 
 class LayerRule(Strict):
@@ -93,11 +115,32 @@ class Sparsity(Training):
     )
 
 
-class Finetune(Training):
+class Finetune(Training, Grown):
     """Fine-tuning of the pruned model, with the dense model as the teacher unless told otherwise."""
 
-    distill: bool = Field(default=True, description="distil from the dense model (Ultralytics' feature distillation)")
-    dis: float = Field(default=6.0, gt=0.0, description="weight of the distillation loss")
+    later = ("teacher", "cwd", "cwd_temperature", "ld", "ld_temperature", "distil_off_epochs")
+
+    distill: bool = Field(default=True, description="distil from the dense model, or from `teacher`")
+    teacher: str | None = Field(default=None, description="a checkpoint to distil from in place of the dense model")
+    dis: float = Field(default=6.0, ge=0.0, description="weight of Ultralytics' feature distillation")
+    cwd: float = Field(default=0.0, ge=0.0, description="weight of channel-wise distillation of the same features")
+    cwd_temperature: float = Field(default=4.0, gt=0.0)
+    ld: float = Field(default=0.0, ge=0.0, description="weight of the distillation of box distributions")
+    ld_temperature: float = Field(default=10.0, gt=0.0)
+    distil_off_epochs: int = Field(default=0, ge=0, description="last epochs, in which the teacher is not asked")
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> Finetune:
+        if self.distill and not (self.dis or self.cwd or self.ld):
+            raise ValueError("dis, cwd and ld are all 0: leave out the teacher (distill: false)")
+        return self
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """Return what a trainer must know beside Ultralytics' arguments; empty where that is nothing."""
+        if not (self.cwd or self.ld or self.distil_off_epochs):
+            return {}
+        return {name: getattr(self, name) for name in self.later if name != "teacher"}
 
 
 class Prune(Strict):

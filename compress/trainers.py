@@ -23,10 +23,12 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.models.yolo.obb import OBBTrainer
 from ultralytics.models.yolo.pose import PoseTrainer
 from ultralytics.models.yolo.segment import SegmentationTrainer
+from ultralytics.nn.distill_model import DistillationModel
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
 from compress.checkpoint import load_model, plans_of, read_architecture
+from compress.distil import DISTIL, Distillation
 from compress.errors import CheckpointError, EspalierError, PlanError, SettingsError
 from compress.fade import START, Fade, remaining
 from compress.graph import build_graph
@@ -48,10 +50,13 @@ _TRACE_IMGSZ = 64  # groups do not depend on the image size; the smallest that e
 # All γ shrink a little at every step, so running statistics lag behind, and over a deep network the lags multiply:
 # with Ultralytics' 0.03 the validation mAP of a good detector fell from 0.56 to 0.23 (docs/results.md).
 _BATCH_NORM_MOMENTUM = 0.1
+_LOST_BATCHES = 3  # so many in succession without a finite loss end a sparsity training
 
 
 class Planned(BaseTrainer):
     """Keeps the shape of a pruned checkpoint, where Ultralytics would rebuild its YAML."""
+
+    notes_file = DISTIL  # what a stage tells its trainer beside Ultralytics' arguments
 
     def get_dataset(self) -> dict[str, Any]:
         """Return the data set that its YAML or folder describes; nothing that a YAML says is run or downloaded."""
@@ -103,6 +108,25 @@ class Planned(BaseTrainer):
         super()._setup_train()
         if self.device.type == "cpu":
             torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # see compress/__init__.py
+        model, notes = unwrap_model(self.model), Path(self.save_dir).parent / DISTIL  # type: ignore[arg-type]
+        if isinstance(model, DistillationModel) and notes.exists():
+            terms = read_json(notes)
+            self.off_from = self.epochs - terms["distil_off_epochs"]
+            # Only of this model: the average of weights, which is what is saved, has been copied already.
+            self.distillation = model.loss = Distillation(model, terms)  # type: ignore[method-assign]
+            self.add_callback("on_train_epoch_start", Planned.ask_the_teacher)
+
+    def ask_the_teacher(self) -> None:
+        """Distil in this epoch, unless it is one of the last that do not."""
+        self.distillation.active = self.epoch < self.off_from
+
+    def _load_checkpoint_state(self, ckpt: Any) -> None:
+        """Load as Ultralytics does, which copies the model for its average; the terms of a loss stay out of it."""
+        model: Any = unwrap_model(self.model)  # type: ignore[arg-type]
+        loss = vars(model).pop("loss", None)
+        super()._load_checkpoint_state(ckpt)
+        if loss is not None:
+            model.loss = loss
 
     def save_model(self) -> Literal[True]:
         """Save as Ultralytics does, then keep whole copies to resume from."""
@@ -121,6 +145,8 @@ class Sparse(Planned):
     this is plain L1. The term is added when the optimizer steps: after AMP's unscaling and after gradient clipping.
     """
 
+    notes_file = SPARSITY
+
     def _setup_train(self) -> None:
         super()._setup_train()
         settings = read_json(Path(self.save_dir).parent / SPARSITY)
@@ -133,6 +159,8 @@ class Sparse(Planned):
         self.penalty = GroupPenalty(graph, model)
         optimizer: Any = self.optimizer
         optimizer.register_step_pre_hook(lambda *_: self.pull())
+        self.lost_batches = 0
+        self.add_callback("on_train_batch_end", Sparse.watch_loss)
         self.pulled, self.pulled_units = 0.0, None
         if self.sr == AUTO:
             self.share = float(settings["share"])
@@ -150,6 +178,32 @@ class Sparse(Planned):
         if RANK in (-1, 0):
             self.gamma_log = GammaLog(graph, Path(self.save_dir).parent, model)
             self.add_callback("on_fit_epoch_end", Sparse.log_gammas)
+
+    def watch_loss(self) -> None:
+        """Stop where the loss stays without a number; a single one of AMP's steps may be."""
+        self.lost_batches = 0 if self.loss is None or self.loss.isfinite() else self.lost_batches + 1
+        if self.lost_batches == _LOST_BATCHES:
+            self.give_up()
+
+    def _handle_nan_recovery(self, epoch: int) -> bool:
+        """Stop where Ultralytics would start the epoch again: the same λ would only lead to the same end."""
+        corrupted = self.loss is not None and not self.loss.isfinite()
+        if corrupted or (self.fitness is not None and self.fitness != self.fitness):
+            self.give_up()
+        return super()._handle_nan_recovery(epoch)
+
+    def give_up(self) -> None:
+        """Say what led nowhere, and what is left.
+
+        Raises:
+            EspalierError: always.
+        """
+        good = self.wdir / RESUME
+        kept = f"the last good checkpoint is {good}" if good.exists() else "nothing was trained before"
+        raise EspalierError(
+            f"sparsity training stopped in epoch {self.epoch + 1}: the loss is no number any more with "
+            f"λ {self.current_sr():.3g} (sr {self.sr}); {kept}; start again with a smaller sr or lr0"
+        )
 
     def pull(self) -> None:
         """Add the penalty to the gradients of this step, and count how far λ = 1 would move a γ in it."""
@@ -299,7 +353,7 @@ def run_training(
         folder: the stage's folder; Ultralytics writes below `folder/training`.
         resumable: an interrupted start of this very training may lie in `folder`.
         overrides: further Ultralytics arguments (imgsz, device, seed …); `settings.args` has the last word.
-        notes: what a `Sparse` trainer reads beside Ultralytics' arguments: sr, sr_decay, fade.
+        notes: what the trainer reads beside Ultralytics' arguments: λ and fading, or the terms of a distillation.
 
     Raises:
         SettingsError: an argument that Ultralytics does not know, or that Espalier sets itself.
@@ -327,7 +381,7 @@ def run_training(
             write_bytes_atomic(best, resume_best.read_bytes())
         arguments |= {"resume": str(resume), "model": str(resume)}
     elif notes:
-        write_json(folder / SPARSITY, notes)
+        write_json(folder / trainer.notes_file, notes)
     try:
         trainer(overrides=arguments).train()
     except EspalierError:

@@ -74,6 +74,22 @@ def test_filter_norms_over_their_mean(method: str, norms: list[float]) -> None:
     assert scores_of(model, method)["head"] == pytest.approx(np.array(norms) / np.mean(norms))
 
 
+def test_fpgm_lets_go_what_lies_in_the_middle() -> None:
+    """Filters at (0, 0), (3, 4), (0, 4) and (6, 8): sums of distances 19, 13, 4 + 3 + √52 and 20 + √52."""
+    model = Chain()
+    set_rows(model.head.weight, [[0.0, 0.0], [3.0, 4.0], [0.0, 4.0], [6.0, 8.0]])
+    sums = np.array([5 + 4 + 10, 5 + 3 + 5, 4 + 3 + 52**0.5, 10 + 5 + 52**0.5])
+    found = scores_of(model, "fpgm")["head"]
+    assert found == pytest.approx(sums / sums.mean(), abs=1e-6)
+    assert found.argmin() == 1  # l2 would let the first go
+
+
+def test_fpgm_of_filters_that_are_all_alike_is_nothing() -> None:
+    model = Chain()
+    model.a.conv.weight.data.fill_(0.5)
+    assert scores_of(model, "fpgm")["a.conv"] == pytest.approx(np.zeros(8), abs=1e-6)
+
+
 def test_filters_that_share_channels_share_the_mean() -> None:
     """Channel 0: norms 1, 2 and 6; all others: 0, 0 and 6; the mean over the group is 17 / 8."""
     model = Residual()

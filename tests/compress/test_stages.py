@@ -202,6 +202,17 @@ def test_a_finished_stage_is_skipped(stages: Path, data: Path, capsys, monkeypat
     assert {path: path.stat().st_mtime_ns for path in stages.rglob("*")} == before
 
 
+def test_a_lambda_that_ruins_the_loss_stops_the_training(dense: Path, data: Path, tmp_path: Path, capsys) -> None:
+    given = {"--model": dense, "--data": data, "--output": tmp_path / "out", "--imgsz": 64, "--epochs": 2}
+    given |= {"--batch": 2, "--workers": 0, "--sr": 1e37}
+    assert command(sparsify.app, *(word for pair in given.items() for word in pair), "nbs=2", "warmup_epochs=0") == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("error: sparsity training stopped in epoch 1: the loss is no number any more with λ 1e+37")
+    assert "nothing was trained before; start again with a smaller sr or lr0" in said
+    assert not (tmp_path / "out" / MANIFEST).exists()
+    assert not list((tmp_path / "out").rglob("*.pt"))
+
+
 def test_other_settings_are_other_work(stages: Path, data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "prune"
     shutil.copytree(stages / "prune", folder)
@@ -396,7 +407,7 @@ def test_a_mistake_is_one_line_and_nothing_is_begun(
         (prune.app, ["--percent", "0.5", "--model", "none.pt"], "none.pt does not exist: check the path"),
         (finetune.app, ["--teacher", "none.pt"], "none.pt does not exist: check the path"),
         (finetune.app, ["--teacher", "text.pt"], "text.pt cannot be opened"),
-        (finetune.app, ["--dis", "0"], "dis: Input should be greater than 0"),
+        (finetune.app, ["--dis", "0"], "dis, cwd and ld are all 0: leave out the teacher (distill: false)"),
         (sparsify.app, ["--sr", "inf"], "sr: Input should be a finite number"),
     ],
 )

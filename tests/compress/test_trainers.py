@@ -158,6 +158,7 @@ def sparsity(tmp_path: Path, monkeypatch) -> Callable[..., Any]:
             ema=SimpleNamespace(ema=model, update=lambda _: None),
             args=SimpleNamespace(imgsz=16, seed=0, data="none.yaml"),
             train_loader=range(4),
+            loss=torch.ones(()),
             metrics={"metrics/mAP50-95(B)": 0.25, "val/box_loss": 1.0, "fitness": 3.0},
             epoch=0,
             epochs=epochs,
@@ -271,6 +272,39 @@ def test_a_resumed_training_keeps_what_fades(sparsity, tmp_path: Path) -> None:
         again.count_batch()
     assert model.a.bn.weight[3].item() == pytest.approx((1 / 3) / (1 / 2))  # from a half to a third of the schedule
     assert model.a.bn.weight[5].item() == pytest.approx(0.01)
+
+
+# A λ that ruins the loss.
+
+
+def lost(trainer: Any, *losses: float) -> None:
+    for value in losses:
+        trainer.loss = torch.tensor(value)
+        trainer.watch_loss()
+
+
+def test_a_loss_that_stays_without_a_number_ends_the_training(sparsity, tmp_path: Path) -> None:
+    trainer = sparsity(Chain(), sr=8.0, sr_decay=0.5, epochs=3)
+    trainer.wdir, trainer.epoch = tmp_path, 1
+    nan, inf = float("nan"), float("inf")
+    lost(trainer, 1.0, inf, nan, 1.0, nan, nan)  # AMP looks for its scale
+    (tmp_path / RESUME).write_bytes(b"good")
+    with pytest.raises(EspalierError) as caught:
+        lost(trainer, nan)
+    assert str(caught.value) == (
+        "sparsity training stopped in epoch 2: the loss is no number any more with λ 6 (sr 8.0); "
+        f"the last good checkpoint is {tmp_path / RESUME}; start again with a smaller sr or lr0"
+    )
+
+
+@pytest.mark.parametrize(("loss", "fitness"), [(float("nan"), 0.5), (1.0, float("nan"))])
+def test_an_epoch_that_ends_without_a_number_is_not_saved(
+    sparsity, tmp_path: Path, loss: float, fitness: float
+) -> None:
+    trainer = sparsity(Chain(), sr=8.0)
+    trainer.wdir, trainer.loss, trainer.fitness = tmp_path, torch.tensor(loss), fitness
+    with pytest.raises(EspalierError, match="nothing was trained before"):
+        trainer._handle_nan_recovery(0)  # Ultralytics would go on, and save what is left
 
 
 # What TensorBoard shows.
@@ -404,6 +438,8 @@ def test_right_arguments_pass() -> None:
 
 class Recorder:
     """Stands in for a trainer."""
+
+    notes_file = SPARSITY
 
     given: dict[str, Any]
     error: Exception | None = None
