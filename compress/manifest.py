@@ -149,7 +149,7 @@ def begin(folder: Path, stage: str, config: Mapping[str, Any], parents: Mapping[
     if folder.exists() and any(path.suffix != _TEMPORARY for path in folder.iterdir()):
         if not started.exists() and not (folder / MANIFEST).exists():
             raise RunError(f"{folder} is not empty and holds no stage of Espalier: choose another --output")
-        folder.rename(_free_name(folder))
+        folder.rename(free_name(folder))
     folder.mkdir(parents=True, exist_ok=True)
     write_json(started, identity)
     return False
@@ -217,7 +217,8 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
-def _free_name(folder: Path) -> Path:
+def free_name(folder: Path) -> Path:
+    """Return the first of NAME.1, NAME.2 … that does not exist."""
     number = 1
     while (other := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1

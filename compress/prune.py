@@ -84,14 +84,20 @@ def score(model: nn.Module, settings: Prune, imgsz: int, seed: int = 0, data: Pa
     """Trace a model and score its channels, as `plan_pruning` does."""
     from compress.graph import build_graph
     from compress.importance import importance
+    from compress.sensitivity_file import load_sensitivity, rescaled
     from compress.taylor import taylor_scores
 
+    measured = None
+    if settings.sensitivity:
+        measured = load_sensitivity(Path(settings.sensitivity), checkpoint.structure_hash(model))
     graph = build_graph(model, imgsz)
     if settings.importance != "taylor":
-        return Scored(model, graph, importance(graph, model, settings.importance, seed))
-    if data is None:
+        scores = importance(graph, model, settings.importance, seed)
+    elif data is None:
         raise SettingsError("importance 'taylor' asks the loss on training images: give --data")
-    return Scored(model, graph, taylor_scores(graph, model, data, imgsz, seed=seed))
+    else:
+        scores = taylor_scores(graph, model, data, imgsz, seed=seed)
+    return Scored(model, graph, rescaled(graph, scores, measured) if measured else scores)
 
 
 def choose_widths(
@@ -143,7 +149,8 @@ def prune(model: Path, data: Path, settings: Prune, imgsz: int, seed: int, outpu
     config = {**settings.model_dump(mode="json"), "imgsz": imgsz, "seed": seed}
     from compress.dataset import fingerprint
 
-    parents = manifest.input_hashes({"model": model}) | {"data": fingerprint(data)}
+    inputs = {"model": model} | ({"sensitivity": Path(settings.sensitivity)} if settings.sensitivity else {})
+    parents = manifest.input_hashes(inputs) | {"data": fingerprint(data)}
     if settings.by_latency:
         from compress.latency_plan import find_table
 
@@ -266,6 +273,7 @@ def main(
     power_of_two: Annotated[bool, typer.Option("--power-of-two", help="channel counts are powers of two")] = False,
     max_removed: Annotated[float | None, typer.Option(help="largest share that one group may lose")] = None,
     importance: Annotated[Importance, typer.Option(help="bn, l1, l2, fpgm, taylor or random")] = "bn",
+    sensitivity: Annotated[Path | None, typer.Option(help="sensitivity.json: what each group may lose")] = None,
     imgsz: Annotated[int, typer.Option(min=32)] = 640,
     seed: Annotated[int, typer.Option()] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
@@ -285,7 +293,7 @@ def main(
     content = {key: value for key, value in amount.items() if value is not None}
     content |= {"device": device, "host": host, "runtime": runtime, "threads": threads}
     content |= {"memory": memory} if memory is not None else {}
-    content |= {"table": str(table) if table else None}
+    content |= {"table": str(table) if table else None, "sensitivity": str(sensitivity) if sensitivity else None}
     settings = parse(Prune, {**content, "importance": importance, "budget": rules}, "prune")
     if front is not None:
         from compress.dataset import resolve

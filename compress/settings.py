@@ -173,6 +173,9 @@ class Prune(Strict):
         default=None, description="latency table; not given: the one that benchmark.profile wrote"
     )
     importance: Importance = "bn"
+    sensitivity: str | None = Field(
+        default=None, description="sensitivity.json of compress.sensitivity: what a group may lose was measured"
+    )
     budget: Budget = Budget()
     recalibrate_images: int = Field(
         default=256, ge=0, description="training images that re-estimate batch-norm statistics"

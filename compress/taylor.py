@@ -98,7 +98,7 @@ def _batches(model: nn.Module, data: Path, imgsz: int, count: int, seed: int) ->
     chosen = images(data, "train")
     chosen = random.Random(seed).sample(chosen, min(count, len(chosen)))
     with quiet():
-        files, collate = _labelled(task_of(model), chosen, data, settings)
+        files, collate = labelled(task_of(model), chosen, data, settings)
     model.args = settings  # type: ignore[assignment]  (the weights of the loss terms)
     model.criterion = None  # type: ignore[assignment]  (made anew, on the model's device)
     device = next(model.parameters()).device
@@ -112,7 +112,7 @@ def _batches(model: nn.Module, data: Path, imgsz: int, count: int, seed: int) ->
     return batches
 
 
-def _labelled(task: str, chosen: list[Path], data: Path, settings: Any) -> tuple[Any, Any]:
+def labelled(task: str, chosen: list[Path], data: Path, settings: Any) -> tuple[Any, Any]:
     """Return these images with their labels, without augmentation, and what makes a batch of several."""
     from torch.utils.data import default_collate
     from ultralytics.data.utils import check_det_dataset

@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # devices: budgets read a device's widths, the benchmark how it is reached.
 SHARED_BY_ALL = {"checkpoint", "manifest", "settings", "devices", "errors", "dataset", "labels", "progress", "repair"}
-# These two chain everything: the pipeline, and the loop that measures a plan before it is paid for.
-CHAINS = {"run.py", "measured.py"}
+# These chain everything: the pipeline, the loop that measures a plan before it is paid for, and the report of a sweep.
+CHAINS = {"run.py", "measured.py", "sweep.py"}
 # A latency table is learnt from networks of many widths, which only the channel graph can cut.
 PROFILERS = {"profile.py", "variants.py", "regression.py"}
 SHARED_WITH_PROFILERS = SHARED_BY_ALL | {"graph", "budget", "plan", "surgery", "latency_table"}
@@ -83,6 +83,8 @@ def test_walls_stand(path: Path) -> None:
         ("compress/prune.py", "from exporters import benchmark", set()),
         ("compress/run.py", "import export, benchmark", set()),
         ("compress/measured.py", "import export.onnx, benchmark.profile", set()),
+        ("compress/sweep.py", "from benchmark.report import write_reports", set()),
+        ("compress/sweep_jobs.py", "import benchmark.report", {"benchmark.report"}),
         ("compress/solver.py", "import benchmark.profile", {"benchmark.profile"}),
         ("benchmark/profile.py", "from compress.graph import build_graph\nimport compress.latency_table", set()),
         ("benchmark/profile.py", "from compress.prune import prune", {"compress.prune.prune"}),

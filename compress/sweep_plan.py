@@ -1,0 +1,132 @@
+"""Which pipelines a sweep is made of, and which of them are given up after the cut."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from compress.errors import SettingsError
+from compress.settings import TARGETS, Run, Strict, load_run, load_yaml, parse
+
+
+class Sweep(Strict):
+    """A sweep, as configs/sweeps/*.yaml spell it: every target with every combination of the grid."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="its folder is runs/NAME")
+    pipeline: str = Field(description="a file of configs/pipelines/, which all of them start from")
+    targets: tuple[str, ...] = Field(
+        default=(), description="such as macs=0.5 or speedup=2x, each in place of the pipeline's own"
+    )
+    grid: dict[str, tuple[Any, ...]] = Field(
+        default_factory=dict, description="values by setting of the pipeline, such as imgsz: [256, 320]"
+    )
+    limit: int | None = Field(default=None, ge=1, description="run at most so many of the grid, drawn by `seed`")
+    seed: int = 0
+    early_stop: float | None = Field(
+        default=0.2,
+        gt=0.0,
+        le=1.0,
+        description="give a cut up when one of no more MACs has so much more mAP50-95 before fine-tuning; null: never",
+    )
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A pipeline after its cut: MACs of the pruned model, and its mAP50-95 on the val split before fine-tuning."""
+
+    name: str
+    macs: int
+    map50_95: float
+
+
+def load_sweep(path: Path) -> Sweep:
+    """Read a file of configs/sweeps/.
+
+    Raises:
+        SettingsError: all the mistakes at once.
+    """
+    return parse(Sweep, load_yaml(path), str(path))
+
+
+def expand(sweep: Sweep, overrides: Sequence[str] = (), texts: dict[str, str] | None = None) -> list[Run]:
+    """Return the pipelines of a sweep; what they differ in is their name.
+
+    Args:
+        overrides: `key=value` settings of all pipelines.
+        texts: as `load_run` takes them.
+
+    Raises:
+        SettingsError: a combination that is no pipeline.
+    """
+    axes = [[(key, value) for value in values] for key, values in sweep.grid.items()]
+    if sweep.targets:
+        axes.insert(0, [("target", _target(text)) for text in sweep.targets])
+    if any(not axis for axis in axes):
+        raise SettingsError(f"sweep {sweep.name}: a setting of the grid has no values: remove it")
+    points = list(itertools.product(*axes))
+    if sweep.limit is not None and sweep.limit < len(points):
+        points = [points[i] for i in sorted(random.Random(sweep.seed).sample(range(len(points)), sweep.limit))]
+    pipelines = []
+    for point in points:
+        changes = [*overrides, *(change for key, value in point for change in _changes(key, value))]
+        pipelines.append(load_run(Path(sweep.pipeline), [*changes, f"name={_name(point)}"], texts))
+    names = [pipeline.name for pipeline in pipelines]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise SettingsError(f"sweep {sweep.name}: two pipelines would be called {twice}: remove the repeated value")
+    return pipelines
+
+
+def hopeless(cuts: Sequence[Cut], margin: float | None) -> dict[str, str]:
+    """Return which cuts are dominated by far, and by which one, by name.
+
+    A cut is when another one has no more MACs and is better by at least `margin` mAP before any fine-tuning.
+    """
+    if margin is None:
+        return {}
+    found = {}
+    for cut in cuts:
+        better = [o for o in cuts if o.macs <= cut.macs and o.map50_95 >= cut.map50_95 + margin]
+        if better:
+            found[cut.name] = max(better, key=lambda other: other.map50_95).name
+    return found
+
+
+def on_front(points: dict[str, tuple[float, float]]) -> set[str]:
+    """Return the names of the points (cost, score) that none other beats: no dearer, no worse, and not equal."""
+    return {
+        name
+        for name, (cost, score) in points.items()
+        if not any(c <= cost and s >= score and (c, s) != (cost, score) for c, s in points.values())
+    }
+
+
+def _target(text: str) -> tuple[str, str]:
+    name, separator, amount = text.partition("=")
+    if name not in TARGETS or not separator or not amount:
+        raise SettingsError(f"target '{text}' must be one of {', '.join(TARGETS)} and an amount, such as macs=0.5")
+    return name, amount
+
+
+def _changes(key: str, value: Any) -> list[str]:
+    if key == "target":
+        name, amount = value
+        return [f"prune.{other}={amount if other == name else 'null'}" for other in TARGETS]
+    return [f"{key}={json.dumps(value)}"]
+
+
+def _name(point: Sequence[tuple[str, Any]]) -> str:
+    """Return a name for a folder, such as macs-0.5_importance-bn_imgsz-320."""
+    words = []
+    for key, value in point:
+        label, text = value if key == "target" else (key.rpartition(".")[2], value)
+        text = Path(text).stem if isinstance(text, str) and "/" in text else str(text)
+        words.append(f"{label}-{text.removesuffix('.pt').removesuffix('.yaml')}")
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(words)).strip("-._") or "pipeline"
