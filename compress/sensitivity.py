@@ -6,6 +6,7 @@ where a network is easy to cut.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 STAGE, RESULT, PICTURE, JOURNAL = "sensitivity", "sensitivity.json", "sensitivity.png", "measured.json"
 FOLDER = Path("runs/sensitivity")
-_DENSE = "dense"
+_DENSE, _MENDED = "dense", "mended"
 _HARM = 0.9  # share of the mAP that mending the uncut model must leave to be trusted
 
 Measure = Callable[["nn.Module"], float]
@@ -110,12 +111,14 @@ def _measure(network: nn.Module, model: Path, data: Path, wanted: Wanted, journa
     mend = _mender(data, wanted)
     every_width = Budget(multiple_of=1, min_width=1, max_removed=1.0)
     if (dense := journal.get(_DENSE)) is None:
-        dense = _measure_dense(network, measure, mend, wanted)
+        dense, mended = _measure_dense(network, measure, mend, wanted)
         if dense <= 0.0:
             raise DataError(
                 f"{model} finds nothing on {len(chosen)} images of {data}, '{wanted.split}': train it first"
             )
+        journal.add(_MENDED, float(mended))
         journal.add(_DENSE, dense)
+    mended = bool(journal.get(_MENDED))
     scored = score(network, Prune(percent=0.5, importance=wanted.importance), wanted.imgsz, wanted.seed, data)
     graph = scored.graph
     tied = [tie for tie in ties(graph, every_width) if len(tie.parts) > 1]
@@ -129,7 +132,8 @@ def _measure(network: nn.Module, model: Path, data: Path, wanted: Wanted, journa
         for part in dict.fromkeys(parts.values()):
             key = f"{groups[0]} {part}"
             if (value := journal.get(key)) is None:
-                value = measure(mend(_cut(network, graph, scored.scores, tie, part)))
+                cut = _cut(network, graph, scored.scores, tie, part)
+                value = measure(mend(cut) if mended else cut)
                 journal.add(key, value)
             left[1.0 - part / tie.parts[0]] = value
         found.append(Tie(groups=tuple(groups), removed=tuple(left), map50_95=tuple(left.values())))
@@ -142,45 +146,43 @@ def _measure(network: nn.Module, model: Path, data: Path, wanted: Wanted, journa
         imgsz=wanted.imgsz,
         images=len(chosen),
         importance=wanted.importance,
-        repaired=wanted.repair,
+        repaired=mended,
         map50_95=dense,
         ties=tuple(found),
     )
 
 
-def _measure_dense(network: nn.Module, measure: Measure, mend: Mend, wanted: Wanted) -> float:
-    """Return the mAP without any cut: mended too, so that no cut is charged with what the mending itself changes."""
+def _measure_dense(network: nn.Module, measure: Measure, mend: Mend, wanted: Wanted) -> tuple[float, bool]:
+    """Return the mAP without any cut, and whether mending batch norm can be trusted.
+
+    The uncut model is mended too, so that no cut is charged with what the mending itself changes. Where that alone
+    takes mAP away, as it does at another image size than that of the training, it would drown what a cut does.
+    """
     plain = measure(network)
     if not wanted.repair:
-        return plain
-    mended = measure(mend(_copy(network)))
-    if mended < _HARM * plain:
-        print(
-            f"sensitivity: mending batch norm anew takes the uncut model from mAP50-95 {plain:.4f} to {mended:.4f}: "
-            f"was it trained at {wanted.imgsz} px? --no-repair leaves it as it is, and more --images estimate better"
-        )
-    return mended
+        return plain, False
+    mended = measure(mend(copy.deepcopy(network)))
+    if mended >= _HARM * plain:
+        return mended, True
+    print(
+        f"sensitivity: batch norm is left as it is, to mend it takes the uncut model from mAP50-95 {plain:.4f} to "
+        f"{mended:.4f}: was it trained at {wanted.imgsz} px? More --images estimate better"
+    )
+    return plain, False
 
 
 def _mender(data: Path, wanted: Wanted) -> Mend:
-    """Return what re-estimates the batch-norm statistics of a network in place, if that is wanted."""
+    """Return what re-estimates the batch-norm statistics of a network in place."""
     from compress.mean_ap import sample_images
     from compress.repair import recalibrate_batch_norm
 
     train = sample_images(data, "train", wanted.images, wanted.seed)
 
     def mend(network: nn.Module) -> nn.Module:
-        if wanted.repair:
-            recalibrate_batch_norm(network, train, wanted.imgsz)
+        recalibrate_batch_norm(network, train, wanted.imgsz)
         return network
 
     return mend
-
-
-def _copy(network: nn.Module) -> nn.Module:
-    import copy
-
-    return copy.deepcopy(network)
 
 
 def _part(tie: BudgetTie, share: float) -> int:
@@ -268,7 +270,12 @@ def main(
     shares: Annotated[list[float] | None, typer.Option(help="shares of a tie to remove; 0.25 0.5 0.75")] = None,
     importance: Annotated[Importance, typer.Option(help="which channels of a group go first")] = "taylor",
     images: Annotated[int, typer.Option(min=1, help="images that are scored, and that mend batch norm")] = 64,
-    repair: Annotated[bool, typer.Option("--repair/--no-repair", help="re-estimate batch norm after a cut")] = True,
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair/--no-repair", help="re-estimate batch norm after a cut, unless that harms the uncut model"
+        ),
+    ] = True,
     imgsz: Annotated[int, typer.Option(min=32)] = 640,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:

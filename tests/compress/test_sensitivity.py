@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compress import checkpoint, manifest, mean_ap
+from compress import checkpoint, manifest, mean_ap, repair
 from compress.errors import DataError, SettingsError, run_app
 from compress.graph import Graph, build_graph
+from compress.prune import app as prune_app
 from compress.prune import plan_pruning, prune
 from compress.sensitivity import RESULT, Wanted, app, sensitivity
 from compress.sensitivity_file import SCHEMA, Sensitivity, Tie, load_sensitivity, rescaled
@@ -72,7 +73,7 @@ def test_what_was_measured_before_an_interruption_is_kept(
 
     def killed(path: Path, value: Any) -> None:
         add(path, value)
-        if len(measured) == 4:
+        if len(measured) == 4 and path.name == "measured.json":
             raise StopError
 
     monkeypatch.setattr(manifest, "write_json", killed)
@@ -89,14 +90,25 @@ def test_what_was_measured_before_an_interruption_is_kept(
     assert (tmp_path / "s.1" / RESULT).exists()
 
 
-def test_a_repair_that_harms_the_uncut_model_is_said(
+def test_a_repair_that_harms_the_uncut_model_is_left_out(
     dense: Path, tiny_data: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    scores = iter([0.5, 0.2])
+    scores, mended = iter([0.5, 0.2]), []
+    monkeypatch.setattr(repair, "recalibrate_batch_norm", lambda *_: mended.append(1))
     monkeypatch.setattr(mean_ap, "scorer", lambda *_: lambda _: next(scores, 0.1))
     found = sensitivity(dense, tiny_data, WANTED.model_copy(update={"repair": True, "shares": (0.5,)}), tmp_path / "s")
-    assert json.loads(found.read_text())["map50_95"] == 0.2
-    assert "batch norm anew takes the uncut model from mAP50-95 0.5000 to 0.2000" in capsys.readouterr().out
+    content = json.loads(found.read_text())
+    assert (content["map50_95"], content["repaired"], len(mended)) == (0.5, False, 1)
+    assert "to mend it takes the uncut model from mAP50-95 0.5000 to 0.2000: " in capsys.readouterr().out
+
+
+def test_every_cut_is_mended_like_the_uncut_model(dense: Path, tiny_data: Path, tmp_path: Path, monkeypatch) -> None:
+    mended: list[int] = []
+    monkeypatch.setattr(repair, "recalibrate_batch_norm", lambda _, images, imgsz: mended.append(len(images) * imgsz))
+    monkeypatch.setattr(mean_ap, "scorer", lambda *_: lambda _: 0.5)
+    found = sensitivity(dense, tiny_data, WANTED.model_copy(update={"repair": True, "shares": (0.5,)}), tmp_path / "s")
+    content = json.loads(found.read_text())
+    assert (content["repaired"], mended) == (True, [4 * 64] * (1 + len(content["ties"])))
 
 
 def test_a_model_that_finds_nothing_has_nothing_to_lose(
@@ -227,3 +239,13 @@ def test_the_quick_map_is_that_of_the_benchmark(shared: Path) -> None:
     found = measure(network)
     assert found > 0.05
     assert found == pytest.approx(evaluate(model, data, imgsz=96, threads=1)["map50_95"], abs=1e-4)
+
+
+def test_the_option_of_prune_names_the_file(graph: Graph, dense: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    manifest.write_json(tmp_path / "s.json", say(graph, "0" * 64, {}).model_dump(mode="json"))
+    arguments = ["--model", str(dense), "--macs", "0.5", "--imgsz", "64", "--sensitivity", str(tmp_path / "s.json")]
+    monkeypatch.setattr(sys, "argv", ["compress.prune", *arguments, "--dry-run"])
+    with pytest.raises(SystemExit) as stop:
+        run_app(prune_app)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 's.json'} was measured on another model")
