@@ -14,6 +14,7 @@ import typer
 
 from benchmark import prepare, runtimes, store
 from benchmark.outputs import Network
+from benchmark.worker import open_model
 from compress import manifest
 from compress.devices import load_device
 from compress.errors import BenchmarkError, DataError, run_app
@@ -32,6 +33,7 @@ def evaluate(
     split: str = "val",
     imgsz: int = 640,
     threads: int | None = None,
+    runtime: str | None = None,
     network: Network | None = None,
 ) -> dict[str, Any]:
     """Measure how right a model file is on a data set, as stock `YOLO(model).val(rect=False)` would.
@@ -46,6 +48,7 @@ def evaluate(
         split: train, val or test.
         imgsz: side of the square input, px.
         threads: threads of the runtime; all of the machine's when not given.
+        runtime: that of the file, or a variant of it; the file's own when not given.
         network: what `model` is on a device; it is opened here when not given.
 
     Returns:
@@ -64,7 +67,7 @@ def evaluate(
 
     names = class_names(data)
     images(data, split)  # says what is missing, before anything is loaded
-    network = network or _open(model, threads or os.cpu_count() or 1)
+    network = network or _open(model, runtime, threads or os.cpu_count() or 1)
     facts = network.facts
     task = facts.get("task") or "detect"
     _check_fit(model, facts, task, data, len(names), imgsz)
@@ -89,10 +92,10 @@ def evaluate(
     }
 
 
-def _open(model: Path, threads: int) -> Network:
-    runner = runtimes.runner_of(model)
+def _open(model: Path, runtime: str | None, threads: int) -> Network:
+    own = runtimes.runner_of(model)
     try:
-        session = runner.load(str(model), threads)
+        runner, session = open_model(runtimes.runner(runtime) if runtime else own.__name__, str(model), threads)
     except ValueError as error:
         raise BenchmarkError(str(error)) from None
     return Network(runner.describe(session), lambda images: runner.infer(session, images))
@@ -234,11 +237,13 @@ def main(
             manifest.finish(output, STAGE, config, parents, [RESULT], metrics)
             prepare.clean_up(output, keep_outputs)
     store.add(output / RESULT)
-    _print_table(records, split, wanted.imgsz)
+    names = runtimes.distinct_names([path for files in wanted.models.values() for path in files.values()])
+    _print_table(records, names, split, wanted.imgsz)
 
 
-def _print_table(records: list[dict[str, Any]], split: str, imgsz: int) -> None:
+def _print_table(records: list[dict[str, Any]], names: list[str], split: str, imgsz: int) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=f"accuracy on the {split} split, {records[0]['images']} images at {imgsz} px")
@@ -247,8 +252,8 @@ def _print_table(records: list[dict[str, Any]], split: str, imgsz: int) -> None:
     shown = [key for key in METRICS if key in records[0]]
     for key in shown:
         table.add_column(METRICS[key], justify="right")
-    for record in records:
-        table.add_row(record["model"], record["runtime"], *(f"{record[key]:.4f}" for key in shown))
+    for name, record in zip(names, records, strict=True):
+        table.add_row(escape(name), record["runtime"], *(f"{record[key]:.4f}" for key in shown))
     Console().print(table)
 
 

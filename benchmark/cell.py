@@ -45,8 +45,12 @@ class Worker:
 
     def ask(self, content: dict[str, Any], payload: bytes = b"") -> Answer:
         """Send a request and return the answer, see `benchmark.worker`."""
-        self.send(json.dumps(content).encode() + b"\n" + payload)
+        self.request(content, payload)
         return self.receive()
+
+    def request(self, content: dict[str, Any], payload: bytes = b"") -> None:
+        """Send a request, whose answer `receive` returns."""
+        self.send(json.dumps(content).encode() + b"\n" + payload)
 
     def send(self, line: bytes) -> None:
         """Send bytes; where the worker is gone, the next `receive` says why."""

@@ -79,7 +79,7 @@ def comparisons(record: dict[str, Any]) -> list[Block]:
     rows = [
         [
             f"{item['model']} against {item['baseline']}",
-            item["runtime"],
+            item["runtime"] + (f", batch {item['batch']}" if item.get("batch", 1) != 1 else ""),
             Number(wording.ratio(item["speedup"]), item["speedup"]),
             wording.interval(item["interval"]),
         ]

@@ -22,7 +22,7 @@ from benchmark.latency_record import INSTRUCTIONS, Cell, cell_record, compare, n
 from benchmark.sites import Site
 from compress import manifest
 from compress.devices import load_device
-from compress.errors import run_app
+from compress.errors import BenchmarkError, SettingsError, run_app
 
 SCHEMA = 1
 STAGE = "latency"
@@ -52,6 +52,17 @@ MODES = {
 }
 
 
+@dataclass(frozen=True)
+class Load:
+    """What a query is and how many run at once: batches to measure one after the other, and streams side by side."""
+
+    batches: tuple[int, ...] = (1,)
+    streams: int = 1
+
+
+SINGLE = Load()
+
+
 def measure(
     models: dict[str, dict[str, Path]],
     *,
@@ -61,19 +72,23 @@ def measure(
     seed: int = 0,
     site: Site | None = None,
     lock_clocks: bool = False,
+    load: Load = SINGLE,
+    layers: bool = False,
 ) -> dict[str, Any]:
-    """Measure the latency of models on a device, batch 1, and compare each with the first one.
+    """Measure the latency of models on a device and compare each with the first one, at equal batch.
 
     Only the runtime's inference is timed: no reading, letterbox or suppression. Each query has the same noise image.
 
     Args:
-        models: model name → runtime (torch, onnxruntime, ncnn, tensorrt) → model file or folder.
+        models: model name → runtime (torch, onnxruntime, ncnn, tensorrt, or a variant) → model file or folder.
         imgsz: side of the square input, px.
         threads: threads of each worker's runtime.
         mode: quick, standard or mlperf.
         seed: of the input, the order of the cells and the bootstrap.
         site: the device; this machine's CPU when not given.
         lock_clocks: fix the device's clocks meanwhile, as its file says.
+        load: batches and streams; by default one image at a time.
+        layers: ask the runtimes that have a profiler for the cost of each layer, after all that is timed.
 
     Returns:
         `cells` (per model and runtime: percentiles in ms with 95 % intervals, all samples in ms per round, memory,
@@ -88,29 +103,42 @@ def measure(
     plan = MODES[runtimes.known("mode", mode, MODES)]
     for files in models.values():
         for runtime, path in files.items():
-            runtimes.known("runtime", runtime, runtimes.RUNNERS)
+            runtimes.known("runtime", runtime, runtimes.names())
             runtimes.require(path)
     site = site or sites.here()
     counted = site.device.counter is not None
+    options: dict[str, Any] = {"threads": threads, "imgsz": imgsz, "seed": seed}
+    if counted and load != SINGLE:
+        raise BenchmarkError(f"{site.device.name} counts instructions of one image: leave out --batch and --streams")
     with ExitStack() as stack:
         if lock_clocks:
             stack.enter_context(clocks.locked(site.device, site.place))
         before, started, own = sites.snapshot(site), time.monotonic(), time.process_time()
         show = stack.enter_context(_progress())
         cells = []
-        for name, files in models.items():
-            for runtime, path in files.items():
-                show(f"start {name} on {runtime}", 0.0)
-                worker = stack.enter_context(sites.worker(site, runtime, path, threads=threads, imgsz=imgsz, seed=seed))
+        for name, runtime, path, batch in _wanted(models, load):
+            show(f"start {name} on {runtime}", 0.0)
+            workers, ready = [], {}
+            for _ in range(load.streams):
+                workers.append(stack.enter_context(sites.worker(site, runtime, path, batch=batch, **options)))
                 # One after another, so that no cold start competes with the next one's.
-                ready, _ = worker.receive()
-                cells.append(Cell(name, runtime, path, worker, ready, unit=INSTRUCTIONS if counted else "ms"))
+                answer, _ = workers[-1].receive()
+                ready = ready or answer
+            unit = INSTRUCTIONS if counted else "ms"
+            cells.append(Cell(name, runtime, path, workers[0], ready, unit=unit, batch=batch, others=workers[1:]))
         order = _count(cells, seed, show) if counted else _time(cells, plan, seed, show)
-        costs = [cell.worker.finish() for cell in cells]
+        costs = [cell.finish() for cell in cells]
         elapsed_s, after = time.monotonic() - started, sites.snapshot(site)
+        # In processes of their own, so that memory and load above are those of the timed queries alone.
+        for cell in cells if layers else []:
+            show(f"layers of {cell.name}", 1.0)
+            with sites.worker(site, cell.runtime, cell.path, batch=cell.batch, **options) as worker:
+                worker.receive()
+                cell.layers = worker.ask({"layers": True})[0]["layers"] or None
     own_s = sum(cost["cpu_s"] for cost in costs) + (time.process_time() - own if site.is_here else 0.0)
     others = others_cores(before["busy_s"], after["busy_s"], own_s, elapsed_s)
-    doubts = noise(cells, before["state"], after["state"], others, before["device"]["cores"])
+    throttling = clocks.throttling(before["log"], after["log"], lock_clocks)
+    doubts = noise(cells, before["state"], after["state"], others, before["device"]["cores"], throttling)
     return {
         "schema": SCHEMA,
         "cells": [cell_record(cell, cost, threads, imgsz, seed) for cell, cost in zip(cells, costs, strict=True)],
@@ -124,6 +152,8 @@ def measure(
             "end": after["state"],
             "start_log": before["log"],
             "end_log": after["log"],
+            "start_power_mw": clocks.power_mw(before["log"]),
+            "end_power_mw": clocks.power_mw(after["log"]),
             "clocks_locked": lock_clocks,
             "others_cores": None if counted else others,
         },
@@ -135,7 +165,8 @@ def measure(
             "rounds": len(order),
             "order": order,
             "imgsz": imgsz,
-            "batch": 1,
+            "batch": load.batches[0] if len(load.batches) == 1 else None,
+            "streams": load.streams,
             "threads": threads,
             "seed": seed,
             "input": "uniform noise in [0, 1), float32 NCHW, the same for every query",
@@ -147,10 +178,18 @@ def measure(
     }
 
 
+def _wanted(models: dict[str, dict[str, Path]], load: Load) -> Iterator[tuple[str, str, Path, int]]:
+    """Yield model name, runtime, file and batch of each cell."""
+    for name, files in models.items():
+        for runtime, path in files.items():
+            for batch in load.batches:
+                yield name, runtime, path, batch
+
+
 def _time(cells: list[Cell], plan: Mode, seed: int, show: Any) -> list[list[int]]:
     """Warm all cells up, then measure them in turns; return the order of each round."""
     for cell in cells:
-        show(f"warm up {cell.model} on {cell.runtime}", 0.0)
+        show(f"warm up {cell.name}", 0.0)
         _warm_up(cell, plan)
     order: list[list[int]] = []
     generator = random.Random(seed)
@@ -159,7 +198,7 @@ def _time(cells: list[Cell], plan: Mode, seed: int, show: Any) -> list[list[int]
         order.append(generator.sample(range(len(cells)), len(cells)))
         for index in order[-1]:
             cell = cells[index]
-            cell.rounds.append(cell.query(LEAD_IN + cell.burst)[LEAD_IN:])
+            cell.rounds.append(cell.query(cell.burst, LEAD_IN))
     return order
 
 
@@ -202,6 +241,7 @@ def _warm_up(cell: Cell, mode: Mode) -> None:
         seconds = time.monotonic() - began
         if plateau or (seconds >= WARM_UP_CAP_S and len(medians) >= statistics.PLATEAU_WINDOWS):
             break
+    cell.energies_uj.clear()
     cell.warm_up = {"queries": queries, "seconds": round(seconds, 2), "plateau": plateau}
     cell.burst = max(MIN_BURST, round(mode.burst_s * 1000 / medians[-1]))
 
@@ -243,6 +283,9 @@ def main(
     imgsz: Annotated[int | None, typer.Option(min=32, help="side of the square input, px; 640")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="threads of each runtime; the device's own")] = None,
     mode: Annotated[str, typer.Option(help=", ".join(MODES))] = "quick",
+    batch: Annotated[str, typer.Option(help="images of a query, or several numbers to compare: 1,2,4,8")] = "1",
+    streams: Annotated[int, typer.Option(min=1, help="workers of each model that run at the same time")] = 1,
+    layers: Annotated[bool, typer.Option("--layers", help="what each layer costs, by the runtime's profiler")] = False,
     device: Annotated[str, typer.Option(help="a name of configs/devices, shortened or not, or a .yaml file")] = "cpu",
     host: Annotated[str | None, typer.Option(help="[user@]host[:port], an alias of ssh, or a serial of adb")] = None,
     python: Annotated[str | None, typer.Option(help="interpreter on the device")] = None,
@@ -253,12 +296,20 @@ def main(
 ) -> None:
     """Measure the latency of model files side by side; the first one is what the others are compared with."""
     runtimes.known("mode", mode, MODES)
+    load = Load(_batches(batch), streams)
     wanted = prepare.request(
         load_device(device), [*models, *(more or [])], runtime=runtime, precision=precision, imgsz=imgsz,
-        threads=threads, data=data, split=split, host=host,
+        threads=threads, data=data, split=split, host=host, batches=load.batches,
     )  # fmt: skip
     output = output or Path("runs") / STAGE / wanted.device.name
     config = {**wanted.config(), "mode": mode, "lock_clocks": lock_clocks, "seed": seed}
+    # Only where they were asked for: what was measured without them stays finished.
+    asked = {
+        "batches": list(load.batches) if load.batches != (1,) else None,
+        "streams": streams if streams != 1 else None,
+        "layers": layers,
+    }
+    config |= {name: value for name, value in asked.items() if value}
     parents = wanted.parents()
     with manifest.lock(output):
         if manifest.is_finished(output, STAGE, config, parents):
@@ -270,7 +321,7 @@ def main(
                 scores = prepare.score(wanted, site, files, output)
                 record = measure(
                     files, imgsz=wanted.imgsz, threads=wanted.threads, mode=mode, seed=seed, site=site,
-                    lock_clocks=lock_clocks,
+                    lock_clocks=lock_clocks, load=load, layers=layers,
                 )  # fmt: skip
             for cell in record["cells"]:
                 cell["accuracy"] = scores.get(f"{cell['model']}.{cell['runtime']}")
@@ -287,11 +338,24 @@ def main(
     print_table(record)
 
 
+def _batches(text: str) -> tuple[int, ...]:
+    """Return the numbers of `1,2,4`.
+
+    Raises:
+        SettingsError: the text has another form.
+    """
+    words = text.replace(",", " ").split()
+    if not words or not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise SettingsError(f"--batch must be a number, or several as in 1,2,4, got {text!r}")
+    return tuple(dict.fromkeys(map(int, words)))
+
+
 def _metrics(record: dict[str, Any]) -> dict[str, Any]:
     metrics = {}
     for cell in record["cells"]:
+        batch = f".batch{cell['batch']}" if cell["batch"] != 1 else ""
         key = "instructions" if cell["unit"] == INSTRUCTIONS else "p50_ms"
-        metrics[f"{cell['model']}.{cell['runtime']}.{key}"] = cell[key]
+        metrics[f"{cell['model']}.{cell['runtime']}{batch}.{key}"] = cell[key]
     return metrics
 
 

@@ -30,16 +30,49 @@ class Cell:
     burst: int = 1
     rounds: list[list[float]] = field(default_factory=list)
     unit: str = "ms"
+    batch: int = 1
+    others: list[Worker] = field(default_factory=list)
+    energies_uj: list[float | None] = field(default_factory=list)
+    layers: list[dict[str, Any]] | None = None
 
-    def query(self, count: int) -> list[float]:
-        """Return what so many queries took, in the cell's unit."""
-        answer, _ = self.worker.ask({"queries": count})
-        return answer["instructions" if self.unit == INSTRUCTIONS else "samples_ms"]
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return f"{self.model} on {self.runtime}" + (f", batch {self.batch}" if self.batch != 1 else "")
+
+    @property
+    def streams(self) -> int:
+        """How many workers run it at the same time."""
+        return 1 + len(self.others)
+
+    def query(self, count: int, lead_in: int = 0) -> list[float]:
+        """Return what so many queries took, in the cell's unit, one stream behind the other.
+
+        Those of the lead-in come first in each stream and are left out.
+        """
+        workers = [self.worker, *self.others]
+        for worker in workers:
+            worker.request({"queries": lead_in + count})
+        answers = [worker.receive()[0] for worker in workers]
+        key = "instructions" if self.unit == INSTRUCTIONS else "samples_ms"
+        # The machine's energy is that of all streams.
+        energy = answers[0].get("energy_uj")
+        self.energies_uj.append(None if energy is None else energy / (len(workers) * (lead_in + count)))
+        return [sample for answer in answers for sample in answer[key][lead_in:]]
+
+    def finish(self) -> dict[str, Any]:
+        """End all workers and return what they cost together."""
+        costs = [worker.finish() for worker in (self.worker, *self.others)]
+        peaks = [cost["peak_memory_bytes"] for cost in costs]
+        return {
+            "cpu_s": sum(cost["cpu_s"] for cost in costs),
+            "peak_memory_bytes": None if None in peaks else sum(peaks),
+        }
 
     def progress(self, min_queries: int, min_seconds: float) -> float:
         """Return the share of the required queries and seconds that is measured."""
         queries = sum(map(len, self.rounds))
-        seconds = sum(map(sum, self.rounds)) / 1000
+        seconds = sum(map(sum, self.rounds)) / 1000 / self.streams
         return min(queries / min_queries, seconds / min_seconds, 1.0)
 
 
@@ -58,13 +91,26 @@ def cell_record(cell: Cell, cost: dict[str, Any], threads: int, imgsz: int, seed
         "model_sha256": runtimes.sha256(cell.path),
         "threads": threads,
         "imgsz": imgsz,
-        "batch": 1,
+        "batch": cell.batch,
+        "streams": cell.streams,
         "output_shapes": cell.ready["output_shapes"],
         "unit": cell.unit,
         "queries": sum(map(len, cell.rounds)),
         **(_counted(cell) if cell.unit == INSTRUCTIONS else _timed(cell, seed)),
         "peak_memory_bytes": cost["peak_memory_bytes"],
         "accuracy": None,
+        **_profiled(cell),
+    }
+
+
+def _profiled(cell: Cell) -> dict[str, Any]:
+    """Return the layers where they were asked for, and which share of the whole they are: a profiled run is slower."""
+    if cell.layers is None:
+        return {}
+    total = sum(layer[cell.unit] for layer in cell.layers)
+    return {
+        "layers": cell.layers,
+        "layers_share": round(total / median(sample for samples in cell.rounds for sample in samples), 4),
     }
 
 
@@ -77,7 +123,10 @@ def _timed(cell: Cell, seed: int) -> dict[str, Any]:
     return {
         **{name: round(value, 4) for name, value in values.items()},
         "intervals": {name: [round(value, 4) for value in interval] for name, interval in intervals.items()},
-        "seconds": round(sum(map(sum, cell.rounds)) / 1000, 2),
+        "seconds": round(seconds := sum(map(sum, cell.rounds)) / 1000 / cell.streams, 2),
+        # While all streams run: one that has ended its burst no longer slows the others down, for an instant.
+        "images_per_second": round(cell.batch * sum(map(len, cell.rounds)) / seconds, 2),
+        "energy_mj_per_query": _energy_mj(cell),
         "warm_up": cell.warm_up,
         "drift": None if (change := statistics.drift(cell.rounds)) is None else round(change, 4),
         "load_ms": cell.ready["load_ms"],
@@ -86,12 +135,18 @@ def _timed(cell: Cell, seed: int) -> dict[str, Any]:
     }
 
 
+def _energy_mj(cell: Cell) -> float | None:
+    """Return the energy of a query, of the whole machine meanwhile; null where it is not known of every burst."""
+    known = [value for value in cell.energies_uj if value is not None]
+    return round(sum(known) / len(known) / 1000, 3) if known and len(known) == len(cell.energies_uj) else None
+
+
 def compare(cells: list[Cell], seed: int) -> list[dict[str, Any]]:
-    """Compare every model with the first one, on each runtime that both were measured on."""
-    baselines = {cell.runtime: cell for cell in cells if cell.model == cells[0].model}
+    """Compare every model with the first one, on each runtime and batch that both were measured on."""
+    baselines = {(cell.runtime, cell.batch): cell for cell in cells if cell.model == cells[0].model}
     comparisons = []
     for cell in cells:
-        baseline = baselines.get(cell.runtime)
+        baseline = baselines.get((cell.runtime, cell.batch))
         if baseline is None or baseline is cell:
             continue
         ratio, interval = statistics.speedup(baseline.rounds, cell.rounds, seed)
@@ -100,6 +155,8 @@ def compare(cells: list[Cell], seed: int) -> list[dict[str, Any]]:
                 "runtime": cell.runtime,
                 "baseline": baseline.model,
                 "model": cell.model,
+                "batch": cell.batch,
+                "streams": cell.streams,
                 "unit": cell.unit,
                 "speedup": round(ratio, 4),
                 "interval": [round(value, 4) for value in interval],
@@ -119,12 +176,17 @@ def others_cores(before_s: float | None, after_s: float | None, own_s: float, el
 
 
 def noise(
-    cells: list[Cell], before: dict[str, Any], after: dict[str, Any], others: float | None, cores: int | None
+    cells: list[Cell],
+    before: dict[str, Any],
+    after: dict[str, Any],
+    others: float | None,
+    cores: int | None,
+    throttling: list[str] | None = None,
 ) -> list[str]:
-    """Return why this measurement cannot be fully trusted."""
+    """Return why this measurement cannot be fully trusted; `throttling` is what the device itself says."""
     if cells[0].unit == INSTRUCTIONS:
         return [reason for cell in cells if (reason := _spread(cell))]
-    reasons = []
+    reasons = list(throttling or [])
     if others is not None and others > MAX_OTHERS * (cores or 1):
         reasons.append(f"other processes kept {others:.2f} of {cores or 1} cores busy")
     if None not in (before["throttle_count"], after["throttle_count"]):
@@ -132,7 +194,7 @@ def noise(
         if events > 0:
             reasons.append(f"the CPU throttled {events} times")
     for cell in cells:
-        name = f"{cell.model} on {cell.runtime}"
+        name = cell.name
         if not cell.warm_up["plateau"]:
             reasons.append(f"{name} reached no plateau in {cell.warm_up['seconds']:g} s of warm-up")
         change = (statistics.drift(cell.rounds) or 1.0) - 1.0
@@ -157,23 +219,34 @@ def print_table(record: dict[str, Any]) -> None:
     from rich.table import Table
 
     protocol, cells = record["protocol"], record["cells"]
-    ratios = {(c["model"], c["runtime"]): f"{c['speedup']:.2f}× {_span(c['interval'])}" for c in record["comparisons"]}
+    ratios = {
+        (c["model"], c["runtime"], c.get("batch", 1)): f"{c['speedup']:.2f}× {_span(c['interval'])}"
+        for c in record["comparisons"]
+    }
     counted = cells[0]["unit"] == INSTRUCTIONS
     what, better = (INSTRUCTIONS, "fewer by (95 %)") if counted else ("latency", "speed-up (95 %)")
     title = f"{what} on {protocol['device']} at {protocol['imgsz']} px, threads: {protocol['threads']}"
+    if protocol.get("streams", 1) != 1:
+        title += f", streams: {protocol['streams']}"
     table = Table(title=f"{title} ({protocol['label']})", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for name in ("model", "runtime"):
+    with_batch = any(cell["batch"] != 1 for cell in cells)
+    with_rate = not counted and (with_batch or protocol.get("streams", 1) != 1)
+    for name in ("model", "runtime", *(["batch"] if with_batch else [])):
         table.add_column(name)
     scored = [name for name in SCORES if any(name in (cell["accuracy"] or {}) for cell in cells)]
-    columns = ("M instructions",) if counted else ("p50 ms (95 %)", "p90 ms", "p99 ms")
+    columns = (
+        ("M instructions",) if counted else ("p50 ms (95 %)", "p90 ms", "p99 ms", *(["images/s"] if with_rate else []))
+    )
     for name in (*columns, better, *(SCORES[name] for name in scored)):
         table.add_column(name, justify="right")
     for cell in cells:
         table.add_row(
             escape(cell["model"]),
             cell["runtime"],
+            *([str(cell["batch"])] if with_batch else []),
             *_values(cell),
-            ratios.get((cell["model"], cell["runtime"]), ""),
+            *([f"{cell['images_per_second']:.1f}"] if with_rate else []),
+            ratios.get((cell["model"], cell["runtime"], cell["batch"]), ""),
             *("" if name not in (cell["accuracy"] or {}) else f"{cell['accuracy'][name]:.4f}" for name in scored),
         )
     console = Console()

@@ -140,7 +140,7 @@ def _there(site: Site, dense: Path, model: Path, wanted: Wanted, known: dict[str
         facts = mine.receive()[0]["facts"]
         if counted:
             whole = [sample(mine) for _ in range(COUNTED)]
-            costs = _layers_there(mine, wanted, repeats=1, scale=1.0)
+            costs = _layers_there(mine, wanted)
             if "dense" not in known:
                 with sites.worker(site, wanted.runtime, dense, **options) as other:
                     other.receive()
@@ -150,18 +150,18 @@ def _there(site: Site, dense: Path, model: Path, wanted: Wanted, known: dict[str
             with sites.worker(site, wanted.runtime, dense, **options) as other:
                 other.receive()
                 turns = [(sample(other), sample(mine)) for _ in range(ROUNDS + 1)][1:]  # the first is the warm-up
-                costs = _layers_there(mine, wanted, repeats=ROUNDS, scale=1e-6)  # ns to ms
+                costs = _layers_there(mine, wanted)
                 reference, whole = [list(column) for column in zip(*turns, strict=True)]
     facts = {key: facts[key] for key in ("version", "precision")}
     return {"dense": reference, "whole": whole, "segments": _segments(model, costs), **facts}
 
 
-def _layers_there(worker: sites.Worker, wanted: Wanted, repeats: int, scale: float) -> list[tuple[str, float]]:
-    """Return name and cost of each layer; nothing where the runtime does not tell."""
+def _layers_there(worker: sites.Worker, wanted: Wanted) -> list[tuple[str, float]]:
+    """Return name and cost of each layer, ms or instructions; nothing where the runtime does not tell."""
     if wanted.runtime != "ncnn":
         return []
-    answer, _ = worker.ask({"layers": repeats})
-    return [(row["name"], row["cost"] * scale) for row in answer["layers"]]
+    answer, _ = worker.ask({"layers": True})
+    return [(row["name"], row["ms"] if "ms" in row else row["instructions"]) for row in answer["layers"]]
 
 
 def _segments(model: Path, costs: list[tuple[str, float]]) -> list[dict[str, Any]]:

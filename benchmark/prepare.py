@@ -41,6 +41,7 @@ class Request:
     data: Path | None
     split: str
     host: str | None
+    batches: tuple[int, ...] = (1,)
 
     def config(self) -> dict[str, Any]:
         """Return what a manifest says of it."""
@@ -77,6 +78,7 @@ def request(
     data: str | None,
     split: str,
     host: str | None,
+    batches: tuple[int, ...] = (1,),
 ) -> Request:
     """Return what is asked for, with the device's own values where none are given.
 
@@ -111,11 +113,12 @@ def request(
         data=yaml,
         split=split,
         host=host,
+        batches=batches,
     )
 
 
 def by_name(paths: list[Path], runtime: str | None, device: Device) -> dict[str, dict[str, Path]]:
-    """Group files by model name and runtime; files of one name and runtime keep their whole paths as names.
+    """Group files by model name and runtime; of files of one name and runtime the folders are part of the name.
 
     A checkpoint counts as a file of the runtime that it will be exported for: `runtime`, or the device's first one
     where torch does not run.
@@ -124,18 +127,30 @@ def by_name(paths: list[Path], runtime: str | None, device: Device) -> dict[str,
         BenchmarkError: a file is missing, is no model, or is one of another runtime.
     """
     if runtime is not None:
-        runtimes.known("runtime", runtime, runtimes.RUNNERS)
-    found: dict[str, dict[str, Path]] = {}
-    for path in paths:
-        own = runtimes.runtime_of(path)
-        if own == "torch":
-            own = runtime or ("torch" if "torch" in device.runtimes else device.runtimes[0])
-        if own is None or runtime not in (None, own):
-            raise BenchmarkError(f"{path} must be {runtimes.kinds(runtime)} to run in {runtime or 'a known runtime'}")
+        runtimes.known("runtime", runtime, runtimes.names())
+    owned = [(path, _own_runtime(path, runtime, device)) for path in paths]
+    for path, _ in owned:
         runtimes.require(path)
-        name = str(path) if own in found.get(runtimes.stem(path), {}) else runtimes.stem(path)
-        found.setdefault(name, {})[own] = path
+    kinds = [(runtimes.stem(path), own) for path, own in owned]
+    shared = {stem for stem, own in kinds if kinds.count((stem, own)) > 1}
+    distinct = runtimes.distinct_names([path.with_name(runtimes.stem(path)) for path, _ in owned])
+    found: dict[str, dict[str, Path]] = {}
+    for (path, own), (stem, _), longer in zip(owned, kinds, distinct, strict=True):
+        name = longer if stem in shared else stem
+        found.setdefault(str(path) if own in found.get(name, {}) else name, {})[own] = path
     return found
+
+
+def _own_runtime(path: Path, runtime: str | None, device: Device) -> str:
+    """Return the runtime of a file on a device."""
+    own = runtimes.runtime_of(path)
+    if own == "torch":
+        return runtime or ("torch" if "torch" in device.runtimes else device.runtimes[0])
+    if own is None or (runtime is not None and own != runtimes.base(runtime)):
+        raise BenchmarkError(f"{path} must be {runtimes.kinds(runtime)} to run in {runtime or 'a known runtime'}")
+    # Where the device has only a variant of the file's runtime, the first of them.
+    variants = [name for name in device.runtimes if runtimes.base(name) == own]
+    return runtime or (own if own in variants or not variants else variants[0])
 
 
 @contextmanager
@@ -183,7 +198,7 @@ def score(wanted: Request, site: Site, files: dict[str, dict[str, Path]], output
             kept = scores / f"{number}-{runtime}.json"
             if not kept.is_file():
                 if site.is_here:
-                    record = evaluate(path, wanted.data, **options)
+                    record = evaluate(path, wanted.data, runtime=runtime, **options)
                 else:
                     with remote_network(site, runtime, path, wanted.threads, wanted.imgsz, outputs) as network:
                         record = evaluate(path, wanted.data, network=network, **options)
@@ -201,7 +216,7 @@ def clean_up(output: Path, keep_outputs: bool) -> None:
 
 
 def _is_exported(runtime: str, path: Path) -> bool:
-    return runtimes.runtime_of(path) == "torch" != runtime
+    return runtimes.runtime_of(path) == "torch" != runtimes.base(runtime)
 
 
 def _export(wanted: Request, runtime: str, model: Path, folder: Path, place: Transport) -> Path:
@@ -210,18 +225,20 @@ def _export(wanted: Request, runtime: str, model: Path, folder: Path, place: Tra
 
     assert wanted.data is not None
     folder.parent.mkdir(exist_ok=True)
-    name = model.stem
-    if runtime == "ncnn":
+    name, kind = model.stem, runtimes.base(runtime)
+    if kind == "ncnn":
         from export import ncnn
 
         settings = ExportNcnn(half=wanted.precision == "fp16")
         ncnn.export_stage({name: model}, wanted.data, wanted.imgsz, settings, folder)
         return folder / f"{name}{runtimes.NCNN_SUFFIX}"
-    if runtime == "onnxruntime":
+    if kind == "onnxruntime":
         from export import onnx
 
-        # In fp32: its CPU kernels compute in nothing less.
-        onnx.export_stage({name: model}, wanted.data, wanted.imgsz, Export(), folder)
+        # In fp32 on the CPU: its kernels there compute in nothing less.
+        half = runtime != kind and wanted.precision == "fp16"
+        settings = Export(half=half, dynamic="batch" if wanted.batches != (1,) else None)
+        onnx.export_stage({name: model}, wanted.data, wanted.imgsz, settings, folder)
         return folder / f"{name}.onnx"
     from export import trt
 

@@ -103,6 +103,7 @@ class _Cell(_Lenient):
     threads: int | None = None
     imgsz: int | None = None
     batch: int | None = None
+    streams: int = Field(default=1, ge=1)
     unit: Unit = "ms"
     p50_ms: float | None = Field(default=None, gt=0)
     p90_ms: float | None = None
@@ -243,7 +244,8 @@ def _measurement(cell: _Cell, record: _Latency, identity: str, where: object) ->
         model_sha256=cell.model_sha256,
         device=device_key(record.device),
         device_name=record.device.get("name"),
-        runtime=cell.runtime,
+        # Latency under load is another thing: nowhere it may meet that of a single stream.
+        runtime=cell.runtime if cell.streams == 1 else f"{cell.runtime}, {cell.streams} streams",
         runtime_version=cell.runtime_version,
         precision=cell.precision,
         threads=protocol.threads if cell.threads is None else cell.threads,

@@ -17,6 +17,17 @@ RUNNERS = {
     "ncnn": "benchmark.runners.ncnn_runner",
     "tensorrt": "benchmark.runners.tensorrt_runner",
 }
+# Ways to run the same files that a runtime's runner knows by the rest of the name; what the machine lacks is refused.
+VARIANTS = {
+    "torch-compiled": "torch",
+    "torch-cuda": "torch",
+    "torch-cuda-fp16": "torch",
+    "torch-cudagraph": "torch",
+    "torch-cudagraph-fp16": "torch",
+    "onnxruntime-cuda": "onnxruntime",
+    "onnxruntime-tensorrt": "onnxruntime",
+    "ncnn-vulkan": "ncnn",
+}
 MODULES = {"onnxruntime": "onnxruntime", "ncnn": "ncnn", "tensorrt": "tensorrt"}  # what a device must import
 NCNN_SUFFIX = "_ncnn_model"  # Ultralytics' ending of such a folder
 SUFFIXES = {".pt": "torch", ".onnx": "onnxruntime", NCNN_SUFFIX: "ncnn", ".engine": "tensorrt"}
@@ -26,6 +37,26 @@ KINDS = {
     "tensorrt": "an .engine file",
     "ncnn": f"a folder NAME{NCNN_SUFFIX}",
 }
+
+
+def names() -> list[str]:
+    """Return all runtimes and their variants."""
+    return [*RUNNERS, *(name for name, runtime in VARIANTS.items() if runtime in RUNNERS)]
+
+
+def base(runtime: str) -> str:
+    """Return the runtime whose files a runtime or a variant takes: `torch-cuda` takes those of torch."""
+    return VARIANTS.get(runtime, runtime)
+
+
+def runner(runtime: str) -> str:
+    """Return what `benchmark.worker` takes for a runtime or a variant: MODULE, or MODULE:VARIANT.
+
+    >>> runner("torch-cuda-fp16")
+    'benchmark.runners.torch_runner:cuda-fp16'
+    """
+    module, variant = RUNNERS[base(runtime)], runtime[len(base(runtime)) + 1 :]
+    return f"{module}:{variant}" if variant else module
 
 
 def suffix(model: Path) -> str | None:
@@ -103,7 +134,7 @@ def runner_of(model: Path) -> ModuleType:
 
 def kinds(runtime: str | None = None) -> str:
     """Say what a model of a runtime, or of any, looks like on disk."""
-    wanted = [text for name, text in KINDS.items() if runtime in (None, name)]
+    wanted = [text for name, text in KINDS.items() if runtime is None or base(runtime) == name]
     return " or ".join([", ".join(wanted[:-1]), wanted[-1]] if len(wanted) > 1 else wanted)
 
 

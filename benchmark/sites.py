@@ -117,7 +117,7 @@ def open_site(
     for runtime in wanted:
         if runtime not in device.runtimes:
             raise SettingsError(f"{device.name} does not run {runtime}: it runs {', '.join(device.runtimes)}")
-        if runtime not in runtimes.MODULES and device.transport != "local":
+        if runtimes.base(runtime) not in runtimes.MODULES and device.transport != "local":
             raise SettingsError(f"{runtime} runs on this machine only: export the model for {device.name}")
     place = transport_of(device, host, python)
     if isinstance(place, Local):
@@ -125,15 +125,16 @@ def open_site(
         return
     with transfer.job_folder(place) as folder:
         _push_package(place, folder, wanted)
-        packages, modules = None, ["numpy", *(runtimes.MODULES[runtime] for runtime in wanted)]
+        needed = sorted({runtimes.base(runtime) for runtime in wanted})
+        packages, modules = None, ["numpy", *(runtimes.MODULES[runtime] for runtime in needed)]
         facts = _probe(place, folder, modules)
         _check_facts(device, place, facts)
         missing = _missing(facts["packages"])
         if missing:
-            packages = bootstrap.folder(place, facts, wanted)
+            packages = bootstrap.folder(place, facts, needed)
             missing = _missing(_probe(place, folder, modules, packages)["packages"])
         if missing and put_packages:
-            bootstrap.put(place, facts, wanted, packages or "")
+            bootstrap.put(place, facts, needed, packages or "")
             missing = _missing(_probe(place, folder, modules, packages)["packages"])
         if missing:
             raise DeviceError(_explain_missing(place, missing))
@@ -141,16 +142,16 @@ def open_site(
 
 
 def worker(
-    site: Site, runtime: str, model: Path, *, threads: int, imgsz: int, seed: int
+    site: Site, runtime: str, model: Path, *, threads: int, imgsz: int, seed: int, batch: int = 1
 ) -> AbstractContextManager[Worker]:
     """Start a worker for a model file there; its first answer says what it opened, see `benchmark.worker`.
 
     Raises:
         DeviceError: the device cannot be reached, or has no space left.
     """
-    name, runner = f"{model.name} on {runtime}", runtimes.RUNNERS[runtime]
+    name, runner = f"{model.name} on {runtime}", runtimes.runner(runtime)
     environment = dict.fromkeys(_THREAD_VARIABLES, str(threads))
-    numbers = [str(threads), str(imgsz), str(seed)]
+    numbers = [str(threads), str(imgsz), str(seed), *([] if batch == 1 else [str(batch)])]
     if site.folder is None:
         root = str(Path(__file__).parents[1])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
@@ -193,7 +194,7 @@ def _push_package(place: Transport, folder: str, wanted: Sequence[str]) -> None:
         for name in _PACKAGE:
             shutil.copyfile(source / name, package / name)
         for runtime in wanted:
-            for path in (source / "runners").glob(f"{runtime}_*.py"):
+            for path in (source / "runners").glob(f"{runtimes.base(runtime)}_*.py"):
                 shutil.copyfile(path, package / "runners" / path.name)
         transfer.push(place, [package], folder)
 

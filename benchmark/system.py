@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 _CPU = Path("/sys/devices/system/cpu/cpu0")
+_POWERCAP = Path("/sys/class/powercap")
 
 
 def device() -> dict[str, Any]:
@@ -62,6 +63,17 @@ def busy_s() -> float | None:
         return None
     user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields[1:9])
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def energy_uj() -> int | None:
+    """Return what all processors of the machine have used since some time, in µJ (Linux' powercap, Intel's RAPL).
+
+    Null where the machine does not tell, or only root may know. It starts again at 0 when it has run over.
+    """
+    packages = [path for path in sorted(_POWERCAP.glob("intel-rapl:*")) if path.name.count(":") == 1]
+    values = [_number(path / "energy_uj") for path in packages]
+    known = [int(value) for value in values if value is not None]
+    return sum(known) if known and len(known) == len(values) else None
 
 
 def peak_memory_bytes() -> int | None:

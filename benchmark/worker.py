@@ -1,10 +1,11 @@
 """One cell of a benchmark in a process of its own: it opens a model, checks what comes out, and answers requests.
 
-`python -m benchmark.worker RUNNER MODEL THREADS IMGSZ SEED` says on standard output what it opened, as one JSON line;
-then it answers every line of its input until that ends, and says what the whole cost:
+`python -m benchmark.worker RUNNER MODEL THREADS IMGSZ SEED [BATCH]` says on standard output what it opened, as one JSON
+line; then it answers every line of its input until that ends, and says what the whole cost. RUNNER is a module, or
+MODULE:VARIANT:
 
-- `{"queries": n}`: `{"samples_ms": [...]}`, or `{"instructions": [...]}` where a counter is there;
-- `{"layers": n}`: `{"layers": [...]}`, what each layer costs, the median of n, of runtimes with a file `_layers`;
+- `{"queries": n}`: `{"samples_ms": [...], "energy_uj": ...}`, or `{"instructions": [...]}` where a counter is there;
+- `{"layers": true}`: `{"layers": [...]}`, see `layers` of benchmark/runners; null where the runtime has no profiler;
 - `{"infer": {"shape": [...], "dtype": "uint8"}, "bytes": n}` and n bytes: `{"arrays": [...], "bytes": m}` and m bytes;
 - an empty line says that the other side is still there.
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import faulthandler
 import importlib
+import importlib.util
 import json
 import os
 import queue
@@ -29,7 +31,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from benchmark.frames import pack_outputs, unpack_image
-from benchmark.system import peak_memory_bytes
+from benchmark.system import energy_uj, peak_memory_bytes
 
 _CHECKS = 2
 # How long nothing may arrive, before the other side is taken for gone; null where the end of the input tells.
@@ -43,23 +45,23 @@ def serve(arguments: list[str], requests: Callable[[], Any], answer: Callable[..
     """Open the model and answer requests until they end.
 
     Args:
-        arguments: runner, model, threads, imgsz and seed.
+        arguments: runner, model, threads, imgsz, seed and, where it is not 1, the batch.
         requests: returns the next request and the bytes behind it; null when there are no more.
         answer: takes a content for a JSON line, and the bytes behind it.
 
     Raises:
         ValueError: the model does not fit the image size, or its outputs are not finite or change their shape.
     """
-    runner_name, model, threads, imgsz, seed = arguments
-    runner = importlib.import_module(runner_name)
+    runner_name, model, threads, imgsz, seed, *more = arguments
+    batch = int(more[0]) if more else 1
     # Noise, not zeros: arithmetic on zeros and denormals takes another time than on real values.
-    images = np.random.default_rng(int(seed)).random((1, 3, int(imgsz), int(imgsz)), dtype=np.float32)
+    images = np.random.default_rng(int(seed)).random((batch, 3, int(imgsz), int(imgsz)), dtype=np.float32)
 
     start = time.perf_counter_ns()
-    session = runner.load(model, int(threads))
+    runner, session = open_model(runner_name, model, int(threads))
     loaded = time.perf_counter_ns()
     facts = runner.describe(session)
-    _check_imgsz(facts, int(imgsz))
+    _check_shape(facts, int(imgsz), batch)
     first = time.perf_counter_ns()
     outputs = runner.infer(session, images)
     first_inference_ms = _ms(time.perf_counter_ns() - first)
@@ -86,16 +88,31 @@ def serve(arguments: list[str], requests: Callable[[], Any], answer: Callable[..
             answer(*pack_outputs(found))
             continue
         if "layers" in content:
-            answer({"layers": _layers(runner_name, session, model, images[0], content["layers"])})
+            answer({"layers": _layers(runner, session, model, images)})
             continue
-        key, samples, outputs = _measure(infer, content["queries"])
+        found, outputs = _measure(infer, content["queries"])
         _check_shapes(_shapes(outputs), shapes)
-        answer({key: samples})
+        answer(found)
     answer({"peak_memory_bytes": peak_memory_bytes(), "cpu_s": time.process_time()})
 
 
-def _measure(infer: Callable[[], Any], queries: int) -> tuple[str, list[float], list[np.ndarray]]:
-    """Return what the samples are, those of so many queries, and the last outputs."""
+def open_model(runner: str, model: str, threads: int) -> tuple[Any, Any]:
+    """Return the module of MODULE or MODULE:VARIANT, and the session in which it opened a model."""
+    name, _, variant = runner.partition(":")
+    module = importlib.import_module(name)
+    return module, module.load(model, threads, variant) if variant else module.load(model, threads)
+
+
+def _layers(runner: Any, session: Any, model: str, images: np.ndarray) -> list[dict[str, Any]] | None:
+    """Return what each layer costs; null where the runtime has no profiler. It lies beside the runner."""
+    name = runner.__name__.replace("_runner", "_layers")
+    if importlib.util.find_spec(name) is None:
+        return None
+    return importlib.import_module(name).layers(runner, session, model, images, os.environ.get(COUNTER))
+
+
+def _measure(infer: Callable[[], Any], queries: int) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """Return the samples of so many queries with the energy of all of them, and the last outputs."""
     outputs: list[np.ndarray] = []
     if counter := os.environ.get(COUNTER):
         counts: list[float] = []
@@ -104,21 +121,15 @@ def _measure(infer: Callable[[], Any], queries: int) -> tuple[str, list[float], 
             outputs = infer()
             os.getppid()
             counts.append(_count(Path(counter)))
-        return "instructions", counts, outputs
-    samples_ns = []
+        return {"instructions": counts}, outputs
+    samples_ns, before = [], energy_uj()
     for _ in range(queries):
         start = time.perf_counter_ns()
         outputs = infer()
         samples_ns.append(time.perf_counter_ns() - start)
-    return "samples_ms", [_ms(sample) for sample in samples_ns], outputs
-
-
-def _layers(runner_name: str, session: Any, model: str, image: np.ndarray, repeats: int) -> list[dict[str, Any]]:
-    """Return the cost of each layer, ns or instructions, see `runners.ncnn_layers`."""
-    module = importlib.import_module(runner_name.replace("_runner", "_layers"))
-    counter = os.environ.get(COUNTER)
-    mark = module.instruction_mark(counter) if counter else time.perf_counter_ns
-    return module.layer_costs(session.net, model, image, mark, repeats)
+    # A counter that ran over in between tells nothing.
+    energy = None if before is None or (after := energy_uj()) is None or after < before else after - before
+    return {"samples_ms": [_ms(sample) for sample in samples_ns], "energy_uj": energy}, outputs
 
 
 def _count(path: Path) -> int:
@@ -128,12 +139,14 @@ def _count(path: Path) -> int:
         raise ValueError(f"no instructions were counted in {path}: the interpreter must be a counting one") from None
 
 
-def _check_imgsz(facts: dict[str, Any], imgsz: int) -> None:
+def _check_shape(facts: dict[str, Any], imgsz: int, batch: int) -> None:
     shape = facts.get("input_shape")
     if shape and shape[2:] != [imgsz, imgsz] and None not in shape[2:]:
         raise ValueError(f"takes images of {shape[3]}×{shape[2]} px, not {imgsz}: use --imgsz {shape[2]}")
-    if shape and shape[0] not in (None, 1):
-        raise ValueError(f"takes {shape[0]} images at once, latency is that of one: export it with batch 1")
+    if shape and shape[0] not in (None, batch):
+        asked = "latency is that of one: export it with batch 1" if batch == 1 else f"--batch {batch} was asked for"
+        remedy = "" if batch == 1 else ": export it with --dynamic batch"
+        raise ValueError(f"takes {shape[0]} image{'' if shape[0] == 1 else 's'} at once, {asked}{remedy}")
 
 
 def _shapes(outputs: list[np.ndarray]) -> list[list[int]]:

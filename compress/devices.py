@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from compress.errors import SettingsError
-from compress.settings import Budget, Runtime, Strict, load_yaml, parse
+from compress.settings import Budget, Runtime, Strict, Variant, load_yaml, parse
 
 Command = tuple[str, ...]
 _SUFFIXES = (".yaml", ".yml")
@@ -26,12 +26,12 @@ class Device(Strict):
     setup: str | None = Field(default=None, description="the command that starts the device, for messages")
     python: str = Field(default="python3", description="interpreter there; of a local device our own runs")
     architecture: Literal["x86_64", "aarch64"] | None = None
-    runtimes: tuple[Runtime, ...] = Field(min_length=1, description="in order of preference")
+    runtimes: tuple[Runtime | Variant, ...] = Field(min_length=1, description="in order of preference")
     precision: Literal["fp32", "fp16"] = Field(default="fp32", description="of what is exported for it")
     threads: int = Field(default=1, ge=1)
     imgsz: int | None = Field(default=None, ge=32)
     counter: Literal["instructions"] | None = Field(default=None, description="what stands for latency; null: time")
-    budgets: dict[Runtime, Budget] = Field(description="the widths that each runtime likes there")
+    budgets: dict[Runtime | Variant, Budget] = Field(description="the widths that each runtime likes there")
     read: tuple[Command, ...] = Field(default=(), description="show clocks, governor, temperature, throttling")
     lock: tuple[Command, ...] = Field(default=(), description="fix the clocks; run with --lock-clocks only")
     unlock: tuple[Command, ...] = Field(default=(), description="undo `lock`")

@@ -22,6 +22,17 @@ from compress.errors import SettingsError
 
 Importance = Literal["bn", "l1", "l2", "fpgm", "taylor", "random"]
 Runtime = Literal["torch", "onnxruntime", "ncnn", "tensorrt"]
+# Other ways to run the files of a runtime, which devices name: `benchmark.runtimes.VARIANTS`.
+Variant = Literal[
+    "torch-compiled",
+    "torch-cuda",
+    "torch-cuda-fp16",
+    "torch-cudagraph",
+    "torch-cudagraph-fp16",
+    "onnxruntime-cuda",
+    "onnxruntime-tensorrt",
+    "ncnn-vulkan",
+]
 AUTO = "auto"
 Section = TypeVar("Section", bound="Strict")
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]

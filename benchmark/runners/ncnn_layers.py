@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,27 @@ import numpy as np
 
 ncnn: Any = _ncnn  # a compiled module: its names are in no type stub
 PARAM = "model.ncnn.param"
+REPEATS = 20
 _CONVERTED, _AS_IT_IS = 0, 1  # ncnn's types of extraction
+
+
+def layers(_: Any, session: Any, model: str, images: np.ndarray, counter: str | None) -> list[dict[str, Any]]:
+    """Return name, type and cost of each layer: `ms`, or `instructions`. What follows in numpy is no layer.
+
+    Args:
+        _: the runner.
+        session: what it opened; one on a GPU has no profile, because its layers do not end one by one.
+        model: the folder that it opened.
+        images: (1, 3, height, width) float32, as for `infer`.
+        counter: file in which an emulator counts; null where time is taken.
+    """
+    if session.gpu is not None:
+        return []
+    if counter is not None:
+        rows = layer_costs(session.net, model, images[0], instruction_mark(counter))
+        return [{"name": row["name"], "type": row["type"], "instructions": int(row["cost"])} for row in rows]
+    rows = layer_costs(session.net, model, images[0], time.perf_counter_ns, REPEATS)
+    return [{"name": row["name"], "type": row["type"], "ms": round(row["cost"] / 1e6, 4)} for row in rows]
 
 
 def layer_costs(
@@ -37,11 +58,11 @@ def layer_costs(
     Raises:
         ValueError: the graph cannot be read, or ncnn cannot compute a layer.
     """
-    layers = _read_graph(Path(folder) / PARAM)
-    runs = [_run(net, layers, image, mark) for _ in range(1 + repeats)][1:]
+    graph = _read_graph(Path(folder) / PARAM)
+    runs = [_run(net, graph, image, mark) for _ in range(1 + repeats)][1:]
     return [
         {"name": name, "type": kind, "cost": statistics.median(costs)}
-        for (name, kind, _, _), costs in zip(layers, zip(*runs))  # noqa: B905  (Python 3.8 has no `strict`)
+        for (name, kind, _, _), costs in zip(graph, zip(*runs))  # noqa: B905  (Python 3.8 has no `strict`)
     ]
 
 

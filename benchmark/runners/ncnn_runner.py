@@ -1,4 +1,4 @@
-"""ncnn on the CPU, with the head decoded in numpy.
+"""ncnn on the CPU, or with the variant `vulkan` on the first GPU; the head is decoded in numpy.
 
 One of the self-contained runners: `load`, `infer` and `describe` are plain functions that need numpy and ncnn and
 nothing else, so that this file alone can be copied to a device. A model is a folder with `model.ncnn.param`,
@@ -21,6 +21,7 @@ import numpy as np
 ncnn: Any = _ncnn  # a compiled module: its names are in no type stub
 PARAM, BIN, METADATA = "model.ncnn.param", "model.ncnn.bin", "metadata.yaml"
 _FP16_OPTIONS = ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic")
+_SOFTWARE = 3  # ncnn's type of a Vulkan device that is a program on the CPU
 _PROBE = "7767517\n2 2\nInput in0 0 1 in0\nSwish swish 1 1 in0 out0\n"
 
 
@@ -31,25 +32,28 @@ class Session:
     net: Any
     threads: int
     metadata: dict[str, Any]
+    gpu: str | None = None
 
 
-def load(path: str, threads: int) -> Session:
-    """Open a model folder on the CPU with `threads` threads.
+def load(path: str, threads: int, variant: str = "") -> Session:
+    """Open a model folder with `threads` threads on the CPU; with `vulkan` as variant the layers run on the GPU.
 
     A model stored in fp16 lets ncnn compute in fp16 where the CPU can; one stored in fp32 stays in fp32 everywhere. In
     one stored in int8 the layers with 8-bit weights multiply in integers, and all else is in fp32.
 
     Raises:
-        ValueError: the folder is not a model of `export.ncnn`, or a file in it is damaged.
+        ValueError: the folder is not a model of `export.ncnn`, a file in it is damaged, or there is no GPU for Vulkan.
     """
     folder = Path(path)
     metadata = _metadata(folder)
+    gpu = _vulkan_gpu(path) if variant == "vulkan" else None
     net = ncnn.Net()
     _set_options(net, threads, metadata["precision"] == "fp16")
+    net.opt.use_vulkan_compute = gpu is not None
     for name, open_file in ((PARAM, net.load_param), (BIN, net.load_model)):
         if open_file(str(folder / name)) != 0:
             raise ValueError(f"{folder / name} cannot be opened by ncnn: export the model again")
-    return Session(net, threads, metadata)
+    return Session(net, threads, metadata, gpu)
 
 
 def infer(session: Session, images: np.ndarray) -> list[np.ndarray]:
@@ -101,14 +105,15 @@ def describe(session: Session) -> dict[str, Any]:
     `precision` is what the model was stored for, `precision_executed` what this CPU makes of activations.
     """
     metadata = session.metadata
-    precision = metadata["precision"]
+    precision, on_gpu = metadata["precision"], session.gpu is not None
+    executed = precision if precision != "fp16" or rounds_to_fp16() else "fp32"
     return {
-        "runtime": "ncnn",
+        "runtime": "ncnn-vulkan" if on_gpu else "ncnn",
         "version": ncnn.__version__,
         "threads": session.threads,
         "precision": precision,
-        "precision_executed": precision if precision != "fp16" or rounds_to_fp16() else "fp32",
-        "providers": None,
+        "precision_executed": None if on_gpu else executed,
+        "providers": [session.gpu] if on_gpu else None,
         "memory_format": None,
         "input_shape": [1, 3, *([None, None] if metadata.get("dynamic") else metadata["imgsz"])],
         "task": metadata.get("task", "detect"),
@@ -245,6 +250,16 @@ def _metadata(folder: Path) -> dict[str, Any]:
         if found != size:
             raise ValueError(f"{folder / name} has {found} bytes, it was written with {size}: copy the folder again")
     return metadata
+
+
+def _vulkan_gpu(path: str) -> str:
+    """Return the name of the GPU that ncnn takes; one that is only a program on the CPU does not count."""
+    if ncnn.get_gpu_count() == 0:
+        raise ValueError(f"{path}: ncnn finds no GPU with Vulkan here: install its driver, or use the runtime ncnn")
+    info = ncnn.get_gpu_info(ncnn.get_default_gpu_index())
+    if info.type() == _SOFTWARE:
+        raise ValueError(f"{path}: Vulkan is only emulated here ({info.device_name()}): use the runtime ncnn")
+    return info.device_name()
 
 
 def _set_options(net: Any, threads: int, half: bool) -> None:

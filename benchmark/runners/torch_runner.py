@@ -1,13 +1,18 @@
-"""PyTorch on the CPU: the network that every exported artefact must equal.
+"""PyTorch: on the CPU the network that every exported artefact must equal; its variants are other ways to run that.
 
 One of the self-contained runners: `load`, `infer` and `describe` are plain functions. It opens model files through
 `compress.checkpoint`, because no checkpoint is ever unpickled without the restricted loader.
+
+A variant is made of words: `compiled` (torch.compile), `cuda` (the first GPU), `cudagraph` (there, replayed as one CUDA
+graph), `fp16` (there, weights and computation in half). No GPU was at hand when this was written: what runs there was
+never measured. On a GPU what `infer` takes includes both copies between host and GPU.
 """
 
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,26 +21,45 @@ from torch import nn
 
 from compress.checkpoint import load_deployable, task_of
 
+_WORDS = ("compiled", "cuda", "cudagraph", "fp16")
+_ON_GPU = frozenset({"cuda", "cudagraph"})
+_BEFORE_CAPTURE = 3
+
 
 @dataclass(frozen=True)
 class Session:
-    """A network ready to infer."""
+    """A network ready to infer: `run` is what calls it; `graphs` are CUDA graphs by the shape of their input."""
 
     network: nn.Module
     threads: int
+    words: frozenset[str] = frozenset()
+    run: Callable[[torch.Tensor], Any] | None = None
+    graphs: dict[tuple[int, ...], Any] = field(default_factory=dict)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it runs on the GPU."""
+        return bool(self.words & _ON_GPU)
 
 
-def load(path: str, threads: int) -> Session:
+def load(path: str, threads: int, variant: str = "") -> Session:
     """Open a checkpoint for inference with `threads` threads (a setting of the whole process in PyTorch).
+
+    Args:
+        path: the checkpoint.
+        threads: on the CPU.
+        variant: words as in the module's docstring, joined by "-"; none for the CPU as it is.
 
     Raises:
         CheckpointError: the file is not a model of a task that can be exported.
+        ValueError: there is no GPU that this PyTorch can use.
     """
+    words = frozenset(variant.split("-")) if variant else frozenset()
+    session = Session(inference_network(path) if not words & _ON_GPU else _on_gpu(path, words), threads, words)
     torch.set_num_threads(threads)
-    network = inference_network(path)
-    if _channels_last():
-        network = network.to(memory_format=torch.channels_last)
-    return Session(network, threads)
+    if _channels_last(session):
+        session.network.to(memory_format=torch.channels_last)
+    return replace(session, run=torch.compile(session.network)) if "compiled" in words else session
 
 
 def infer(session: Session, images: np.ndarray) -> list[np.ndarray]:
@@ -55,10 +79,13 @@ def infer(session: Session, images: np.ndarray) -> list[np.ndarray]:
     """
     with torch.inference_mode():
         tensor = torch.from_numpy(np.ascontiguousarray(images))
-        if _channels_last():
+        if session.on_gpu:
+            tensor = tensor.to("cuda", torch.float16 if "fp16" in session.words else torch.float32)
+        if _channels_last(session):
             tensor = tensor.contiguous(memory_format=torch.channels_last)
-        outputs = session.network(tensor)
-    return [output.numpy() for output in (outputs if isinstance(outputs, tuple) else (outputs,))]
+        outputs = _replay(session, tensor) if "cudagraph" in session.words else _run(session, tensor)
+    # Copying to the host waits for the GPU.
+    return [output.float().cpu().numpy() for output in (outputs if isinstance(outputs, tuple) else (outputs,))]
 
 
 def describe(session: Session) -> dict[str, Any]:
@@ -66,12 +93,12 @@ def describe(session: Session) -> dict[str, Any]:
     head: Any = session.network.model[-1]  # type: ignore[index]
     task = task_of(session.network)
     return {
-        "runtime": "torch",
+        "runtime": "-".join(["torch", *(word for word in _WORDS if word in session.words)]),
         "version": torch.__version__,
         "threads": session.threads,
-        "precision": "fp32",
-        "providers": None,
-        "memory_format": "channels_last" if _channels_last() else "contiguous",
+        "precision": "fp16" if "fp16" in session.words else "fp32",
+        "providers": [torch.cuda.get_device_name()] if session.on_gpu else None,
+        "memory_format": "channels_last" if _channels_last(session) else "contiguous",
         "input_shape": None,
         "task": task,
         "classes": len(session.network.names),  # type: ignore[arg-type]
@@ -99,6 +126,39 @@ def inference_network(path: str) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
-def _channels_last() -> bool:
+def _on_gpu(path: str, words: frozenset[str]) -> nn.Module:
+    if not torch.cuda.is_available():
+        raise ValueError(f"{path}: this PyTorch ({torch.__version__}) sees no NVIDIA GPU: use the runtime torch")
+    network = inference_network(path)
+    return network.to("cuda", torch.float16 if "fp16" in words else torch.float32)
+
+
+def _run(session: Session, tensor: torch.Tensor) -> Any:
+    return (session.run or session.network)(tensor)
+
+
+def _replay(session: Session, tensor: torch.Tensor) -> Any:
+    """Run the network as one CUDA graph, which is captured at the first input of a shape."""
+    shape = tuple(tensor.shape)
+    if shape not in session.graphs:
+        static, side = tensor.clone(), torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # what is allocated or chosen at first use must not be captured
+            for _ in range(_BEFORE_CAPTURE):
+                _run(session, static)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = _run(session, static)
+        session.graphs[shape] = graph, static, outputs
+    graph, static, outputs = session.graphs[shape]
+    static.copy_(tensor)
+    graph.replay()
+    return outputs
+
+
+def _channels_last(session: Session) -> bool:
     """Tell whether convolutions run faster in channels-last memory, where stock Ultralytics uses it too."""
+    if session.on_gpu:
+        return "fp16" in session.words  # tensor cores take it so
     return platform.machine() in ("AMD64", "x86_64") and torch.backends.mkldnn.is_available()

@@ -218,3 +218,11 @@ def test_a_real_detector_agrees_with_stock_validation(tmp_path: Path) -> None:
     result = accuracy.evaluate(model, yaml, imgsz=320, threads=1)
     assert result["map50_95"] > 0.3
     assert (result["map50_95"], result["map50"]) == pytest.approx(stock(model, yaml, 320, tmp_path), abs=1e-3)
+
+
+def test_the_table_tells_files_of_one_name_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    score = {"model": "model.pt", "runtime": "torch", "images": 4, "map50_95": 0.5, "map50": 0.75}
+    accuracy._print_table([score, score], ["a/model.pt", "b/model.pt"], "val", 64)
+    shown = capsys.readouterr().out
+    assert "a/model.pt" in shown
+    assert "b/model.pt" in shown

@@ -13,7 +13,8 @@ import pytest
 import typer
 
 from benchmark import cell as cell_module
-from benchmark import latency, latency_record, prepare, runtimes, statistics, system
+from benchmark import latency, latency_record, prepare, records, runtimes, sites, statistics, system
+from benchmark.transports import Local
 from compress.devices import load_device
 from compress.errors import BenchmarkError, run_app
 
@@ -222,11 +223,112 @@ def test_ctrl_c_ends_every_worker(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert not any(is_running(call[1]) for call in calls(folder))
 
 
+def test_batches_are_measured_side_by_side_and_compared_at_equal_batch(folder: Path) -> None:
+    record = latency.measure(both(folder), imgsz=32, threads=1, mode="quick", load=latency.Load((1, 4)))
+    cells = [(cell["model"], cell["runtime"], cell["batch"]) for cell in record["cells"]]
+    assert cells == list(itertools.product(("dense", "pruned"), ("torch", "onnxruntime"), (1, 4)))
+    compared = [(item["runtime"], item["batch"]) for item in record["comparisons"]]
+    assert compared == list(itertools.product(("torch", "onnxruntime"), (1, 4)))
+    for cell in record["cells"]:
+        assert cell["streams"] == 1
+        samples = [sample for burst in cell["samples_ms"] for sample in burst]
+        expected = 1000 * cell["batch"] * len(samples) / sum(samples)
+        assert cell["images_per_second"] == pytest.approx(expected, rel=1e-3)
+    assert record["protocol"]["batch"] is None
+
+
+def test_streams_run_in_processes_of_their_own(folder: Path) -> None:
+    models = {"dense": {"torch": model(folder, "dense.pt")}}
+    record = latency.measure(models, imgsz=32, threads=1, mode="quick", load=latency.Load(streams=3))
+    assert len({call[1] for call in calls(folder)}) == 3
+    (cell,) = record["cells"]
+    assert (cell["streams"], record["protocol"]["streams"], cell["batch"]) == (3, 3, 1)
+    assert all(len(burst) % 3 == 0 for burst in cell["samples_ms"])
+    total_ms = sum(sum(burst) for burst in cell["samples_ms"])
+    assert cell["images_per_second"] == pytest.approx(3000 * cell["queries"] / total_ms, rel=1e-3)
+    assert not any(is_running(call[1]) for call in calls(folder))
+
+
+def test_a_file_of_another_batch_says_so(folder: Path) -> None:
+    fixed = {"fixed": {"torch": model(folder, "fixed.pt", "batch 4")}}
+    with pytest.raises(
+        BenchmarkError, match=r"^fixed\.pt on torch: takes 4 images at once, --batch 2 was asked for: exp"
+    ):
+        latency.measure(fixed, imgsz=32, threads=1, mode="quick", load=latency.Load((2,)))
+    record = latency.measure(fixed, imgsz=32, threads=1, mode="quick", load=latency.Load((4,)))
+    assert record["cells"][0]["batch"] == record["protocol"]["batch"] == 4
+
+
+def test_instructions_are_of_one_image(folder: Path) -> None:
+    site = sites.Site(load_device("arm-emulated"), Local())
+    one = {"dense": {"torch": model(folder, "dense.pt")}}
+    with pytest.raises(BenchmarkError, match="arm-emulated counts instructions of one image: leave out --batch"):
+        latency.measure(one, imgsz=32, threads=1, mode="quick", site=site, load=latency.Load((2,)))
+
+
+LAYERS = """
+def layers(runner, session, model, images, counter):
+    assert counter is None and runner.describe(session)["version"] == "1.2.3"
+    first = {"name": f"{session['name']} {len(images)}", "type": "Conv", "ms": 0.25}
+    return [first, {"name": "b", "type": "", "ms": 0.5}]
+"""
+
+
+def test_layers_are_profiled_in_a_process_of_their_own_after_all_queries(folder: Path) -> None:
+    models = {"dense": {"torch": model(folder, "dense.pt")}}
+    plain = latency.measure(models, imgsz=32, threads=1, mode="quick", layers=True)
+    assert "layers" not in plain["cells"][0]  # the runtime has no profiler
+    (folder / "fake_layers.py").write_text(LAYERS)
+    (folder / "log.txt").unlink()
+    record = latency.measure(models, imgsz=32, threads=1, mode="quick", layers=True)
+    (cell,) = record["cells"]
+    assert [(layer["name"], layer["ms"]) for layer in cell["layers"]] == [("dense.pt 1", 0.25), ("b", 0.5)]
+    median = np.median([sample for burst in cell["samples_ms"] for sample in burst])
+    assert cell["layers_share"] == pytest.approx(0.75 / median, rel=1e-3)
+    pids = [call[1] for call in calls(folder)]
+    assert len(set(pids)) == 2
+    assert pids == sorted(pids, key=pids.index)
+    assert [layer.cost for layer in records.measurements(record)[0].layers] == [0.25, 0.5]
+    assert "layers" not in latency.measure(models, imgsz=32, threads=1, mode="quick")["cells"][0]
+
+
+def test_energy_is_that_of_a_query_where_every_burst_tells_it() -> None:
+    class Told:
+        def __init__(self, *energies: float | None) -> None:
+            self.energies = iter(energies)
+            self.asked: list[int] = []
+
+        def request(self, content: dict[str, int]) -> None:
+            self.asked.append(content["queries"])
+
+        def receive(self) -> Any:
+            samples = [9.0, 9.0] + [1.0] * (self.asked[-1] - 2)
+            return {"samples_ms": samples, "energy_uj": next(self.energies)}, b""
+
+    def measured(*energies: float | None) -> Any:
+        made = latency_record.Cell("m", "torch", Path("m"), Told(*energies), {}, others=[Told(7.0, 7.0)])  # type: ignore[arg-type,list-item]
+        for _ in energies:
+            assert made.query(3, lead_in=2) == [1.0] * 6
+        return latency_record._energy_mj(made)
+
+    assert measured(10_000.0, 30_000.0) == 2.0  # mJ: of ten queries in two streams
+    assert measured(10_000.0, None) is None
+
+
+def test_what_the_device_says_of_throttling_makes_a_record_noisy() -> None:
+    assert latency_record.noise([cell([[1.0]])], state(), state(), 0.0, 2, ["the Pi is hot"]) == ["the Pi is hot"]
+
+
+@pytest.mark.parametrize(("text", "expected"), [("1", (1,)), ("1,2, 8", (1, 2, 8)), ("4 4 2", (4, 2))])
+def test_batches_are_numbers(text: str, expected: tuple[int, ...]) -> None:
+    assert latency._batches(text) == expected
+
+
 def test_wrong_names_list_the_known_ones_closest_first(folder: Path) -> None:
     good = {"torch": model(folder, "a.pt")}
     with pytest.raises(BenchmarkError, match="unknown mode 'standart': choose one of standard, "):
         latency.measure({"a": good}, imgsz=32, threads=1, mode="standart")
-    with pytest.raises(BenchmarkError, match="unknown runtime 'onnx': choose one of onnxruntime, torch"):
+    with pytest.raises(BenchmarkError, match="unknown runtime 'onnx': choose one of onnxruntime, onnxruntime-cuda, "):
         latency.measure({"a": {"onnx": good["torch"]}}, imgsz=32, threads=1, mode="quick")
     with pytest.raises(BenchmarkError, match=r"gone\.pt does not exist"):
         latency.measure({"a": {"torch": folder / "gone.pt"}}, imgsz=32, threads=1, mode="quick")
@@ -301,19 +403,41 @@ def test_command_line_takes_several_models_after_one_option(folder: Path, capsys
     assert "finished before, unchanged" in capsys.readouterr().out
 
 
+def test_command_line_sweeps_batches_and_tells_them_apart(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "fake_layers.py").write_text(LAYERS)
+    arguments = ["--models", model(folder, "a.onnx"), "--imgsz", 32, "--output", folder / "out", "--streams", 2]
+    assert run(*arguments, "--batch", "1,2", "--layers") == 0
+    record = json.loads((folder / "out" / "latency.json").read_text())
+    assert [(c["batch"], c["streams"], c["layers"][0]["name"]) for c in record["cells"]] == [
+        (1, 2, "a.onnx 1"),
+        (2, 2, "a.onnx 2"),
+    ]
+    manifest = json.loads((folder / "out" / "manifest.json").read_text())
+    assert {key: manifest["config"][key] for key in ("batches", "streams", "layers")} == {
+        "batches": [1, 2],
+        "streams": 2,
+        "layers": True,
+    }
+    assert list(manifest["metrics"]) == ["a.onnxruntime.p50_ms", "a.onnxruntime.batch2.p50_ms"]
+    shown = capsys.readouterr().out
+    assert "streams: 2" in shown
+    assert "images/s" in shown
+
+
 def test_models_of_one_name_keep_their_folders(folder: Path) -> None:
     for run_name in ("a", "b"):
         (folder / run_name).mkdir()
     first, second = model(folder, "a/best.onnx"), model(folder, "b/best.onnx")
     assert run("--models", first, second, "--imgsz", 32, "--output", folder / "out") == 0
     record = json.loads((folder / "out" / "latency.json").read_text())
-    assert [cell["model"] for cell in record["cells"]] == ["best", str(second)]
+    assert [cell["model"] for cell in record["cells"]] == ["a/best", "b/best"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["a.onnx", "--device", "cpp"], "unknown device 'cpp': choose one of cpu"),
+        (["a.onnx", "--batch", "1,0"], "--batch must be a number, or several as in 1,2,4, got '1,0'"),
         (["a.onnx", "--mode", "quik"], "unknown mode 'quik': choose one of quick, "),
         (["a.onnx", "--runtime", "torch"], "a.onnx must be a .pt file to run in torch"),
         (["a.txt"], "a.txt must be a .pt file, an .onnx file, an .engine file or a folder NAME_ncnn_model"),

@@ -33,8 +33,9 @@ def asked(monkeypatch) -> list[tuple[str, int]]:
 
         def ask(self, content: dict[str, int]) -> tuple[dict[str, Any], bytes]:
             if "layers" in content:
-                seen.append((self.name, -content["layers"]))
-                return {"layers": [{"name": "conv_0", "cost": 3e6}, {"name": "swish", "cost": 1e6}]}, b""
+                seen.append((self.name, 0))
+                unit, scale = ("instructions", 1_000_000) if self.key == "instructions" else ("ms", 1)
+                return {"layers": [{"name": "conv_0", unit: 3 * scale}, {"name": "swish", unit: scale}]}, b""
             seen.append((self.name, content["queries"]))
             return {
                 self.key: [self.cost if i or content["queries"] == 1 else 99.0 for i in range(content["queries"])]
@@ -72,7 +73,7 @@ def test_a_device_with_a_clock_measures_both_in_turns(asked: list[tuple[str, int
         "precision": "fp16",
     }
     turns = [(DENSE.name, LEAD_IN + BURST), (MODEL.name, LEAD_IN + BURST)] * (observe.ROUNDS + 1)
-    assert asked == [*turns, (MODEL.name, -observe.ROUNDS)]
+    assert asked == [*turns, (MODEL.name, 0)]
 
 
 def test_a_device_that_counts_counts_the_dense_model_once(asked: list[tuple[str, int]]) -> None:

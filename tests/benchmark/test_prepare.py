@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from benchmark import prepare, sites
-from benchmark.transports import Adb, Ssh
+from benchmark.transports import Adb, Local, Ssh
 from compress.devices import Device, load_device
 from compress.errors import BenchmarkError
-from compress.settings import ExportTrt
+from compress.settings import Export, ExportTrt
 
 
 @pytest.fixture
@@ -32,7 +32,10 @@ def asked(device: str, paths: list[Path], **changes: Any) -> prepare.Request:
     [
         ("cpu", None, "torch"),
         ("cpu", "ncnn", "ncnn"),
+        ("cpu", "torch-compiled", "torch-compiled"),
         ("cuda", None, "tensorrt"),
+        ("cuda", "torch-cudagraph", "torch-cudagraph"),
+        ("cuda", "onnxruntime-cuda", "onnxruntime-cuda"),
         ("jetson", None, "tensorrt"),
         ("rpi5", None, "ncnn"),
         ("rpi5", "onnxruntime", "onnxruntime"),
@@ -43,6 +46,60 @@ def test_a_checkpoint_goes_to_the_first_runtime_of_its_device(
 ) -> None:
     found = prepare.by_name(models, runtime, load_device(device))
     assert found == {"dense": {expected: models[0]}, "pruned": {expected: models[1]}}
+
+
+@pytest.mark.parametrize(
+    ("device", "runtime", "expected"),
+    [
+        ("cpu", None, "onnxruntime"),
+        ("cuda", None, "onnxruntime-tensorrt"),
+        ("cuda", "onnxruntime-cuda", "onnxruntime-cuda"),
+        ("jetson", None, "onnxruntime"),  # refused by `request`
+    ],
+)
+def test_a_file_runs_in_the_variant_that_the_device_has(
+    device: str, runtime: str | None, expected: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a.onnx").write_bytes(b"graph")
+    found = prepare.by_name([tmp_path / "a.onnx"], runtime, load_device(device))
+    assert found == {"a": {expected: tmp_path / "a.onnx"}}
+    with pytest.raises(BenchmarkError, match=r"a\.onnx must be a folder NAME_ncnn_model to run in ncnn-vulkan"):
+        prepare.by_name([tmp_path / "a.onnx"], "ncnn-vulkan", load_device(device))
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a/m.onnx", "b/m.onnx", "b/m.pt", "b/other.onnx")]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    found = prepare.by_name([*paths, paths[0]], None, load_device("cpu"))
+    assert found == {
+        "a/m": {"onnxruntime": paths[0]},
+        "b/m": {"onnxruntime": paths[1], "torch": paths[2]},
+        "other": {"onnxruntime": paths[3]},
+        str(paths[0]): {"onnxruntime": paths[0]},
+    }
+
+
+@pytest.mark.parametrize(
+    ("device", "runtime", "batches", "expected"),
+    [
+        ("cpu", "onnxruntime", (1,), {}),
+        ("cpu", "onnxruntime", (1, 4), {"dynamic": "batch"}),
+        ("cuda", "onnxruntime-cuda", (1,), {"half": True}),
+    ],
+)
+def test_what_onnxruntime_gets(
+    device: str, runtime: str, batches: tuple[int, ...], expected: dict[str, Any], tiny_data: Path,
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from export import onnx
+
+    made: list[Any] = []
+    monkeypatch.setattr(onnx, "export_stage", lambda *arguments: made.append(arguments[3]))
+    wanted = asked(device, models, data=str(tiny_data), runtime=runtime, batches=batches)
+    prepare._export(wanted, runtime, models[0], tmp_path / "exports" / "0", Local())
+    assert made == [Export(**expected)]
 
 
 def test_the_device_says_what_was_not_asked(tiny_data: Path, models: list[Path]) -> None:
@@ -56,8 +113,10 @@ def test_the_device_says_what_was_not_asked(tiny_data: Path, models: list[Path])
 
 def test_a_file_that_the_device_does_not_run_is_refused(tiny_data: Path, models: list[Path], tmp_path: Path) -> None:
     (tmp_path / "a.onnx").write_bytes(b"graph")
-    with pytest.raises(BenchmarkError, match=r"a\.onnx needs onnxruntime, cuda runs tensorrt: give a checkpoint"):
-        asked("cuda", [tmp_path / "a.onnx"])
+    with pytest.raises(
+        BenchmarkError, match=r"a\.onnx needs onnxruntime, android runs ncnn, ncnn-vulkan: give a check"
+    ):
+        asked("android", [tmp_path / "a.onnx"])
     with pytest.raises(BenchmarkError, match=r"--data is missing: .* export of .*dense\.pt for ncnn"):
         asked("rpi5", models)
     with pytest.raises(BenchmarkError, match="jetson-orin-nano runs tensorrt"):

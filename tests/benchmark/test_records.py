@@ -47,6 +47,13 @@ def test_a_cell_says_more_than_the_protocol() -> None:
     assert (first.p99, first.queries, first.layers) == (None, None, [])
 
 
+def test_latency_under_load_is_a_runtime_of_its_own() -> None:
+    found = records.measurements(latency(cell("a", 1.0), cell("a", 3.0, streams=4), cell("a", 2.0, batch=2)))
+    assert len({row.runtime for row in found}) == 2
+    assert found[1].runtime == f"{found[0].runtime}, 4 streams"
+    assert [row.batch for row in found][2] == 2
+
+
 def test_instructions_are_summed_up_like_times_but_keep_their_unit() -> None:
     counted = {
         "model": "a",

@@ -202,14 +202,13 @@ def test_a_device_that_vanishes_is_an_error_and_its_worker_ends(
     monkeypatch.setattr(sites, "WATCHDOG_S", 3.0)
     stopped: list[int] = []
 
-    def vanish(worker: cell.Worker, *_: Any) -> Any:
+    def vanish(*_: Any) -> None:
         (pid,) = workers(sshd.tmp)
         session = parent(parent(pid))  # behind the shell in between
         os.kill(session, signal.SIGSTOP)  # the sshd of this connection
         stopped.append(session)
-        return worker.receive()
 
-    monkeypatch.setattr(cell.Worker, "ask", vanish)
+    monkeypatch.setattr(cell.Worker, "request", vanish)
     place = ("--device", board(tmp_path), "--host", sshd.host, "--imgsz", IMGSZ, "--output", tmp_path / "out")
     try:
         assert run(latency.app, "--models", artefact, *place) == 2
@@ -227,7 +226,7 @@ def test_ctrl_c_leaves_nothing_there(
         assert len(workers(sshd.tmp)) == 1
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cell.Worker, "ask", interrupt)
+    monkeypatch.setattr(cell.Worker, "request", interrupt)
     place = ("--device", board(tmp_path), "--host", sshd.host, "--imgsz", IMGSZ, "--output", tmp_path / "out")
     assert run(latency.app, "--models", artefact, *place) == 130
     assert wait_for(lambda: workers(sshd.tmp) == [])
@@ -239,11 +238,10 @@ def test_a_phone_that_is_unplugged_is_an_error(
 ) -> None:
     monkeypatch.setattr(cell, "PING_S", 0.2)
 
-    def unplug(worker: cell.Worker, *_: Any) -> Any:
+    def unplug(*_: Any) -> None:
         Path(f"{adb}.gone").touch()
-        return worker.receive()
 
-    monkeypatch.setattr(cell.Worker, "ask", unplug)
+    monkeypatch.setattr(cell.Worker, "request", unplug)
     place = ("--device", board(tmp_path, "adb"), "--host", "phone-1", "--imgsz", IMGSZ, "--output", tmp_path / "out")
     assert run(latency.app, "--models", artefact, *place) == 2
     assert "the connection to phone-1 was lost (it no longer answers)" in error_of(capsys)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import typer
 
-from benchmark import report, sections
+from benchmark import facts, report, sections
 from benchmark.pages import Code, Table, Text, to_html, to_markdown
 from compress.errors import run_app
 
@@ -526,3 +526,10 @@ def test_a_record_of_another_device_shows_what_it_has(tmp_path: Path) -> None:
         assert line in markdown.splitlines()
     assert "- streams: 4" in markdown
     assert "order" not in markdown
+
+
+def test_a_comparison_says_of_which_batch_it_is() -> None:
+    compared = {"runtime": "torch", "baseline": "a", "model": "b", "unit": "ms", "speedup": 2.0, "interval": [1.9, 2.1]}
+    (table,) = facts.comparisons({"comparisons": [{**compared, "batch": 1}, {**compared, "batch": 8}]})
+    assert isinstance(table, Table)
+    assert [row[1] for row in table.rows] == ["torch", "torch, batch 8"]

@@ -7,8 +7,9 @@ import pytest
 
 from benchmark import runtimes
 from compress import manifest
+from compress.devices import load_device
 from compress.errors import BenchmarkError
-from compress.settings import Runtime
+from compress.settings import Runtime, Variant
 
 
 def test_every_runtime_has_a_runner_an_ending_and_words() -> None:
@@ -19,6 +20,19 @@ def test_every_runtime_has_a_runner_an_ending_and_words() -> None:
     for name in runtimes.RUNNERS.values():
         runner = importlib.import_module(name)
         assert all(callable(getattr(runner, function)) for function in ("load", "infer", "describe"))
+
+
+def test_every_variant_is_one_of_a_known_runtime() -> None:
+    from typing import get_args
+
+    assert set(runtimes.VARIANTS) == set(get_args(Variant))
+    for name, runtime in runtimes.VARIANTS.items():
+        assert runtimes.base(name) == runtime
+        assert runtimes.runner(name) == f"{runtimes.RUNNERS[runtime]}:{name.removeprefix(f'{runtime}-')}"
+        assert runtimes.kinds(name) == runtimes.KINDS[runtime]
+    assert runtimes.runner("torch") == "benchmark.runners.torch_runner"
+    assert runtimes.base("torch") == "torch"
+    assert set(load_device("cuda").runtimes) <= set(runtimes.names())
 
 
 @pytest.mark.parametrize(

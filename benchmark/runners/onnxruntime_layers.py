@@ -1,0 +1,63 @@
+"""What each node of an ONNX graph takes, by onnxruntime's own profiler: the nodes that it runs, fused as it fused them.
+
+One of the files that run on a device: it needs numpy and onnxruntime, beside the runner that it is given.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+WARM_UP, REPEATS = 5, 20
+_NODE, _KERNEL = "Node", "_kernel_time"
+
+
+def layers(runner: Any, session: Any, model: str, images: np.ndarray, _: str | None) -> list[dict[str, Any]]:
+    """Return name, type and median `ms` of each node, in the order in which they run.
+
+    Args:
+        runner: the module `onnxruntime_runner`.
+        session: what it opened; the profile is taken of another one, so that this one stays as it is.
+        model: the file that it opened.
+        images: (n, 3, height, width) float32, as for `infer`.
+    """
+    events = profile(runner, session, model, images)
+    durations: dict[tuple[str, str], list[int]] = {}
+    for event in events:
+        if event.get("cat") == _NODE and event["name"].endswith(_KERNEL):
+            key = event["name"][: -len(_KERNEL)], event["args"].get("op_name", "")
+            durations.setdefault(key, []).append(event["dur"])
+    runs = WARM_UP + REPEATS
+    return [
+        {"name": name, "type": kind, "ms": round(_per_run_us(found, runs) / 1000, 4)}
+        for (name, kind), found in durations.items()
+    ]
+
+
+def model_run_ms(runner: Any, session: Any, model: str, images: np.ndarray) -> list[float]:
+    """Return what the profiler says of each whole run, ms, after those that warm up; arguments as for `layers`."""
+    events = profile(runner, session, model, images)
+    return [event["dur"] / 1000 for event in events if event["name"] == "model_run"][WARM_UP:]
+
+
+def profile(runner: Any, session: Any, model: str, images: np.ndarray) -> list[dict[str, Any]]:
+    """Return the events that onnxruntime's profiler writes of `WARM_UP` and `REPEATS` runs; durations are in µs."""
+    with tempfile.TemporaryDirectory() as folder:
+        profiled = runner.load(model, session.threads, session.variant, str(Path(folder) / "profile"))
+        for _ in range(WARM_UP + REPEATS):
+            runner.infer(profiled, images)
+        return json.loads(Path(profiled.graph.end_profiling()).read_text(encoding="utf-8"))
+
+
+def _per_run_us(durations: list[int], runs: int) -> float:
+    """Return the median over the runs; a node of a loop runs several times in each."""
+    per_run = len(durations) // runs
+    if per_run == 0:
+        return 0.0
+    sums = [sum(durations[i * per_run : (i + 1) * per_run]) for i in range(runs)]
+    return statistics.median(sums[WARM_UP:])
