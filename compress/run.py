@@ -7,17 +7,19 @@ is finished and unchanged and resumes what was interrupted.
 from __future__ import annotations
 
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from compress import checkpoint, manifest
+from compress import checkpoint, manifest, rounds
 from compress.errors import SettingsError, run_app
 from compress.finetune import finetune
 from compress.prune import plan_pruning, print_plan, prune
 from compress.settings import ExportTrt, Run, check_imgsz, load_run
 from compress.sparsify import sparsify
+from compress.teacher import check_teacher
 from compress.train import Common, train
 
 RECORD = "run.json"
@@ -41,9 +43,13 @@ def run(settings: Run, command: str, runs: Path = Path("runs")) -> dict[str, Any
 
         dense = train(settings.model, data, settings.train, common, folder / "01_train")
         start = str(dense) if settings.sparsify.start == "train" else settings.model
-        sparse = sparsify(start, data, settings.sparsify, common, folder / "02_sparsify", settings.prune)
-        cut = prune(sparse, data, settings.prune, settings.imgsz, settings.seed, folder / "03_prune")
-        pruned = finetune(cut, dense, data, settings.finetune, common, folder / "04_finetune")
+        if settings.iterations == 1:
+            sparse = sparsify(start, data, settings.sparsify, common, folder / "02_sparsify", settings.prune)
+            cut = prune(sparse, data, settings.prune, settings.imgsz, settings.seed, folder / "03_prune")
+            pruned = finetune(cut, dense, data, settings.finetune, common, folder / "04_finetune")
+        else:
+            score = partial(score_val, data=data, imgsz=settings.imgsz)
+            pruned = rounds.run_rounds(start, dense, data, settings, common, folder, score)
 
         models = {"dense": dense, "pruned": pruned}
         parity = export(models, data, settings, folder / "05_export")
@@ -74,10 +80,22 @@ def check(settings: Run, data: Path) -> None:
         model = trained
     if "tensorrt" in settings.benchmark.runtimes:
         _check_tensorrt(settings.trt)
+    if settings.finetune.teacher and settings.finetune.distill:
+        check_teacher(model, Path(settings.finetune.teacher), data, settings.finetune, settings.imgsz)
     if settings.prune.by_latency:
         tabulate(model, settings)
     # Which widths can be reached does not depend on which channels matter.
-    plan_pruning(model, settings.prune.model_copy(update={"importance": "random"}), settings.imgsz)
+    if settings.iterations == 1:
+        plan_pruning(model, settings.prune.model_copy(update={"importance": "random"}), settings.imgsz)
+    else:
+        rounds.check_schedule(model, settings.prune, settings.iterations, settings.imgsz)
+
+
+def score_val(model: Path, data: Path, imgsz: int) -> float:
+    """Return the mAP50-95 of a checkpoint on the val split, which decides about rounds; the test split stays unseen."""
+    from benchmark.accuracy import evaluate
+
+    return float(evaluate(model, data, split="val", imgsz=imgsz)["map50_95"])
 
 
 def tabulate(model: Any, settings: Run) -> None:
@@ -180,11 +198,11 @@ def summarise(
     settings: Run, scores: dict[str, Any], record: dict[str, Any], parity: dict[str, Any], folder: Path, command: str
 ) -> dict[str, Any]:
     """Put dense and pruned side by side: accuracy, size, latency, and how much of the MACs cut became speed."""
-    cut = manifest.read_json(folder / "03_prune" / manifest.MANIFEST)["metrics"]
+    cut = rounds.outcome(folder, settings.iterations)
     before_cut = settings.train.epochs if settings.sparsify.start == "train" else 0
     epochs = {
         "dense": settings.train.epochs,
-        "pruned": before_cut + settings.sparsify.epochs + settings.finetune.epochs,
+        "pruned": before_cut + cut["rounds"] * (settings.sparsify.epochs + settings.finetune.epochs),
     }
     latency: dict[str, dict[str, Any]] = {"dense": {}, "pruned": {}}
     for cell in record["cells"]:

@@ -302,8 +302,10 @@ class Benchmark(Strict):
     split: Literal["train", "val", "test"] = "val"
 
 
-class Run(Strict):
+class Run(Grown):
     """A whole pipeline, as configs/pipelines/*.yaml spell it."""
+
+    later = ("iterations", "map_budget")
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run folder is runs/NAME")
     model: str = Field(description="a checkpoint (.pt) or an architecture (.yaml)")
@@ -312,6 +314,10 @@ class Run(Strict):
     device: str = "cpu"
     workers: int = Field(default=8, ge=0)
     seed: int = 0
+    iterations: int = Field(default=1, ge=1, description="rounds of sparsify, prune and finetune, in equal ratios")
+    map_budget: float | None = Field(
+        default=None, ge=0.0, le=1.0, description="loss of mAP50-95 on the val split that ends the rounds"
+    )
     train: Training
     sparsify: Sparsity
     prune: Prune
@@ -320,6 +326,14 @@ class Run(Strict):
     ncnn: ExportNcnn = ExportNcnn()
     trt: ExportTrt = ExportTrt()
     benchmark: Benchmark = Benchmark()
+
+    @model_validator(mode="after")
+    def _rounds(self) -> Run:
+        if self.map_budget is not None and self.iterations == 1:
+            raise ValueError("map_budget ends rounds of pruning: set iterations above 1")
+        if self.iterations > 1 and self.prune.by_latency:
+            raise ValueError("iterations need a target of percent, macs or params: a latency is reached in one cut")
+        return self
 
     @model_validator(mode="after")
     def _measures_its_target(self) -> Run:

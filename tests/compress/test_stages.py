@@ -456,7 +456,7 @@ def killed(stages: Path, data: Path, tmp_path: Path) -> Callable[[], list[object
     output = tmp_path / "out"
     dense, cut = stages / "train" / "model.pt", stages / "prune" / "model.pt"
     words = ["--model", cut, "--teacher", dense, "--data", data, "--output", output, "--epochs", "5", "--batch", "8"]
-    words += ["--imgsz", "64", "--workers", "0", "nbs=8"]
+    words += ["--imgsz", "64", "--workers", "0", "nbs=8", "--cwd", "1", "--distil-off-epochs", "2"]
 
     def start() -> list[object]:
         process = subprocess.Popen(
@@ -492,6 +492,8 @@ def test_a_killed_training_goes_on_where_it_was(stages: Path, killed, tmp_path: 
     assert command(finetune.app, *words) == 0
     assert epochs_in(output) == [1, 2, 3, 4, 5]
     assert (output / "training" / "results.csv").read_text().startswith(before)  # not started over
+    with (output / "training" / "results.csv").open() as stream:
+        assert [float(row["train/cwd_loss"]) > 0.0 for row in csv.DictReader(stream)] == [True] * 3 + [False] * 2
     config, parents = (read_json(output / MANIFEST)[key] for key in ("config", "parents"))
     assert is_finished(output, "finetune", config, parents)
     tuned = load_model(output / "model.pt")
