@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import torch
 from benchmark.runners import ncnn_runner, torch_runner
 from compress.checkpoint import build_model, save_model
 from export.ncnn import export_ncnn
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -269,3 +272,27 @@ def test_values_inside_the_network(artefact: Path, image: np.ndarray) -> None:
     assert [found[name].shape for name in ("out0", "out1")] == [(64, 8, 8), (3, 8, 8)]
     with pytest.raises(ValueError, match=r"ncnn cannot compute nowhere \(status -1\)"):
         list(ncnn_runner.blobs(session, image[0], ["nowhere"]))
+
+
+FAULTS = """
+import resource, sys
+import numpy as np
+from benchmark.runners import ncnn_runner
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blobs = [np.full(20 << 20, 1, np.uint8) for _ in range(3)]
+    del blobs
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+ncnn_runner.load(sys.argv[1], 1)
+print([faults() for _ in range(5)][-1])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is about the memory of glibc")
+def test_memory_that_an_inference_had_is_kept_for_the_next_one(artefact: Path) -> None:
+    """Without `keep_memory` glibc gives these 60 MB back, and getting them again takes about 1000 page faults."""
+    command = [sys.executable, "-c", FAULTS, str(artefact)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 50

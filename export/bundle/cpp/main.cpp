@@ -8,6 +8,10 @@
 #include <thread>
 #include <vector>
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 #include "detector.h"
 #include "image_file.h"
 #include "report.h"
@@ -119,9 +123,20 @@ std::string run(const espalier::Detector& detector, const Options& options, cons
     return "";
 }
 
+// By itself glibc gives large blocks back to the system as soon as they are free, and every inference pays for the page
+// faults of getting them again: a quarter of the latency of a small network.
+void keep_memory() {
+#ifdef __GLIBC__
+    mallopt(M_MMAP_THRESHOLD, 32 << 20);
+    mallopt(M_TRIM_THRESHOLD, 1 << 30);
+    mallopt(M_TOP_PAD, 64 << 20);
+#endif
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
+    keep_memory();
     // Not an exception: ncnn may have been built so that its users have none.
     std::set_new_handler(out_of_memory);
     for (int i = 1; i < count; ++i) {
