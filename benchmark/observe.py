@@ -26,7 +26,6 @@ ROUNDS = 12
 COUNTED = 2  # queries where instructions are counted: they repeat to 0.1 %
 ATTEMPTS = 3
 TIMEOUT_S = 300
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,7 @@ def _here(dense: Path, model: Path, wanted: Wanted) -> dict[str, Any]:
     ]
     root = str(Path(__file__).parents[1])
     paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, **dict.fromkeys(_THREAD_VARIABLES, str(wanted.threads)), "PYTHONPATH": paths}
+    environment = {**os.environ, **dict.fromkeys(sites.THREAD_VARIABLES, str(wanted.threads)), "PYTHONPATH": paths}
     try:
         done = subprocess.run(  # noqa: S603  (our own module in our own interpreter)
             [*command, *map(str, numbers)],

@@ -25,7 +25,7 @@ WATCHDOG_S = 60.0
 COUNTING = 15  # an emulator that counts takes longer by about so much
 _PACKAGE = ("frames.py", "probe.py", "system.py", "worker.py")
 _OLDEST = (3, 8)
-_THREAD_VARIABLES = (
+THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
@@ -150,7 +150,7 @@ def worker(
         DeviceError: the device cannot be reached, or has no space left.
     """
     name, runner = f"{model.name} on {runtime}", runtimes.runner(runtime)
-    environment = dict.fromkeys(_THREAD_VARIABLES, str(threads))
+    environment = dict.fromkeys(THREAD_VARIABLES, str(threads))
     numbers = [str(threads), str(imgsz), str(seed), *([] if batch == 1 else [str(batch)])]
     if site.folder is None:
         root = str(Path(__file__).parents[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import random
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,16 @@ def images(data: Path, split: str) -> list[Path]:
     if not found:
         raise DataError(f"{data}: '{split}' holds no images ({entries} in {root}): check the path")
     return sorted(found)
+
+
+def sample_images(data: Path, split: str, count: int, seed: int) -> list[Path]:
+    """Return `count` images of a split that the seed draws, in the order drawn; all of them if there are fewer.
+
+    Raises:
+        DataError: as `images`.
+    """
+    found = images(data, split)
+    return random.Random(seed).sample(found, min(count, len(found)))
 
 
 def class_names(data: Path) -> dict[int, str]:

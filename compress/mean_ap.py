@@ -5,7 +5,6 @@ What is reported is measured by the benchmark, one image at a time and in every 
 
 from __future__ import annotations
 
-import random
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -28,10 +27,9 @@ def sample_images(data: Path, split: str, count: int, seed: int = 0) -> list[Pat
     Raises:
         DataError: the data set has no such split.
     """
-    from compress.dataset import images
+    from compress import dataset
 
-    found = images(data, split)
-    return sorted(random.Random(seed).sample(found, min(count, len(found))))
+    return sorted(dataset.sample_images(data, split, count, seed))
 
 
 def scorer(model: nn.Module, data: Path, chosen: list[Path], imgsz: int) -> Callable[[nn.Module], float]:

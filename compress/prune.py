@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -161,7 +160,7 @@ def prune(model: Path, data: Path, settings: Prune, imgsz: int, seed: int, outpu
         if manifest.is_finished(output, "prune", config, parents):
             print(f"prune: finished before, unchanged: {result}")
             return result
-        from compress.dataset import images
+        from compress.dataset import sample_images
         from compress.oracle import check_oracle
         from compress.plan import save_plan
         from compress.repair import recalibrate_batch_norm
@@ -177,8 +176,7 @@ def prune(model: Path, data: Path, settings: Prune, imgsz: int, seed: int, outpu
         pruned = apply_plan(planned.model, planned.plan)
         error = check_oracle(planned.graph, pruned, planned.choice.keep, seed)
         if settings.recalibrate_images:
-            train = images(data, "train")
-            sample = random.Random(seed).sample(train, min(settings.recalibrate_images, len(train)))
+            sample = sample_images(data, "train", settings.recalibrate_images, seed)
             recalibrate_batch_norm(pruned, sample, imgsz)
         manifest.begin(output, "prune", config, parents)
         save_plan(planned.plan, output / PLAN)

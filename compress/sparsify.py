@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,11 +30,10 @@ def sparsify(
     """
 
     def repair(trained: Any) -> None:
-        from compress.dataset import images
+        from compress.dataset import sample_images
         from compress.repair import recalibrate_batch_norm
 
-        train = images(data, "train")
-        sample = random.Random(common.seed).sample(train, min(_REPAIR_IMAGES, len(train)))
+        sample = sample_images(data, "train", _REPAIR_IMAGES, common.seed)
         recalibrate_batch_norm(trained, sample, common.imgsz)
 
     share = _share(model, settings, cut, common) if settings.sr == AUTO else None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compress import manifest
-from compress.dataset import data_hash
+from compress.dataset import data_hash, sample_images
 from compress.dataset import images as images_of
 from compress.settings import Quantization
 from export import mixed, stage
@@ -134,10 +134,7 @@ def calibration_images(data: Path, settings: Quantization) -> list[Path]:
     Raises:
         DataError: the data set has no train split, or no images in it.
     """
-    import random
-
-    found = images_of(data, "train")
-    return random.Random(settings.seed).sample(found, min(settings.calibration_images, len(found)))
+    return sample_images(data, "train", settings.calibration_images, settings.seed)
 
 
 def calibration_hash(images: list[Path]) -> str:
