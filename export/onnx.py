@@ -163,11 +163,10 @@ def _trace(network: Any, model: Path, imgsz: int, opset: int, settings: Export) 
 
     import onnx
     import torch
-    from ultralytics.nn.modules.block import C2f
 
-    for module in network.modules():
-        if isinstance(module, C2f):
-            module.forward = module.forward_split  # one Split node instead of two Slice nodes per block
+    from export.layout import rearrange
+
+    rearrange(network)
     network.model[-1].dynamic = settings.dynamic in ("size", "both")  # anchors of any size, or traced constants
     traced = _in_half(network) if settings.half else network
     if settings.nms:

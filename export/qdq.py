@@ -52,8 +52,7 @@ SCHEMES: dict[Target, Scheme] = {
 def layers_of(graph: Any) -> dict[str, list[str]]:
     """Return the layers that can be quantized: each convolution's name with the names of its own nodes.
 
-    A layer is a convolution and the activation behind it, as far as nothing else reads between. The convolution of a
-    DFL head, which computes a mean, is none.
+    A layer is a convolution and the activation behind it, as far as nothing else reads between.
 
     Args:
         graph: an ONNX model as `export.onnx` writes it.
@@ -61,7 +60,7 @@ def layers_of(graph: Any) -> dict[str, list[str]]:
     readers = _readers(graph)
     found = {}
     for node in graph.graph.node:
-        if node.op_type == "Conv" and "/dfl/" not in node.name:
+        if node.op_type == "Conv":
             found[node.name] = [node.name, *(other.name for other in _activation(node, readers))]
     return found
 
