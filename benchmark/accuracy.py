@@ -63,7 +63,7 @@ def evaluate(
     import tempfile
 
     from compress.checkpoint import quiet
-    from compress.dataset import class_names, images
+    from compress.data.dataset import class_names, images
 
     names = class_names(data)
     images(data, split)  # says what is missing, before anything is loaded
@@ -102,7 +102,7 @@ def _open(model: Path, runtime: str | None, threads: int) -> Network:
 
 
 def _check_fit(model: Path, facts: dict[str, Any], task: str, data: Path, classes: int, imgsz: int) -> None:
-    from compress.dataset import keypoints
+    from compress.data.dataset import keypoints
 
     if task not in (*LETTERS, "classify"):
         raise BenchmarkError(f"{model.name} is of the task '{task}', whose accuracy is not measured here")
@@ -154,7 +154,7 @@ def _images(settings: Any, task: str, data: Path, names: dict[int, str], split: 
     """Return the images of a split with their labels."""
     from ultralytics.data.utils import check_det_dataset
 
-    from compress.labels import FreshClasses, FreshLabels
+    from compress.data.labels import FreshClasses, FreshLabels
 
     if task == "classify":
         return FreshClasses(data / split, settings, augment=False, prefix=split, names=names)

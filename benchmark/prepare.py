@@ -57,7 +57,7 @@ class Request:
 
     def parents(self) -> dict[str, str]:
         """Return the hashes of the inputs by role."""
-        from compress.dataset import fingerprint
+        from compress.data.dataset import fingerprint
 
         hashes = {
             f"{name}.{runtime}": runtimes.sha256(path)
@@ -101,7 +101,7 @@ def request(
                 raise BenchmarkError(f"--data is missing: real images prove the export of {path} for {own}")
     yaml = None
     if data is not None:
-        from compress.dataset import resolve
+        from compress.data.dataset import resolve
 
         yaml = resolve(data)
     return Request(

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from benchmark.sites import Site
-    from compress.graph import Graph
-    from compress.latency_table import LatencyTable
+    from compress.channels.graph import Graph
+    from compress.latency.table import LatencyTable
 
 MAX_REFUSED = 0.1
 
@@ -48,8 +48,8 @@ def profile(model: nn.Module, wanted: Wanted, output: Path | None = None) -> tup
         SettingsError: a device or a runtime that cannot be profiled, or `output` is something else.
         BenchmarkError: a network cannot be measured, or too many of them are noisy.
     """
-    from compress.graph import build_graph
-    from compress.latency_table import default_path, load_table
+    from compress.channels.graph import build_graph
+    from compress.latency.table import default_path, load_table
 
     observe.check(wanted)
     # Where a rule comes from changes no width.
@@ -68,14 +68,14 @@ def profile(model: nn.Module, wanted: Wanted, output: Path | None = None) -> tup
             machine = observe.machine(site)
             points = _measure(model, graph, wanted, structure, path, site, machine)
         table = _fit(graph, points, wanted, structure, machine)
-        from compress.latency_table import save_table
+        from compress.latency.table import save_table
 
         save_table(table, path)
     return table, path
 
 
 def _check_same(table: LatencyTable, wanted: Wanted, structure: str, path: Path) -> None:
-    from compress.latency_table import check_fits
+    from compress.latency.table import check_fits
 
     names = ("device", "runtime", "threads", "imgsz", "budget")
     check_fits(table, {name: getattr(wanted, name) for name in names} | {"structure": structure}, path)
@@ -154,7 +154,7 @@ def _fit(
         BenchmarkError: too many are.
     """
     from benchmark import regression
-    from compress.latency_table import LatencyTable
+    from compress.latency.table import LatencyTable
 
     usable = [point for point in points if not point["noisy"]]
     if len(points) - len(usable) > MAX_REFUSED * len(points):
@@ -248,7 +248,7 @@ def main(
         max_interval=max_interval,
         seed=seed,
     )
-    from compress.latency_table import amount
+    from compress.latency.table import amount
 
     table, path = profile(checkpoint.load_model(model), wanted, output)
     print(

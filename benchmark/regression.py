@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from compress.errors import BenchmarkError
-from compress.latency_table import BLOCKS, TERMS, Fit, Segment, features, linear_form
+from compress.latency.table import BLOCKS, TERMS, Fit, Segment, features, linear_form
 
 if TYPE_CHECKING:
-    from compress.graph import Graph
+    from compress.channels.graph import Graph
 
 FOLDS = 6
 MIN_VARIANTS = 12

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from benchmark.observe import Wanted
-    from compress.graph import Graph
+    from compress.channels.graph import Graph
     from compress.settings import Budget
 
 # Half of the networks have layers that are wide or narrow together, so that what reads many of them meets extremes too.
@@ -23,7 +23,7 @@ SPREAD = 0.25
 
 def draw_widths(graph: Graph, budget: Budget, count: int, seed: int = 0) -> np.ndarray:
     """Draw widths that a budget allows, shape (count, groups): the dense ones first, then the least, then at random."""
-    from compress.budget import ties
+    from compress.pruning.budget import ties
 
     tied = ties(graph, budget)
     generator = np.random.default_rng(seed)
@@ -41,9 +41,9 @@ def draw_widths(graph: Graph, budget: Budget, count: int, seed: int = 0) -> np.n
 
 def cut(model: nn.Module, graph: Graph, widths: np.ndarray) -> nn.Module:
     """Return the model with the first channels of each group, as many as `widths` says."""
-    from compress.budget import Choice
-    from compress.plan import make_plan
-    from compress.surgery import apply_plan
+    from compress.pruning.budget import Choice
+    from compress.pruning.plan import make_plan
+    from compress.pruning.surgery import apply_plan
 
     keep = [np.arange(group.width) < width for group, width in zip(graph.groups, widths, strict=True)]
     choice = Choice(keep, ["measured at this width"] * len(keep))

@@ -53,7 +53,7 @@ def read_objects(data: Path, split: str = "train") -> Objects:
     from PIL import Image
     from ultralytics.data.utils import exif_size
 
-    from compress.dataset import images, keypoints, label_file
+    from compress.data.dataset import images, keypoints, label_file
     from compress.progress import track
 
     if data.is_dir():
@@ -132,7 +132,7 @@ def main(
     from rich.console import Console
     from rich.table import Table
 
-    from compress.dataset import resolve
+    from compress.data.dataset import resolve
 
     if lowest % STEP or highest % STEP or lowest > highest:
         raise SettingsError(f"--lowest {lowest} and --highest {highest} must be multiples of {STEP}, in this order")

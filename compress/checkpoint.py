@@ -222,7 +222,7 @@ def _open(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     model: Any = checkpoint.get("model") if checkpoint.get("ema") is None else checkpoint["ema"]
     if not isinstance(getattr(model, "student_model", model), BaseModel):  # a distilling one has its teacher along
         raise CheckpointError(f"{path} holds no model of Ultralytics: train or convert it first")
-    model = model.float().eval().to(memory_format=torch.contiguous_format)  # see `Planned` of compress/trainers.py
+    model = model.float().eval().to(memory_format=torch.contiguous_format)  # unlike in training
     model.pt_path = str(path)  # Ultralytics keeps it there
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())

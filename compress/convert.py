@@ -18,8 +18,8 @@ from compress.errors import CheckpointError, RunError, run_app
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from compress.foreign import Foreign, StandIn
-    from compress.translate import Row, Translation
+    from compress.conversion.foreign import Foreign, StandIn
+    from compress.conversion.translate import Row, Translation
 
 _YOLOV7 = {
     "SPPCSPC",
@@ -48,8 +48,8 @@ def convert(model: Path, nc: int | None = None) -> tuple[nn.Module, dict[str, An
     Raises:
         CheckpointError: the file cannot be read, is not such a detector, or a layer or shape does not fit.
     """
-    from compress.foreign import read_foreign
-    from compress.translate import kind_of, translate
+    from compress.conversion.foreign import read_foreign
+    from compress.conversion.translate import kind_of, translate
 
     foreign = read_foreign(model)
     network = _network(foreign)
@@ -81,7 +81,7 @@ def convert(model: Path, nc: int | None = None) -> tuple[nn.Module, dict[str, An
 
 
 def _network(foreign: Foreign) -> StandIn:
-    from compress.foreign import StandIn
+    from compress.conversion.foreign import StandIn
 
     content, path = foreign.content, foreign.path
     if isinstance(content, dict):
@@ -99,8 +99,8 @@ def _network(foreign: Foreign) -> StandIn:
 
 
 def _layers(network: StandIn, path: Path) -> list[StandIn]:
-    from compress.foreign import StandIn
-    from compress.translate import modules
+    from compress.conversion.foreign import StandIn
+    from compress.conversion.translate import modules
 
     sequence = modules(network).get("model")
     layers = list(modules(sequence).values()) if isinstance(sequence, StandIn) else []
@@ -152,7 +152,7 @@ def _load(model: Any, translation: Translation, foreign: Foreign) -> tuple[int, 
     """
     import torch
 
-    from compress.translate import spread
+    from compress.conversion.translate import spread
 
     tensors = parameters = 0
     for layer, row in zip(model.model[:-1], translation.rows, strict=False):
@@ -180,7 +180,7 @@ def _load(model: Any, translation: Translation, foreign: Foreign) -> tuple[int, 
 
 
 def _check_strides(model: Any, network: StandIn, foreign: Foreign) -> None:
-    from compress.foreign import TensorRef
+    from compress.conversion.foreign import TensorRef
 
     ref, ours = network.state.get("stride"), model.stride.tolist()
     theirs = foreign.tensor(ref).flatten().tolist()[: len(ours)] if isinstance(ref, TensorRef) else ours

@@ -10,8 +10,8 @@ import typer
 from compress import checkpoint
 from compress.errors import SettingsError, run_app
 from compress.settings import Finetune, parse, training_args
-from compress.teacher import check_teacher
 from compress.train import MORE_HELP, Common, training_stage
+from compress.training.teacher import check_teacher
 
 
 def finetune(model: Path, teacher: Path | None, data: Path, settings: Finetune, common: Common, output: Path) -> Path:
@@ -73,7 +73,7 @@ def main(
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Fine-tune a pruned model; its shape comes from the plan that it carries."""
-    from compress.dataset import resolve
+    from compress.data.dataset import resolve
 
     given = {"epochs": epochs, "batch": batch, "optimizer": optimizer, "lr0": lr0, "args": training_args(more or [])}
     given |= {"dis": dis, "cwd": cwd, "ld": ld, "distil_off_epochs": distil_off_epochs}

@@ -14,8 +14,8 @@ from compress.settings import Budget, load_budget
 if TYPE_CHECKING:
     from torch import nn
 
-    from compress.graph import Graph
-    from compress.overview import Overview
+    from compress.channels.graph import Graph
+    from compress.inspection.overview import Overview
 
 SCHEMA = 1
 _SHOWN = 3  # names in a cell, before "+ n"
@@ -37,9 +37,9 @@ def inspect(model: str, imgsz: int, budget: Budget) -> tuple[nn.Module, Graph, O
         CheckpointError: missing, damaged, or not a model.
         GraphError: the model cannot be traced at this image size.
     """
+    from compress.channels.graph import build_graph
     from compress.checkpoint import load_model
-    from compress.graph import build_graph
-    from compress.overview import overview
+    from compress.inspection.overview import overview
 
     opened: Any = load_model(model)
     opened = getattr(opened, "student_model", opened)  # one that is being distilled has its teacher along
@@ -77,7 +77,7 @@ def print_overview(found: Overview, title: str, *, all_layers: bool) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from compress.overview import short_widths
+    from compress.inspection.overview import short_widths
 
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -205,13 +205,13 @@ def main(
         content = as_json(found, model, imgsz, rules)
         _write(json, (encoder.dumps(content, indent=1, ensure_ascii=False) + "\n").encode(), "--json")
     if html:
-        from compress.blocks import blocks
-        from compress.graph_page import page
+        from compress.inspection.blocks import blocks
+        from compress.inspection.graph_page import page
 
         _write(html, page(name, blocks(graph, opened), found, imgsz).encode(), "--html")
     if gamma:
-        from compress.gammas import gamma_png, prunable_gammas, start_mean
-        from compress.penalty import NEAR_ZERO
+        from compress.inspection.gammas import gamma_png, prunable_gammas, start_mean
+        from compress.training.penalty import NEAR_ZERO
 
         gammas = prunable_gammas(graph, opened, NEAR_ZERO, start_mean(Path(model).parent))
         _write(gamma, gamma_png(gammas, f"γ of prunable channels, {name}"), "--gamma")

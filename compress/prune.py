@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
-    from compress.budget import Choice, Target
-    from compress.graph import Graph
-    from compress.latency_plan import Prediction
-    from compress.plan import Plan
+    from compress.channels.graph import Graph
+    from compress.latency.plan import Prediction
+    from compress.pruning.budget import Choice, Target
+    from compress.pruning.plan import Plan
 
 MODEL = "model.pt"
 PLAN = "plan.json"
@@ -73,7 +73,7 @@ def plan_pruning(
         BudgetError: no widths under the budget meet the target.
     """
     if settings.by_latency:
-        from compress.latency_plan import find_table
+        from compress.latency.plan import find_table
 
         find_table(settings, imgsz, checkpoint.structure_hash(model), source)  # before the work of scoring
     return choose_widths(score(model, settings, imgsz, seed, data), settings, imgsz, source)
@@ -81,10 +81,10 @@ def plan_pruning(
 
 def score(model: nn.Module, settings: Prune, imgsz: int, seed: int = 0, data: Path | None = None) -> Scored:
     """Trace a model and score its channels, as `plan_pruning` does."""
-    from compress.graph import build_graph
-    from compress.importance import importance
-    from compress.sensitivity_file import load_sensitivity, rescaled
-    from compress.taylor import taylor_scores
+    from compress.channels.graph import build_graph
+    from compress.pruning.importance import importance
+    from compress.pruning.sensitivity_file import load_sensitivity, rescaled
+    from compress.pruning.taylor import taylor_scores
 
     measured = None
     if settings.sensitivity:
@@ -108,14 +108,14 @@ def choose_widths(
         source: how the user names the model, for messages.
         correction: factor on a latency table.
     """
-    from compress.budget import choose
-    from compress.plan import make_plan
+    from compress.pruning.budget import choose
+    from compress.pruning.plan import make_plan
 
     model, graph, structure = scored.model, scored.graph, checkpoint.structure_hash(scored.model)
     prediction = None
     if settings.by_latency:
-        from compress.latency_plan import choose_by_latency, find_table
-        from compress.latency_table import amount
+        from compress.latency.plan import choose_by_latency, find_table
+        from compress.latency.table import amount
 
         table, path = find_table(settings, imgsz, structure, source)
         choice, prediction = choose_by_latency(graph, scored.scores, settings, table, path, correction)
@@ -129,7 +129,7 @@ def choose_widths(
 
 def target_of(settings: Prune) -> Target:
     """Return the one target that the settings hold, where it is none of latency."""
-    from compress.budget import Target
+    from compress.pruning.budget import Target
 
     if settings.percent is not None:
         return Target("percent", settings.percent)
@@ -146,12 +146,12 @@ def prune(model: Path, data: Path, settings: Prune, imgsz: int, seed: int, outpu
         SurgeryError: the pruned model does not equal the masked dense one; nothing is written then.
     """
     config = {**settings.model_dump(mode="json"), "imgsz": imgsz, "seed": seed}
-    from compress.dataset import fingerprint
+    from compress.data.dataset import fingerprint
 
     inputs = {"model": model} | ({"sensitivity": Path(settings.sensitivity)} if settings.sensitivity else {})
     parents = manifest.input_hashes(inputs) | {"data": fingerprint(data)}
     if settings.by_latency:
-        from compress.latency_plan import find_table
+        from compress.latency.plan import find_table
 
         structure = checkpoint.structure_hash(checkpoint.load_model(model))
         parents["table"] = find_table(settings, imgsz, structure, str(model))[0].sha256
@@ -160,15 +160,15 @@ def prune(model: Path, data: Path, settings: Prune, imgsz: int, seed: int, outpu
         if manifest.is_finished(output, "prune", config, parents):
             print(f"prune: finished before, unchanged: {result}")
             return result
-        from compress.dataset import sample_images
-        from compress.oracle import check_oracle
-        from compress.plan import save_plan
-        from compress.repair import recalibrate_batch_norm
-        from compress.surgery import apply_plan
+        from compress.data.dataset import sample_images
+        from compress.pruning.oracle import check_oracle
+        from compress.pruning.plan import save_plan
+        from compress.pruning.repair import recalibrate_batch_norm
+        from compress.pruning.surgery import apply_plan
 
         dense, rounds = checkpoint.load_model(model), []
         if settings.by_latency:
-            from compress.measured import plan_measured
+            from compress.latency.measured import plan_measured
 
             planned, rounds = plan_measured(dense, settings, imgsz, seed, data, str(model))
         else:
@@ -192,7 +192,7 @@ def prune(model: Path, data: Path, settings: Prune, imgsz: int, seed: int, outpu
 
 def print_prediction(prediction: Prediction) -> None:
     """Print what a latency table says about a plan."""
-    from compress.latency_table import amount
+    from compress.latency.table import amount
 
     unit = prediction.unit
     print(
@@ -212,7 +212,7 @@ def print_plan(planned: Planned, budget: Budget) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from compress.budget import rule_for
+    from compress.pruning.budget import rule_for
 
     table = Table(title=f"plan: {planned.plan.target}")
     table.add_column("group", no_wrap=True)
@@ -294,14 +294,14 @@ def main(
     content |= {"table": str(table) if table else None, "sensitivity": str(sensitivity) if sensitivity else None}
     settings = parse(Prune, {**content, "importance": importance, "budget": rules}, "prune")
     if front is not None:
-        from compress.dataset import resolve
-        from compress.front import draw_front
+        from compress.data.dataset import resolve
+        from compress.latency.front import draw_front
 
         draw_front(model, settings, imgsz, seed, resolve(data) if data else None, front, output)
         return
     if not dry_run and (output is None or data is None):
         raise SettingsError("--output and --data are needed, unless --dry-run only prints the plan")
-    from compress.dataset import resolve
+    from compress.data.dataset import resolve
 
     yaml = resolve(data) if data is not None else None
     if output is None or yaml is None or dry_run:

@@ -19,7 +19,7 @@ from compress.prune import plan_pruning, prune
 from compress.sparsify import sparsify
 
 if TYPE_CHECKING:
-    from compress.graph import Graph
+    from compress.channels.graph import Graph
     from compress.settings import Budget, Prune, Run
     from compress.train import Common
 
@@ -74,7 +74,7 @@ def cut_of_round(cut: Prune, number: int, rounds: int, left: dict[str, float]) -
 
 def held_to_dense(budget: Budget, graph: Graph) -> Budget:
     """Return a budget under which no rounds together take more of a group than one cut of the dense model may."""
-    from compress.budget import rule_for
+    from compress.pruning.budget import rule_for
     from compress.settings import LayerRule
 
     rules = []
@@ -91,8 +91,8 @@ def check_schedule(model: Any, cut: Prune, rounds: int, imgsz: int) -> None:
     Raises:
         BudgetError: a round cannot reach its share of the target.
     """
-    from compress.graph import build_graph
-    from compress.surgery import apply_plan
+    from compress.channels.graph import build_graph
+    from compress.pruning.surgery import apply_plan
 
     graph = build_graph(model, imgsz)
     dense = {"macs": graph.macs(graph.widths), "params": graph.params(graph.widths)}
@@ -123,7 +123,7 @@ def run_rounds(
         dense: the reference, and the teacher of every round.
         score: measures the mAP50-95 of a checkpoint on the val split.
     """
-    from compress.graph import build_graph
+    from compress.channels.graph import build_graph
 
     graph = build_graph(checkpoint.load_model(dense), settings.imgsz)
     before = {"macs": int(graph.macs(graph.widths)), "params": int(graph.params(graph.widths))}
@@ -175,7 +175,7 @@ def outcome(folder: Path, iterations: int) -> dict[str, Any]:
 
 def _scored(model: Path, data: Path, settings: Run, output: Path, score: Callable[[Path], float]) -> float:
     """Return the mAP50-95 of a checkpoint, measured once."""
-    from compress.dataset import fingerprint
+    from compress.data.dataset import fingerprint
 
     config = {"imgsz": settings.imgsz, "split": "val"}
     parents = manifest.input_hashes({"model": model}) | {"data": fingerprint(data)}

@@ -19,15 +19,15 @@ from compress.finetune import finetune
 from compress.prune import plan_pruning, print_plan, prune
 from compress.settings import ExportTrt, Run, check_imgsz, load_run
 from compress.sparsify import sparsify
-from compress.teacher import check_teacher
 from compress.train import Common, train
+from compress.training.teacher import check_teacher
 
 RECORD = "run.json"
 
 
 def run(settings: Run, command: str, runs: Path = Path("runs")) -> dict[str, Any]:
     """Run a pipeline to its end and return its summary, which is also `runs/NAME/summary.json`."""
-    from compress.dataset import resolve
+    from compress.data.dataset import resolve
 
     folder = runs / settings.name
     with manifest.lock(folder):
@@ -64,8 +64,8 @@ def check(settings: Run, data: Path) -> None:
     Raises:
         EspalierError: a model that cannot be opened, a training argument, image size or budget that cannot work.
     """
-    from compress.dataset import class_names
-    from compress.trainers import check_arguments
+    from compress.data.dataset import class_names
+    from compress.training.launch import check_arguments
 
     for section in (settings.train, settings.sparsify, settings.finetune):
         check_arguments(section.args)
@@ -102,7 +102,7 @@ def tabulate(model: Any, settings: Run) -> None:
     """Make the latency table of a model's structure, where it is not there yet. Latency does not depend on weights."""
     from benchmark.observe import Wanted
     from benchmark.profile import profile
-    from compress.latency_plan import place
+    from compress.latency.plan import place
 
     cut = settings.prune
     device, runtime, threads = place(cut)
@@ -145,7 +145,7 @@ def benchmark(
     from benchmark.accuracy import evaluate
     from benchmark.latency import measure
     from benchmark.report import print_table, write_report
-    from compress.dataset import fingerprint
+    from compress.data.dataset import fingerprint
 
     wanted = settings.benchmark
     exported = folder / "05_export"
@@ -240,7 +240,7 @@ def summarise(
 
 def dry_run(settings: Run) -> None:
     """Print the plan that the pipeline would make for its model as it is now, and stop."""
-    from compress.dataset import class_names, resolve
+    from compress.data.dataset import class_names, resolve
 
     model: Any = checkpoint.load_model(settings.model)
     wanted, data = settings.prune, None

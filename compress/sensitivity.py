@@ -15,15 +15,15 @@ import typer
 
 from compress import checkpoint, manifest
 from compress.errors import DataError, SettingsError, run_app
-from compress.sensitivity_file import SCHEMA, Sensitivity, Tie
+from compress.pruning.sensitivity_file import SCHEMA, Sensitivity, Tie
 from compress.settings import Importance, Share, Strict, parse
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
-    from compress.budget import Tie as BudgetTie
-    from compress.graph import Graph
+    from compress.channels.graph import Graph
+    from compress.pruning.budget import Tie as BudgetTie
 
 STAGE, RESULT, PICTURE, JOURNAL = "sensitivity", "sensitivity.json", "sensitivity.png", "measured.json"
 FOLDER = Path("runs/sensitivity")
@@ -58,7 +58,7 @@ def sensitivity(model: Path, data: Path, wanted: Wanted, output: Path | None = N
         DataError: the model finds nothing on these images, so that nothing can be lost.
         SettingsError: no group of the model may be cut.
     """
-    from compress.dataset import fingerprint
+    from compress.data.dataset import fingerprint
 
     config = wanted.model_dump(mode="json")
     parents = manifest.input_hashes({"model": model}) | {"data": fingerprint(data)}
@@ -100,11 +100,11 @@ class _Journal:
 
 
 def _measure(network: nn.Module, model: Path, data: Path, wanted: Wanted, journal: _Journal) -> Sensitivity:
-    from compress.budget import ties
-    from compress.mean_ap import sample_images, scorer
     from compress.progress import track
     from compress.prune import score
+    from compress.pruning.budget import ties
     from compress.settings import Budget, Prune
+    from compress.training.mean_ap import sample_images, scorer
 
     chosen = sample_images(data, wanted.split, wanted.images, wanted.seed)
     measure = scorer(network, data, chosen, wanted.imgsz)
@@ -173,8 +173,8 @@ def _measure_dense(network: nn.Module, measure: Measure, mend: Mend, wanted: Wan
 
 def _mender(data: Path, wanted: Wanted) -> Mend:
     """Return what re-estimates the batch-norm statistics of a network in place."""
-    from compress.mean_ap import sample_images
-    from compress.repair import recalibrate_batch_norm
+    from compress.pruning.repair import recalibrate_batch_norm
+    from compress.training.mean_ap import sample_images
 
     train = sample_images(data, "train", wanted.images, wanted.seed)
 
@@ -193,10 +193,10 @@ def _part(tie: BudgetTie, share: float) -> int:
 
 def _cut(network: nn.Module, graph: Graph, scores: list[np.ndarray], tie: BudgetTie, part: int) -> nn.Module:
     """Return a copy of a network in which one tie alone keeps the most important `part` of its parts."""
-    from compress.budget import keep_best
-    from compress.plan import make_plan
+    from compress.pruning.budget import keep_best
+    from compress.pruning.plan import make_plan
+    from compress.pruning.surgery import apply_plan
     from compress.settings import Budget
-    from compress.surgery import apply_plan
 
     widths = graph.widths.copy()
     for index, units in tie.units.items():
@@ -280,8 +280,8 @@ def main(
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Measure what every group of channels is worth in mAP, without training."""
-    from compress.dataset import resolve
-    from compress.sensitivity_file import load_sensitivity
+    from compress.data.dataset import resolve
+    from compress.pruning.sensitivity_file import load_sensitivity
 
     content: dict[str, Any] = {"split": split, "importance": importance, "images": images, "repair": repair}
     content |= {"imgsz": imgsz, "seed": seed}

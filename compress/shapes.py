@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compress.drawn import POSE_YAML, Task, crop, label
+from compress.data.drawn import POSE_YAML, Task, crop, label
 from compress.errors import DataError, run_app
 
 if TYPE_CHECKING:

@@ -30,8 +30,8 @@ def sparsify(
     """
 
     def repair(trained: Any) -> None:
-        from compress.dataset import sample_images
-        from compress.repair import recalibrate_batch_norm
+        from compress.data.dataset import sample_images
+        from compress.pruning.repair import recalibrate_batch_norm
 
         sample = sample_images(data, "train", _REPAIR_IMAGES, common.seed)
         recalibrate_batch_norm(trained, sample, common.imgsz)
@@ -93,7 +93,7 @@ def main(
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Train with sparsity; look at the γ with `tensorboard --logdir OUTPUT/tensorboard`."""
-    from compress.dataset import resolve
+    from compress.data.dataset import resolve
 
     given = {"epochs": epochs, "batch": batch, "optimizer": optimizer, "lr0": lr0, "args": training_args(more or [])}
     given |= {"sr": _number_or_word(sr), "share": share, "fade": fade is not None}

@@ -15,9 +15,9 @@ import typer
 
 from compress import manifest
 from compress.errors import RunError, run_app
-from compress.spread import Spread, here, on_ray
-from compress.sweep_jobs import Job, cut, finish, train_dense, train_sparse
-from compress.sweep_plan import Cut, Sweep, expand, hopeless, load_sweep, on_front
+from compress.sweeps.jobs import Job, cut, finish, train_dense, train_sparse
+from compress.sweeps.plan import Cut, Sweep, expand, hopeless, load_sweep, on_front
+from compress.sweeps.spread import Spread, here, on_ray
 
 RECORD, REPORT = "sweep.json", "report"
 
@@ -72,7 +72,7 @@ def sweep(
 
 def _check(folder: Path, pipelines: Sequence[Any], config: Any) -> None:
     """Meet the mistakes of all pipelines before the first is trained."""
-    from compress.dataset import resolve
+    from compress.data.dataset import resolve
     from compress.run import check
 
     record, known = folder / RECORD, {}

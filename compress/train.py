@@ -64,7 +64,7 @@ def training_stage(
         RunError: the folder cannot be used.
         EspalierError: the training failed.
     """
-    from compress.dataset import fingerprint
+    from compress.data.dataset import fingerprint
 
     if Path(model).suffix == ".pt" and not Path(model).is_file():
         checkpoint.load_model(model)  # downloads an official one, so that the next start sees the same input
@@ -88,9 +88,9 @@ def training_stage(
         if settings.epochs == 0:
             trained, arguments = loaded, checkpoint.load_training_args(model)
         else:
-            from compress import trainers
+            from compress.training import launch, trainers
 
-            best, last = trainers.run_training(
+            best, last = launch.run_training(
                 getattr(trainers, trainer)[checkpoint.task_of(loaded)],
                 model,
                 data,
@@ -101,7 +101,7 @@ def training_stage(
                 notes=notes,
             )
             chosen = last if keep_last else best
-            trained, arguments = trainers.trained_model(chosen), checkpoint.load_training_args(chosen)
+            trained, arguments = launch.trained_model(chosen), checkpoint.load_training_args(chosen)
             metrics |= _last_metrics(chosen)
         if repair:
             repair(trained)
@@ -115,7 +115,7 @@ _VERBS = {"detect": "detect", "segment": "segment", "pose": "find key points", "
 
 
 def _check(loaded: Any, model: str, data: Path, settings: Training, imgsz: int) -> None:
-    from compress.dataset import class_names, keypoints
+    from compress.data.dataset import class_names, keypoints
 
     task = checkpoint.task_of(loaded)
     if (task == "classify") != data.is_dir():
@@ -126,7 +126,7 @@ def _check(loaded: Any, model: str, data: Path, settings: Training, imgsz: int) 
     if task != "classify":
         check_imgsz(imgsz, int(max(loaded.stride)))  # Ultralytics would round it up and say so in the middle of its log
     if settings.epochs:
-        from compress.trainers import check_arguments
+        from compress.training.launch import check_arguments
 
         check_arguments(settings.args)
         return
@@ -182,7 +182,7 @@ def main(
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Train a dense model, the reference of everything that follows."""
-    from compress.dataset import resolve
+    from compress.data.dataset import resolve
 
     given = {"epochs": epochs, "batch": batch, "optimizer": optimizer, "lr0": lr0, "args": training_args(more or [])}
     settings = parse(Training, given, "train")

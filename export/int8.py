@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from compress import manifest
-from compress.dataset import data_hash, sample_images
-from compress.dataset import images as images_of
+from compress.data.dataset import data_hash, sample_images
+from compress.data.dataset import images as images_of
 from compress.settings import Quantization
 from export import mixed, stage
 
@@ -188,7 +188,7 @@ def export_stage(
     Returns:
         The content of `parity.json`: {name: record of `export`}.
     """
-    from compress.dataset import fingerprint
+    from compress.data.dataset import fingerprint
 
     def export_one(model: str, path: Path, _: list[Path]) -> dict[str, Any]:
         return export(path, output / f"{model}{suffix}", data, calibration, imgsz, settings)

@@ -367,7 +367,7 @@ def main(
     seed: Annotated[int, typer.Option(help="with --int8: of the choice of calibration images")] = 0,
 ) -> None:
     """Export a model to ncnn and prove on real images that it equals PyTorch."""
-    from compress.dataset import resolve
+    from compress.data.dataset import resolve
     from export import deploy
 
     if bundle:
@@ -399,7 +399,7 @@ def _export_int8(
     model: Path, data: str, calibration: str | None, imgsz: int, settings: QuantizeNcnn, output: Path
 ) -> str:
     """Run the stage of 8 bits, and return the folder's name."""
-    from compress.dataset import resolve
+    from compress.data.dataset import resolve
     from export import int8, ncnn_int8
 
     yaml = resolve(data)

@@ -292,7 +292,7 @@ def main(
     parity_images: Annotated[int, typer.Option(help="real images on which ONNX must equal PyTorch")] = 16,
 ) -> None:
     """Export a model to ONNX and prove on real images that it equals PyTorch."""
-    from compress.dataset import resolve
+    from compress.data.dataset import resolve
 
     content = {
         "opset": opset,

@@ -121,7 +121,7 @@ def main(
     seed: Annotated[int, typer.Option(help="of the choice of calibration images")] = 0,
 ) -> None:
     """Quantize a detector to 8 bits within an mAP budget, prove it against PyTorch, and say whether it is faster."""
-    from compress.dataset import resolve
+    from compress.data.dataset import resolve
 
     content = {
         "target": target,

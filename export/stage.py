@@ -164,7 +164,7 @@ def export_models(
         DataError: `data` has no val images.
         ExportError: as `export`.
     """
-    from compress.dataset import images
+    from compress.data.dataset import images
 
     chosen = images(data, "val")[:count]
     records = {name: export(name, path, chosen) for name, path in models.items()}
@@ -195,7 +195,7 @@ def run_stage(
     Returns:
         The content of `parity.json`.
     """
-    from compress.dataset import fingerprint
+    from compress.data.dataset import fingerprint
     from export import parity
 
     for path in models.values():

@@ -265,7 +265,7 @@ def default_cache() -> Path:
 
 
 def _parents(model: Path, data: Path | None, calibration: Path | None) -> dict[str, str]:
-    from compress.dataset import fingerprint
+    from compress.data.dataset import fingerprint
 
     if model.suffix not in (".pt", ".onnx"):
         raise ExportError(f"{model} must be a checkpoint (.pt) or an ONNX file (.onnx)")
@@ -315,7 +315,7 @@ def _prover(
     """Return what compares an engine with PyTorch; null where there is no PyTorch model, or no GPU on this machine."""
     if model.suffix != ".pt" or data is None or not isinstance(target, Local) or facts["gpu"] is None:
         return None
-    from compress.dataset import images
+    from compress.data.dataset import images
     from export import parity
 
     chosen, imgsz = images(data, "val")[: settings.parity_images], checkpoint_imgsz(settings)
@@ -435,7 +435,7 @@ def main(
     trt_version: Annotated[str | None, typer.Option(help="with --script: the version, instead of asking")] = None,
 ) -> None:
     """Build a TensorRT engine on the machine that will run it, and say what each layer really computes in."""
-    from compress.dataset import resolve
+    from compress.data.dataset import resolve
 
     content = {
         "precision": precision,

@@ -124,7 +124,7 @@ def _export(
     model: Path, output: Path, settings: ExportTrt, opset: int, data: Path, calibration: Path
 ) -> dict[str, Any]:
     """Write the ONNX file of a checkpoint, fp32 or with Q/DQ nodes, and return the record that proves it."""
-    from compress.dataset import images
+    from compress.data.dataset import images
     from export.onnx import export_checked
     from export.quantize import export_int8
 
@@ -142,7 +142,7 @@ def _prove_half(
     """Compare a 16-bit graph with PyTorch; onnxruntime has no bf16 convolution, so there one that rounds to bf16."""
     import tempfile
 
-    from compress.dataset import images
+    from compress.data.dataset import images
     from export import parity
     from export.half import rounded
 

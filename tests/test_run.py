@@ -19,7 +19,7 @@ from benchmark import store
 from compress import manifest, run
 from compress.checkpoint import build_model, load_model, plans_of, save_model
 from compress.errors import run_app
-from compress.plan import parse_plan
+from compress.pruning.plan import parse_plan
 
 ROOT = Path(__file__).parents[1]
 STAGES = ["01_train", "02_sparsify", "03_prune", "04_finetune", "05_export", "06_benchmark"]

@@ -12,9 +12,9 @@ import yaml
 from benchmark import profile
 from benchmark.observe import Wanted
 from compress import run
+from compress.channels.graph import build_graph
 from compress.errors import BudgetError, SettingsError
-from compress.graph import build_graph
-from compress.latency_table import Fit, LatencyTable, Segment, evaluate, save_table
+from compress.latency.table import Fit, LatencyTable, Segment, evaluate, save_table
 from compress.settings import Run, load_run
 
 MODEL = {
@@ -61,7 +61,7 @@ def profiled(monkeypatch) -> list[Any]:
 
     def stand_in(model: Any, wanted: Wanted, output: Path | None) -> None:
         from compress.checkpoint import structure_hash
-        from compress.latency_table import default_path
+        from compress.latency.table import default_path
 
         graph, structure = build_graph(model, wanted.imgsz), structure_hash(model)
         segments = tuple(Segment(name=t, tensor=t, before=None, terms={"product": 1e-3}) for t in graph.positions)

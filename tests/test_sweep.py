@@ -10,9 +10,11 @@ import pytest
 import yaml
 
 from benchmark import latency
-from compress import mean_ap, run, sweep, sweep_jobs
+from compress import run, sweep
 from compress.errors import ExportError, RunError
-from compress.sweep_plan import expand, load_sweep
+from compress.sweeps import jobs as sweep_jobs
+from compress.sweeps.plan import expand, load_sweep
+from compress.training import mean_ap
 
 SCORES = {"macs-0.8": 0.3, "macs-0.6": 0.6, "macs-0.5": 0.1}
 

@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# devices: budgets read a device's widths, the benchmark how it is reached.
-SHARED_BY_ALL = {"checkpoint", "manifest", "settings", "devices", "errors", "dataset", "labels", "progress", "repair"}
+# What others may know of compress; a name stands for what is below it too. devices: budgets read a device's widths, the
+# benchmark how it is reached.
+SHARED_BY_ALL = {"checkpoint", "manifest", "settings", "devices", "errors", "data", "progress", "pruning.repair"}
 # These chain everything: the pipeline, the loop that measures a plan before it is paid for, and the report of a sweep.
-CHAINS = {"run.py", "measured.py", "sweep.py"}
+CHAINS = {"compress/run.py", "compress/latency/measured.py", "compress/sweep.py"}
 # A latency table is learnt from networks of many widths, which only the channel graph can cut.
 PROFILERS = {"profile.py", "variants.py", "regression.py"}
-SHARED_WITH_PROFILERS = SHARED_BY_ALL | {"graph", "budget", "plan", "surgery", "latency_table"}
+TABLES = {"channels.graph", "pruning.budget", "pruning.plan", "pruning.surgery", "latency.table"}
+SHARED_WITH_PROFILERS = SHARED_BY_ALL | TABLES
 SOURCES = [
     path.relative_to(ROOT) for name in ("compress", "export", "benchmark") for path in ROOT.glob(f"{name}/**/*.py")
 ]
@@ -46,14 +48,14 @@ def violations(path: Path, source: str) -> set[str]:
     """Imports of the module at `path` (relative to the repository) that break a wall."""
     names = imported(source, ".".join(path.parent.parts))
     if path.parts[0] == "compress":
-        return set() if path.name in CHAINS else {name for name in names if _top(name) in ("export", "benchmark")}
+        return set() if path.as_posix() in CHAINS else {name for name in names if _top(name) in ("export", "benchmark")}
     if path.parts[:2] == ("benchmark", "runners"):
         runtime = path.stem.split("_")[0]  # as in ncnn_runner and ncnn_layers
         known = {*sys.stdlib_module_names, "numpy", runtime, f"{runtime}_rtx"}  # both flavours of TensorRT
         return {name for name in names if _top(name) not in known and not _is_checkpoint_of_torch(name, runtime)}
     inner = {name for name in names if name.startswith("compress.")}
     known = SHARED_WITH_PROFILERS if path.parts[0] == "benchmark" and path.name in PROFILERS else SHARED_BY_ALL
-    return {name for name in inner if name.split(".")[1] not in known}
+    return {name for name in inner if not any(f"{name}.".startswith(f"compress.{shared}.") for shared in known)}
 
 
 def _top(name: str) -> str:
@@ -82,15 +84,23 @@ def test_walls_stand(path: Path) -> None:
         ("compress/prune.py", "import importlib\nimportlib.import_module('export.onnx')", {"export.onnx"}),
         ("compress/prune.py", "from exporters import benchmark", set()),
         ("compress/run.py", "import export, benchmark", set()),
-        ("compress/measured.py", "import export.onnx, benchmark.profile", set()),
+        ("compress/latency/measured.py", "import export.onnx, benchmark.profile", set()),
         ("compress/sweep.py", "from benchmark.report import write_reports", set()),
-        ("compress/sweep_jobs.py", "import benchmark.report", {"benchmark.report"}),
-        ("compress/solver.py", "import benchmark.profile", {"benchmark.profile"}),
-        ("benchmark/profile.py", "from compress.graph import build_graph\nimport compress.latency_table", set()),
+        ("compress/sweeps/jobs.py", "import benchmark.report", {"benchmark.report"}),
+        ("compress/latency/solver.py", "import benchmark.profile", {"benchmark.profile"}),
+        (
+            "benchmark/profile.py",
+            "from compress.channels.graph import build_graph\nimport compress.latency.table",
+            set(),
+        ),
         ("benchmark/profile.py", "from compress.prune import prune", {"compress.prune.prune"}),
-        ("export/onnx.py", "from compress import manifest, graph", {"compress.graph"}),
-        ("export/onnx.py", "import compress\nfrom compress.settings import Export", set()),
-        ("benchmark/latency.py", "from compress.surgery import apply_plan", {"compress.surgery.apply_plan"}),
+        ("export/onnx.py", "from compress import manifest, channels", {"compress.channels"}),
+        ("export/onnx.py", "from compress.pruning import repair\nfrom compress.settings import Export", set()),
+        (
+            "benchmark/latency.py",
+            "from compress.pruning.surgery import apply_plan",
+            {"compress.pruning.surgery.apply_plan"},
+        ),
         ("benchmark/runners/ncnn_runner.py", "import numpy, ncnn, json", set()),
         ("benchmark/runners/ncnn_runner.py", "import torch\nimport yaml", {"torch", "yaml"}),
         ("benchmark/runners/ncnn_runner.py", "from . import torch_runner", {"benchmark.runners.torch_runner"}),

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from compress.capture import training_head
+from compress.channels.capture import training_head
 from compress.manifest import write_bytes_atomic
 from scripts.studies import zoo
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmark.runners import ncnn_runner
 from compress import manifest
-from compress.dataset import data_hash, images
+from compress.data.dataset import data_hash, images
 from export import deploy, parity
 from export.ncnn import export_ncnn
 

@@ -24,16 +24,16 @@ import torch
 from torch import nn
 
 from compress import manifest
-from compress.budget import Target, choose
+from compress.channels.coverage import prunable_share
+from compress.channels.graph import Graph, build_graph
 from compress.checkpoint import load_model, save_model, structure_hash
-from compress.coverage import prunable_share
 from compress.errors import EspalierError
-from compress.graph import Graph, build_graph
-from compress.importance import importance
-from compress.oracle import noise, oracle_error
-from compress.plan import make_plan, parse_plan
+from compress.pruning.budget import Target, choose
+from compress.pruning.importance import importance
+from compress.pruning.oracle import noise, oracle_error
+from compress.pruning.plan import make_plan, parse_plan
+from compress.pruning.surgery import apply_plan
 from compress.settings import Budget
-from compress.surgery import apply_plan
 from scripts.studies import zoo
 
 RESULT, PAGE = Path("docs/results/coverage.json"), Path("docs/coverage.md")

@@ -17,7 +17,7 @@ from typing import Any
 from benchmark.accuracy import evaluate
 from compress import manifest
 from compress.checkpoint import quiet
-from compress.dataset import data_hash
+from compress.data.dataset import data_hash
 
 TOLERANCE = 0.001
 KEYS = ("model", "model_sha256", "data", "data_sha256", "imgsz", "tools")

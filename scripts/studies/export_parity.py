@@ -21,7 +21,7 @@ from typing import Any
 from benchmark import runtimes, system
 from benchmark.accuracy import evaluate
 from compress import manifest
-from compress.dataset import data_hash, images
+from compress.data.dataset import data_hash, images
 from compress.settings import Quantize
 from export import parity
 from export.ncnn import export_ncnn

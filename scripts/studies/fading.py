@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmark.accuracy import evaluate
 from compress import manifest
-from compress.dataset import resolve
+from compress.data.dataset import resolve
 
 
 def main() -> None:

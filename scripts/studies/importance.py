@@ -15,11 +15,11 @@ from typing import Any, get_args
 from benchmark.accuracy import evaluate
 from compress import manifest
 from compress.checkpoint import load_model, save_model
-from compress.dataset import images, resolve
+from compress.data.dataset import images, resolve
 from compress.prune import plan_pruning
-from compress.repair import recalibrate_batch_norm
+from compress.pruning.repair import recalibrate_batch_norm
+from compress.pruning.surgery import apply_plan
 from compress.settings import Importance, Prune, load_budget
-from compress.surgery import apply_plan
 
 SHARES = (0.7, 0.5)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmark import runtimes, system
 from compress import manifest
-from compress.dataset import data_hash
+from compress.data.dataset import data_hash
 from compress.settings import Quantize, QuantizeNcnn
 from export import int8, ncnn_int8, quantize
 from export.ncnn import export_ncnn

@@ -26,15 +26,15 @@ from benchmark import latency, variants
 from benchmark.observe import Wanted
 from benchmark.profile import profile
 from compress import manifest
-from compress.budget import Target, choose, log_share_lost, ties
+from compress.channels.graph import Graph
 from compress.checkpoint import load_model
 from compress.errors import BudgetError
-from compress.graph import Graph
-from compress.latency_table import Latency, LatencyTable, evaluate
-from compress.measured import plan_measured
+from compress.latency.measured import plan_measured
+from compress.latency.solver import build_problem, cheapest, least_loss
+from compress.latency.table import Latency, LatencyTable, evaluate
 from compress.prune import Scored, score
+from compress.pruning.budget import Target, choose, log_share_lost, ties
 from compress.settings import Budget, Prune, load_budget
-from compress.solver import build_problem, cheapest, least_loss
 
 TARGETS = (0.3, 0.425, 0.55, 0.675, 0.8)
 TOGETHER = 5  # networks in one interleaved measurement, beside the dense one

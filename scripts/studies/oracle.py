@@ -14,14 +14,14 @@ import numpy as np
 import torch
 
 from compress import manifest
-from compress.budget import Target, choose
+from compress.channels.graph import build_graph
 from compress.checkpoint import build_model, structure_hash
-from compress.graph import build_graph
-from compress.importance import importance
-from compress.oracle import oracle_error
-from compress.plan import make_plan
+from compress.pruning.budget import Target, choose
+from compress.pruning.importance import importance
+from compress.pruning.oracle import oracle_error
+from compress.pruning.plan import make_plan
+from compress.pruning.surgery import apply_plan
 from compress.settings import Budget, Prune
-from compress.surgery import apply_plan
 
 MODELS = ("yolov5n.yaml", "yolov8n.yaml", "yolo11n.yaml", "yolo26n.yaml")
 IMGSZ = 128

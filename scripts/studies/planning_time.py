@@ -17,10 +17,10 @@ import torch
 
 from compress import manifest
 from compress.checkpoint import build_model
-from compress.oracle import check_oracle
 from compress.prune import plan_pruning
+from compress.pruning.oracle import check_oracle
+from compress.pruning.surgery import apply_plan
 from compress.settings import Prune
-from compress.surgery import apply_plan
 
 FAMILIES = ("yolov8", "yolo12")
 IMGSZ = 640

@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from compress import manifest
-from compress.budget import Choice
+from compress.channels.graph import Graph, build_graph
+from compress.channels.rules import RULES
+from compress.channels.walk import operation_name
 from compress.checkpoint import structure_hash
-from compress.graph import Graph, build_graph
-from compress.oracle import ORACLE_TOLERANCE, masked_outputs, oracle_error
-from compress.plan import make_plan
-from compress.rules import RULES
-from compress.surgery import apply_plan
-from compress.walk import operation_name
+from compress.pruning.budget import Choice
+from compress.pruning.oracle import ORACLE_TOLERANCE, masked_outputs, oracle_error
+from compress.pruning.plan import make_plan
+from compress.pruning.surgery import apply_plan
 from scripts.studies.random_networks import IMGSZ, Network, Recipe, random_choice, recipes
 
 

@@ -1,4 +1,4 @@
-"""Random small networks made of every operation that `compress.rules` knows, and some that it does not.
+"""Random small networks made of every operation that `compress.channels.rules` knows, and some that it does not.
 
 A network is a recipe: steps that each read tensors made before and make new ones. Hypothesis draws recipes and, when
 one fails, shrinks it to the few steps that matter:
@@ -24,9 +24,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from ultralytics.nn.modules import C2f as _C2f
 
-from compress.budget import Choice, Target, choose
+from compress.channels.graph import Graph
 from compress.errors import BudgetError
-from compress.graph import Graph
+from compress.pruning.budget import Choice, Target, choose
 from compress.settings import Budget
 
 IMGSZ = 8

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 from compress import manifest
+from compress.channels.graph import Graph, build_graph
 from compress.checkpoint import build_model, structure_hash
-from compress.graph import Graph, build_graph
-from compress.importance import importance
-from compress.latency_table import Fit, LatencyTable, Segment, evaluate
+from compress.latency.solver import build_problem, least_cost, least_loss
+from compress.latency.table import Fit, LatencyTable, Segment, evaluate
+from compress.pruning.importance import importance
 from compress.settings import Budget
-from compress.solver import build_problem, least_cost, least_loss
 
 FAMILIES = ("yolov8", "yolo11", "yolo12")
 SHARES = (0.8, 0.65, 0.5, 0.35)

@@ -23,8 +23,8 @@ from compress import manifest
 from compress.checkpoint import build_model, save_model
 from compress.errors import ExportError
 from compress.prune import plan_pruning
+from compress.pruning.surgery import apply_plan
 from compress.settings import ExportTrt, Prune
-from compress.surgery import apply_plan
 from export import qdq, trt, trt_onnx
 from export.onnx import export_onnx
 from export.trt_target import Local

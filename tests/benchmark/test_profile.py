@@ -12,10 +12,10 @@ import pytest
 from benchmark import layer_times, observe, profile, sites, variants
 from benchmark.observe import Wanted
 from benchmark.profile import points_path
+from compress.channels.graph import build_graph
 from compress.checkpoint import build_model, save_model
 from compress.errors import BenchmarkError, SettingsError
-from compress.graph import build_graph
-from compress.latency_table import evaluate, load_table
+from compress.latency.table import evaluate, load_table
 from compress.settings import Budget
 
 IMGSZ = 64

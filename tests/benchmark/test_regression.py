@@ -7,10 +7,10 @@ import pytest
 
 from benchmark.regression import Observation, fit, match, nonnegative_least_squares
 from benchmark.variants import draw_widths
+from compress.channels.graph import Graph, build_graph
 from compress.checkpoint import build_model
 from compress.errors import BenchmarkError
-from compress.graph import Graph, build_graph
-from compress.latency_table import linear_form
+from compress.latency.table import linear_form
 from compress.settings import Budget
 
 BUDGET = Budget(multiple_of=4, min_width=4)
@@ -124,7 +124,7 @@ def test_columns_of_zeros_stay_out() -> None:
 
 
 def test_drawn_widths_are_allowed_and_reach_both_ends(graph: Graph) -> None:
-    from compress.budget import ties
+    from compress.pruning.budget import ties
 
     drawn = draw_widths(graph, BUDGET, 30, seed=3)
     assert drawn[0].tolist() == graph.widths.tolist()

@@ -19,7 +19,7 @@ import typer
 
 from benchmark import accuracy, cell, latency, runtimes, sites, transfer, transports
 from compress.checkpoint import build_model, save_model
-from compress.dataset import class_names
+from compress.data.dataset import class_names
 from compress.errors import run_app
 from compress.settings import load_yaml
 from export.ncnn import export_ncnn

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 from torch import nn
 
-from compress.budget import Target, choose
+from compress.channels.graph import build_graph
 from compress.checkpoint import structure_hash
-from compress.graph import build_graph
-from compress.importance import importance
-from compress.plan import make_plan
+from compress.pruning.budget import Target, choose
+from compress.pruning.importance import importance
+from compress.pruning.plan import make_plan
+from compress.pruning.surgery import apply_plan
 from compress.settings import Budget
-from compress.surgery import apply_plan
 
 # Strides 8, 16 and 32, a residual, and the six classes of the tiny data set.
 NARROW = """\

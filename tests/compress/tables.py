@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from compress.channels.graph import Graph, build_graph
 from compress.checkpoint import structure_hash
-from compress.graph import Graph, build_graph
-from compress.latency_table import Fit, LatencyTable, Segment
+from compress.latency.table import Fit, LatencyTable, Segment
 from compress.settings import Budget
 
 BUDGET = Budget(multiple_of=2, min_width=2)

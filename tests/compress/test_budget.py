@@ -3,11 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from compress.budget import Target, allowed_widths, choose, rule_for
+from compress.channels.graph import build_graph
 from compress.checkpoint import build_model
 from compress.errors import BudgetError
-from compress.graph import build_graph
-from compress.importance import importance
+from compress.pruning.budget import Target, allowed_widths, choose, rule_for
+from compress.pruning.importance import importance
 from compress.settings import Budget, LayerRule
 from topologies import Chain, ChunkTie, Residual, randomised
 

@@ -15,13 +15,13 @@ from torch import nn
 import original
 from compress import convert, manifest
 from compress.checkpoint import build_model, load_model, load_trainable, plans_of, structure_hash
+from compress.conversion.foreign import read_foreign
+from compress.conversion.translate import modules, translate
 from compress.errors import CheckpointError, EspalierError, RunError, run_app
-from compress.foreign import read_foreign
-from compress.oracle import check_oracle
 from compress.prune import plan_pruning
+from compress.pruning.oracle import check_oracle
+from compress.pruning.surgery import apply_plan
 from compress.settings import Prune
-from compress.surgery import apply_plan
-from compress.translate import modules, translate
 from original import Rows
 from step import losses
 from topologies import randomised

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from compress import shapes
-from compress.dataset import IMAGE_SUFFIXES, class_names, data_hash, fingerprint, images, label_file, resolve
+from compress.data.dataset import IMAGE_SUFFIXES, class_names, data_hash, fingerprint, images, label_file, resolve
 from compress.errors import DataError
 from compress.shapes import Shapes, generate
 

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from compress.distil import DISTIL
 from compress.manifest import write_json
-from compress.penalty import SPARSITY
 from compress.settings import Finetune
+from compress.training.distil import DISTIL
+from compress.training.penalty import SPARSITY
 
 # What Ultralytics does for GPUs and NCCL, for the CPU and gloo; all else is the trainers' own.
 WORKER = """
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from compress import trainers
+from compress.training import planned, trainers
 from ultralytics.utils import RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
@@ -31,7 +31,7 @@ name, overrides, out = sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3])
 def on_cpu(self):
     dist.init_process_group("gloo")
 
-trainers.BaseTrainer._setup_ddp = on_cpu
+planned.BaseTrainer._setup_ddp = on_cpu
 parallel, reduce, seen = nn.parallel.DistributedDataParallel, dist.reduce, []
 nn.parallel.DistributedDataParallel = lambda model, device_ids, **words: parallel(model, **words)
 def average(value, dst, op):  # gloo has no average

@@ -15,12 +15,12 @@ from ultralytics.nn.distill_model import DistillationModel
 
 from compress import finetune
 from compress.checkpoint import build_model, load_model, save_model
-from compress.distil import DISTIL, Distillation, box_distribution, channel_wise
 from compress.errors import SettingsError
 from compress.manifest import MANIFEST, read_json
 from compress.settings import Finetune, parse
-from compress.teacher import check_teacher
 from compress.train import Common
+from compress.training.distil import DISTIL, Distillation, box_distribution, channel_wise
+from compress.training.teacher import check_teacher
 from topologies import randomised
 
 TERMS = {"cwd": 2.0, "cwd_temperature": 4.0, "ld": 0.5, "ld_temperature": 10.0}

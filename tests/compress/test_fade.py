@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from compress.budget import Choice
+from compress.channels.graph import build_graph
 from compress.checkpoint import structure_hash
-from compress.fade import Fade, remaining
-from compress.graph import build_graph
-from compress.plan import make_plan
-from compress.surgery import apply_plan
+from compress.pruning.budget import Choice
+from compress.pruning.plan import make_plan
+from compress.pruning.surgery import apply_plan
+from compress.training.fade import Fade, remaining
 from topologies import Chain, Residual, randomised
 
 

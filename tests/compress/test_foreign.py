@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 import original
+from compress.conversion.foreign import StandIn, TensorRef, read_foreign
 from compress.errors import CheckpointError
-from compress.foreign import StandIn, TensorRef, read_foreign
 
 
 class Call:

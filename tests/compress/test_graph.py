@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from compress.channels.graph import build_graph
+from compress.channels.slots import FIXED, reshape
 from compress.checkpoint import build_model
 from compress.errors import GraphError
-from compress.graph import build_graph
-from compress.slots import FIXED, reshape
 from topologies import ALL, Chain, ChannelShuffle, ChunkTie, Concat, Grouped, Residual, SpatialGate, SplitFixed
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from compress import taylor
-from compress.graph import build_graph
-from compress.importance import batch_norm_scales, importance
+from compress.channels.graph import build_graph
+from compress.pruning import taylor
+from compress.pruning.importance import batch_norm_scales, importance
+from compress.pruning.taylor import taylor_scores
 from compress.settings import Importance
-from compress.taylor import taylor_scores
 from topologies import ALL, Chain, Grouped, InPlace, Residual, Transposed, randomised
 
 

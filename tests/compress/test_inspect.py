@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from compress import inspect
-from compress.blocks import Block, Layer, blocks
-from compress.coverage import group_shares, prunable_share
+from compress.channels.coverage import group_shares, prunable_share
+from compress.channels.graph import build_graph
 from compress.errors import CheckpointError, EspalierError, GraphError, SettingsError
-from compress.gammas import gamma_png, prunable_gammas, start_mean
-from compress.graph import build_graph
-from compress.graph_page import page
-from compress.overview import BY_RULE, Shortener, overview, short_widths
+from compress.inspection.blocks import Block, Layer, blocks
+from compress.inspection.gammas import gamma_png, prunable_gammas, start_mean
+from compress.inspection.graph_page import page
+from compress.inspection.overview import BY_RULE, Shortener, overview, short_widths
 from compress.settings import Budget, LayerRule
 from topologies import Chain, ChunkTie, Concat, Depthwise, Grouped, LayerScale, Residual, SplitFixed, Transposed
 

@@ -11,9 +11,9 @@ import pytest
 from compress import prune
 from compress.checkpoint import load_model
 from compress.errors import BudgetError, SettingsError
-from compress.importance import importance
-from compress.latency_plan import choose_by_latency, find_table, limit_of
-from compress.latency_table import LatencyTable, evaluate, save_table
+from compress.latency.plan import choose_by_latency, find_table, limit_of
+from compress.latency.table import LatencyTable, evaluate, save_table
+from compress.pruning.importance import importance
 from compress.settings import Budget, Prune
 from tables import BUDGET, table_of
 

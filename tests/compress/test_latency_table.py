@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from compress.errors import BudgetError, SettingsError
-from compress.latency_table import (
+from compress.latency.table import (
     Segment,
     check_fits,
     check_widths,

@@ -12,9 +12,9 @@ from benchmark import observe, system, variants
 from compress import manifest, prune
 from compress.checkpoint import load_model, plans_of
 from compress.errors import SettingsError
-from compress.latency_table import LatencyTable, evaluate, save_table
-from compress.measured import plan_measured
-from compress.plan import parse_plan
+from compress.latency.measured import plan_measured
+from compress.latency.table import LatencyTable, evaluate, save_table
+from compress.pruning.plan import parse_plan
 from compress.settings import Prune
 from tables import BUDGET, table_of
 

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compress.graph import build_graph
-from compress.importance import importance
-from compress.latency_table import evaluate
-from compress.memory import memory_of
-from compress.solver import Problem, build_problem, least_loss
+from compress.channels.graph import build_graph
+from compress.latency.memory import memory_of
+from compress.latency.solver import Problem, build_problem, least_loss
+from compress.latency.table import evaluate
+from compress.pruning.importance import importance
 from tables import BUDGET, table_of
 from topologies import Chain, Residual, randomised
 

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from compress.pairwise import elimination_order, minimise
+from compress.latency.pairwise import elimination_order, minimise
 
 Pairs = dict[tuple[int, int], np.ndarray]
 

@@ -11,14 +11,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from compress.budget import Choice
+from compress.channels.graph import Axis, Graph, build_graph
+from compress.channels.slots import FIXED
 from compress.checkpoint import structure_hash
 from compress.errors import PlanError
-from compress.graph import Axis, Graph, build_graph
-from compress.oracle import check_oracle
-from compress.plan import Plan, PlannedGroup, _format_axis, _format_keep, load_plan, make_plan, parse_plan, save_plan
-from compress.slots import FIXED
-from compress.surgery import apply_plan
+from compress.pruning.budget import Choice
+from compress.pruning.oracle import check_oracle
+from compress.pruning.plan import (
+    Plan,
+    PlannedGroup,
+    _format_axis,
+    _format_keep,
+    load_plan,
+    make_plan,
+    parse_plan,
+    save_plan,
+)
+from compress.pruning.surgery import apply_plan
 from topologies import ALL, Chain, ChunkTie, FlattenLinear, Residual, randomised
 
 

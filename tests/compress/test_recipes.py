@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from compress.budget import Target, choose
+from compress.channels.graph import build_graph
 from compress.checkpoint import structure_hash
-from compress.graph import build_graph
-from compress.importance import importance
-from compress.oracle import oracle_error
-from compress.plan import make_plan
+from compress.pruning.budget import Target, choose
+from compress.pruning.importance import importance
+from compress.pruning.oracle import oracle_error
+from compress.pruning.plan import make_plan
+from compress.pruning.surgery import apply_plan
 from compress.settings import Budget
-from compress.surgery import apply_plan
 from recipes import RECIPES, Recipe
 from topologies import calibrated
 

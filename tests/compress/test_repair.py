@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from compress.errors import DataError
-from compress.repair import centre_cropped, letterboxed, recalibrate_batch_norm
+from compress.pruning.repair import centre_cropped, letterboxed, recalibrate_batch_norm
 
 
 class Net(nn.Module):

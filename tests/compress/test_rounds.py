@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from compress import rounds
-from compress.budget import rule_for
+from compress.channels.graph import build_graph
 from compress.checkpoint import load_model, plans_of
 from compress.errors import BudgetError, SettingsError
-from compress.graph import build_graph
 from compress.manifest import MANIFEST, read_json
+from compress.pruning.budget import rule_for
 from compress.rounds import (
     ROUNDS,
     Round,

@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compress import checkpoint, manifest, mean_ap, repair
+from compress import checkpoint, manifest
+from compress.channels.graph import Graph, build_graph
 from compress.errors import DataError, SettingsError, run_app
-from compress.graph import Graph, build_graph
 from compress.prune import app as prune_app
 from compress.prune import plan_pruning, prune
+from compress.pruning import repair
+from compress.pruning.sensitivity_file import SCHEMA, Sensitivity, Tie, load_sensitivity, rescaled
 from compress.sensitivity import RESULT, Wanted, app, sensitivity
-from compress.sensitivity_file import SCHEMA, Sensitivity, Tie, load_sensitivity, rescaled
 from compress.settings import Prune
+from compress.training import mean_ap
 
 WANTED = Wanted(shares=(0.5, 0.25), importance="l1", images=4, repair=False, imgsz=64)
 

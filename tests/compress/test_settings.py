@@ -250,7 +250,7 @@ def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/pipelines/*.yaml")), ids=lambda path: path.name)
 def test_every_pipeline_loads(path: Path, monkeypatch) -> None:
-    from compress.trainers import check_arguments
+    from compress.training.launch import check_arguments
 
     monkeypatch.chdir(ROOT)
     run = load_run(path, [])

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from compress.errors import BudgetError
-from compress.importance import importance
-from compress.latency_table import Segment, evaluate
+from compress.latency.solver import Problem, build_problem, cheapest, front, least_cost, least_loss
+from compress.latency.table import Segment, evaluate
+from compress.pruning.importance import importance
 from compress.settings import Budget
-from compress.solver import Problem, build_problem, cheapest, front, least_cost, least_loss
 from tables import BUDGET, table_of
 from topologies import Chain, ChunkTie, Concat, Residual, randomised
 

@@ -20,12 +20,12 @@ from ultralytics.nn.tasks import DetectionModel
 
 from compress import checkpoint, finetune, prune, sparsify, train
 from compress.checkpoint import load_model, plans_of, structure_hash
-from compress.dataset import label_file
+from compress.data.dataset import label_file
 from compress.errors import DataError, PlanError, SurgeryError, run_app
 from compress.manifest import MANIFEST, is_finished, read_json
-from compress.plan import load_plan
+from compress.pruning.plan import load_plan
+from compress.pruning.surgery import apply_plan
 from compress.settings import Budget, Finetune, LayerRule, Prune, Sparsity, Training
-from compress.surgery import apply_plan
 from compress.train import Common
 
 ROOT = Path(__file__).parents[2]
@@ -132,7 +132,7 @@ def test_the_best_epoch_is_kept_but_of_sparsity_training_the_last(
     stages: Path, dense: Path, narrow: Path, data: Path, tmp_path: Path, monkeypatch
 ) -> None:
     best, last = stages / "train" / "model.pt", dense
-    monkeypatch.setattr("compress.trainers.run_training", lambda *_, **__: (best, last))
+    monkeypatch.setattr("compress.training.launch.run_training", lambda *_, **__: (best, last))
     for name, stage, settings, expected in (
         ("train", train.train, Training(epochs=1), best),
         ("sparsify", sparsify.sparsify, Sparsity(epochs=1), last),
@@ -188,8 +188,8 @@ def test_caches_that_came_with_the_data_stay_closed(stages: Path, data: Path) ->
 
 
 def test_a_finished_stage_is_skipped(stages: Path, data: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("compress.trainers.run_training", lambda *_, **__: pytest.fail("trained again"))
-    monkeypatch.setattr("compress.surgery.apply_plan", lambda *_: pytest.fail("pruned again"))
+    monkeypatch.setattr("compress.training.launch.run_training", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr("compress.pruning.surgery.apply_plan", lambda *_: pytest.fail("pruned again"))
     before = {path: path.stat().st_mtime_ns for path in stages.rglob("*")}
     sparse, cut = stages / "sparsify" / "model.pt", stages / "prune" / "model.pt"
     assert prune.prune(sparse, data, PRUNE, 64, 0, stages / "prune") == cut
@@ -267,7 +267,7 @@ def test_a_cut_that_fails_its_proof_is_not_written(stages: Path, data: Path, tmp
     def disproved(*_: object) -> float:
         raise SurgeryError("the pruned model differs")
 
-    monkeypatch.setattr("compress.oracle.check_oracle", disproved)
+    monkeypatch.setattr("compress.pruning.oracle.check_oracle", disproved)
     with pytest.raises(SurgeryError, match="differs"):
         prune.prune(stages / "sparsify" / "model.pt", data, PRUNE, 64, 0, tmp_path / "prune")
     assert not (tmp_path / "prune").exists()
@@ -435,7 +435,7 @@ import os, sys
 from pathlib import Path
 from compress import finetune
 from compress.errors import run_app
-from compress.trainers import PlanTrainer
+from compress.training.trainers import PlanTrainer
 
 step = PlanTrainer.optimizer_step
 

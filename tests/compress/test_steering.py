@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from compress.manifest import read_json
-from compress.steering import Epoch, Steering, first_strength, next_strength, response, suffers, warning
+from compress.training.steering import Epoch, Steering, first_strength, next_strength, response, suffers, warning
 
 EPOCHS = 25
 LR = [0.13 * (1 - 0.99 * epoch / (EPOCHS - 1)) for epoch in range(EPOCHS)]  # what λ = 1 moves in each epoch

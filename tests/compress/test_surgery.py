@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from compress.budget import Choice, Target, choose
+from compress.channels.graph import Graph, build_graph
 from compress.checkpoint import build_model, load_model, plans_of, save_model, structure_hash
 from compress.errors import PlanError, SurgeryError
-from compress.graph import Graph, build_graph
-from compress.importance import importance
-from compress.oracle import check_oracle, oracle_error
-from compress.plan import Plan, make_plan, parse_plan
+from compress.pruning.budget import Choice, Target, choose
+from compress.pruning.importance import importance
+from compress.pruning.oracle import check_oracle, oracle_error
+from compress.pruning.plan import Plan, make_plan, parse_plan
+from compress.pruning.surgery import apply_plan
 from compress.settings import Budget
-from compress.surgery import apply_plan
 from topologies import ALL, Chain, Residual, calibrated, randomised
 
 ANY_WIDTH = Budget(multiple_of=1, min_width=1, max_removed=0.9)

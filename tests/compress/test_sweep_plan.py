@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
-from compress import spread, sweep
+from compress import sweep
 from compress.errors import DataError, SettingsError, run_app
-from compress.sweep_jobs import Job, link_stage
-from compress.sweep_plan import Cut, Sweep, expand, hopeless, load_sweep, on_front
+from compress.sweeps import spread
+from compress.sweeps.jobs import Job, link_stage
+from compress.sweeps.plan import Cut, Sweep, expand, hopeless, load_sweep, on_front
 
 PIPELINE = {
     "name": "one",

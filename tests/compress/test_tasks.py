@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import yaml
 
-from compress import drawn, finetune, prune, sparsify, train
+from compress import finetune, prune, sparsify, train
 from compress.checkpoint import build_model, load_model, plans_of, save_model, structure_hash, task_of
-from compress.dataset import class_names, data_hash, fingerprint, images, keypoints, resolve
+from compress.data import drawn
+from compress.data.dataset import class_names, data_hash, fingerprint, images, keypoints, resolve
 from compress.errors import DataError, SettingsError
 from compress.manifest import read_json
 from compress.settings import Budget, Finetune, Prune, Sparsity, Training

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from compress import taylor
+from compress.channels.graph import Graph, build_graph
 from compress.checkpoint import build_model
-from compress.dataset import class_names
+from compress.data.dataset import class_names
 from compress.errors import DataError, SettingsError
-from compress.graph import Graph, build_graph
 from compress.prune import plan_pruning
+from compress.pruning import taylor
 from compress.settings import Prune
 from topologies import Chain, Residual, randomised
 

@@ -13,23 +13,18 @@ import torch
 from torch import nn
 from ultralytics.models.yolo.detect import DetectionTrainer
 
-from compress import trainers
+from compress.channels.graph import Graph, build_graph
+from compress.channels.slots import FIXED
 from compress.checkpoint import build_model, load_model, plans_of, structure_hash
 from compress.errors import CheckpointError, EspalierError, PlanError, SettingsError
-from compress.graph import Graph, build_graph
 from compress.manifest import read_json, write_json
-from compress.penalty import SPARSITY, GammaLog, GroupPenalty
 from compress.settings import Training
-from compress.slots import FIXED
-from compress.trainers import (
-    FADE_PLAN,
-    RESUME,
-    RESUME_BEST,
-    PlanTrainer,
-    SparsityTrainer,
-    check_arguments,
-    run_training,
-)
+from compress.training import launch, sparse
+from compress.training.launch import check_arguments, run_training
+from compress.training.penalty import SPARSITY, GammaLog, GroupPenalty
+from compress.training.planned import RESUME, RESUME_BEST
+from compress.training.sparse import FADE_PLAN
+from compress.training.trainers import PlanTrainer, SparsityTrainer
 from topologies import Chain, Grouped, Residual, SplitFixed, randomised
 
 
@@ -574,15 +569,15 @@ def test_the_student_of_a_distillation_is_what_was_trained(monkeypatch) -> None:
     student, plain = nn.Linear(1, 1), nn.Linear(1, 1)
     both: Any = nn.Module()
     both.student_model = student
-    monkeypatch.setattr(trainers, "load_model", {Path("both"): both, Path("plain"): plain}.get)
-    assert trainers.trained_model(Path("both")) is student
-    assert trainers.trained_model(Path("plain")) is plain
+    monkeypatch.setattr(launch, "load_model", {Path("both"): both, Path("plain"): plain}.get)
+    assert launch.trained_model(Path("both")) is student
+    assert launch.trained_model(Path("plain")) is plain
 
 
 def test_a_graph_is_traced_once_for_the_penalty_and_the_log(sparsity, monkeypatch) -> None:
     traced: list[Graph] = []
-    build = trainers.build_graph
-    monkeypatch.setattr(trainers, "build_graph", lambda *given: traced.append(build(*given)) or traced[-1])
+    build = sparse.build_graph
+    monkeypatch.setattr(sparse, "build_graph", lambda *given: traced.append(build(*given)) or traced[-1])
     made = sparsity(Chain(), sr=1.0)
     assert len(traced) == 1
     assert made.gamma_log.graph is traced[0]

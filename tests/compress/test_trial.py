@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from compress.graph import build_graph
+from compress.channels.graph import build_graph
 from topologies import Block, randomised
 
 
@@ -134,7 +134,7 @@ def test_known_modules_are_not_tried(monkeypatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("compress.trial._cut_half", refuse)
+    monkeypatch.setattr("compress.channels.trial._cut_half", refuse)
     from compress.checkpoint import build_model
 
     build_graph(build_model("yolo26n.yaml", nc=3), 64)

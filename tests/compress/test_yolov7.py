@@ -10,10 +10,10 @@ from torch import nn
 
 from compress.checkpoint import build_model, load_model, read_architecture
 from compress.errors import CheckpointError
-from compress.oracle import check_oracle
 from compress.prune import plan_pruning
+from compress.pruning.oracle import check_oracle
+from compress.pruning.surgery import apply_plan
 from compress.settings import Budget, Prune
-from compress.surgery import apply_plan
 from step import losses
 from topologies import randomised
 
@@ -130,7 +130,7 @@ def test_it_is_pruned_everywhere(name: str) -> None:
 
 
 def test_a_trainer_finds_the_name() -> None:
-    from compress.trainers import PlanTrainer
+    from compress.training.trainers import PlanTrainer
 
     trainer: Any = PlanTrainer.__new__(PlanTrainer)
     trainer.args = SimpleNamespace()

@@ -126,8 +126,8 @@ def test_a_pruned_model_is_exported_with_its_plan(
     images: list[Path], tmp_path: Path, make_detector: Callable[..., Path]
 ) -> None:
     from compress.prune import plan_pruning
+    from compress.pruning.surgery import apply_plan
     from compress.settings import Budget, Prune
-    from compress.surgery import apply_plan
 
     model = make_detector(tmp_path / "dense.pt", "yolo11n.yaml", one_head=False)
     settings = Prune(percent=0.3, importance="l1", budget=Budget(multiple_of=4))

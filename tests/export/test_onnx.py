@@ -136,8 +136,8 @@ def test_a_pruned_model_of_another_task_is_exported(
     models: dict[str, Path], images: list[Path], tmp_path: Path
 ) -> None:
     from compress.prune import plan_pruning
+    from compress.pruning.surgery import apply_plan
     from compress.settings import Budget, Prune
-    from compress.surgery import apply_plan
 
     settings = Prune(percent=0.4, importance="l1", budget=Budget(multiple_of=2, min_width=2))
     planned = plan_pruning(load_model(models["pose"]), settings, 64)

@@ -132,8 +132,8 @@ def test_every_family_is_built_by_the_real_builder(cfg: str, in_process: None, t
 
 def test_a_pruned_model_is_built_and_is_smaller(in_process: None, tmp_path: Path) -> None:
     from compress.prune import plan_pruning
+    from compress.pruning.surgery import apply_plan
     from compress.settings import Prune
-    from compress.surgery import apply_plan
 
     model = build_model("yolov8n.yaml", nc=3)
     planned = plan_pruning(model, Prune(percent=0.5, importance="random"), IMGSZ)

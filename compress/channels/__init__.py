@@ -1,0 +1,1 @@
+"""Which channels must be cut together: a model's graph, walked operation by operation."""

@@ -1,0 +1,1 @@
+"""Checkpoints of YOLOv5's and YOLOv7's own repositories, read without running them."""

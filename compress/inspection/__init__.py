@@ -1,0 +1,1 @@
+"""A model to look at: tables, pages and pictures."""

@@ -1,0 +1,119 @@
+"""The closed loop: a plan that a latency table made is exported and measured before any fine-tuning is paid for.
+
+This file and `run.py` alone in this package know exporters and benchmarks. The pruned model is measured in turns with
+the dense one, as the networks of the table were. Where the measurement is off the prediction by more than 3 %, the
+table is corrected by that factor and the plan made anew, at most three times.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress import checkpoint
+from compress.errors import SettingsError
+from compress.latency.plan import find_table, limit_of, place
+from compress.latency.table import amount
+from compress.prune import Planned, choose_widths, score
+from compress.pruning.surgery import apply_plan
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from benchmark.observe import Wanted
+    from benchmark.sites import Site
+    from compress.latency.table import LatencyTable
+    from compress.settings import Prune
+
+TOLERANCE = 0.03
+MAX_ROUNDS = 3
+
+
+def plan_measured(
+    model: nn.Module, settings: Prune, imgsz: int, seed: int, data: Path | None, source: str
+) -> tuple[Planned, list[dict[str, Any]]]:
+    """Plan for a latency, measure, and plan again until prediction and measurement agree.
+
+    Args:
+        source: how the user names the model.
+
+    Returns:
+        The plan whose measured latency is nearest to the target, of those that meet it within the tolerance if there
+        are any; and per round its correction, what was predicted and what was measured, in the table's unit.
+
+    Raises:
+        SettingsError: there is no latency table that fits.
+        BudgetError: no widths under the budget meet the target, or none does after the table was corrected.
+    """
+    from benchmark import observe
+
+    table, path = find_table(settings, imgsz, checkpoint.structure_hash(model), source)
+    device, runtime, threads = place(settings)
+    wanted = observe.Wanted(runtime, imgsz, settings.budget, device.name, threads, settings.host, seed=seed)
+    target, correction, tried = limit_of(settings, table), 1.0, []
+    with observe.reach(wanted) as site:
+        check_machine(table, path, observe.machine(site))
+        scored = score(model, settings, imgsz, seed, data)
+        for number in range(1, MAX_ROUNDS + 1):
+            planned = choose_widths(scored, settings, imgsz, source, correction)
+            assert planned.prediction is not None
+            predicted = planned.prediction.predicted
+            measured, interval = measure(site, model, apply_plan(model, planned.plan), table, wanted)
+            off = measured / predicted - 1
+            record = {"correction": correction, "predicted": predicted, "measured": measured, "interval": interval}
+            tried.append((planned, record))
+            print(
+                f"prune: round {number}: predicted {amount(predicted, table.unit)}, "
+                f"measured {amount(measured, table.unit)} ({off:+.1%}), target {amount(target, table.unit)}"
+            )
+            if abs(off) <= TOLERANCE:
+                break
+            correction *= measured / predicted
+    best, record = min(tried, key=lambda item: _distance(item[1]["measured"], target))
+    if record["measured"] > target * (1 + TOLERANCE):
+        print(
+            f"prune: after {len(tried)} rounds the nearest plan takes {amount(record['measured'], table.unit)}, "
+            f"target {amount(target, table.unit)}: profile the model anew for a better table"
+        )
+    return best, [{**rest, "used": rest is record} for _, rest in tried]
+
+
+def check_machine(table: LatencyTable, path: Path, machine: str | None) -> None:
+    """Check that a table was made on the machine that is here now.
+
+    Raises:
+        SettingsError: it was not.
+    """
+    if table.machine != machine:
+        raise SettingsError(f"{path} was measured on {table.machine}, this is {machine}: profile the model here")
+
+
+def measure(
+    site: Site, dense: nn.Module, pruned: nn.Module, table: LatencyTable, wanted: Wanted
+) -> tuple[float, list[float]]:
+    """Return the latency of a pruned model and its 95 % interval, in the table's unit.
+
+    It is the dense latency of the table over the speed-up measured now, so that a machine that is faster or slower
+    today than on the day of the table changes nothing.
+    """
+    from benchmark import observe, variants
+
+    with tempfile.TemporaryDirectory(prefix="espalier-") as folder:
+        files = [
+            variants.export(network, name, wanted, Path(folder))
+            for name, network in (("dense", dense), ("pruned", pruned))
+        ]
+        point = observe.observe(site, files[0], files[1], wanted)
+    found = point["record"]["version"]
+    if found != table.runtime_version:
+        raise SettingsError(
+            f"the latency table was measured in {table.runtime} {table.runtime_version}, {found} is installed: "
+            "profile the model anew"
+        )
+    low, high = (table.dense / speedup for speedup in reversed(point["interval"]))
+    return table.dense / point["speedup"], [low, high]
+
+
+def _distance(measured: float, target: float) -> tuple[bool, float]:
+    return measured > target * (1 + TOLERANCE), abs(measured / target - 1)

@@ -1,0 +1,1 @@
+"""Ultralytics' training, taught sparsity, fading, distillation and pruned shapes."""

@@ -1,0 +1,111 @@
+"""The penalty of sparsity training on γ, and what TensorBoard shows of it."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from compress.channels.slots import FIXED
+from compress.manifest import read_json, write_json
+from compress.pruning.importance import batch_norm_scales
+
+if TYPE_CHECKING:
+    from compress.channels.graph import Graph
+
+SPARSITY = "sparsity.json"  # what a training reads beside Ultralytics' arguments, in the stage's folder
+NEAR_ZERO = 0.05  # |γ| below this share of the mean |γ| at the start counts as near zero
+
+
+class GroupPenalty:
+    """The gradient of Σ over units of ‖γ of the unit‖₂."""
+
+    def __init__(self, graph: Graph, model: nn.Module) -> None:
+        parameters = dict(model.named_parameters())
+        offsets = np.cumsum([0, *graph.widths.tolist()])
+        prunable = np.array([not group.frozen for group in graph.groups] + [False])  # the last entry is FIXED's
+        self.device = device = next(model.parameters()).device
+        names = batch_norm_scales(graph, model)
+        self.units = int(offsets[-1])
+        self.gammas: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]] = []
+        for axis in graph.axes:
+            if axis.tensor in names:
+                unit = np.where(axis.group == FIXED, 0, offsets[axis.group] + axis.unit)
+                weight = torch.from_numpy(prunable[axis.group]).to(device, torch.float32)
+                self.gammas.append((parameters[axis.tensor], torch.from_numpy(unit).to(device), weight))
+
+    @torch.no_grad()
+    def add_gradient(self, strength: float, units: torch.Tensor | None = None) -> None:
+        """Add `strength`·γ/‖γ of its unit‖ to the gradient of every prunable γ; nothing where γ is zero.
+
+        Args:
+            strength: λ.
+            units: boolean, shape (units,): the ones that are pulled; all of them when not given.
+        """
+        if not self.gammas or strength == 0.0:
+            return
+        norm = self._norms().clamp_(min=1e-12)
+        for gamma, unit, weight in self.gammas:
+            if gamma.grad is not None:
+                pulled = weight if units is None else weight * units[unit]
+                gamma.grad.add_((strength * pulled * gamma / norm[unit]).to(gamma.grad.dtype))
+
+    @torch.no_grad()
+    def least(self, share: float) -> torch.Tensor:
+        """Return which units have the least γ, a share of all prunable ones: boolean, shape (units,)."""
+        count = torch.zeros(self.units, device=self.device)
+        for _, unit, weight in self.gammas:
+            count.index_add_(0, unit, weight)
+        size = self._norms() / count.clamp(min=1.0).sqrt()
+        known = count > 0
+        return known & (size <= size[known].quantile(share, interpolation="lower")) if known.any() else known
+
+    def _norms(self) -> torch.Tensor:
+        """Return ‖γ‖₂ of every unit, shape (units,)."""
+        square = torch.zeros(self.units, device=self.device)
+        for gamma, unit, weight in self.gammas:
+            square.index_add_(0, unit, gamma.detach().float().square() * weight)
+        return square.sqrt()
+
+    def values(self) -> np.ndarray:
+        """Return |γ| of the prunable channels."""
+        kept = [gamma.detach().abs()[weight > 0] for gamma, _, weight in self.gammas]
+        return torch.cat(kept).double().cpu().numpy() if kept else np.ones(1)
+
+
+class GammaLog:
+    """γ of the prunable channels, watched in TensorBoard."""
+
+    def __init__(self, graph: Graph, folder: Path, model: nn.Module) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # tensorboard's own imports
+            from torch.utils.tensorboard import SummaryWriter
+
+        self.graph = graph
+        self.writer = SummaryWriter(str(folder / "tensorboard"))
+        settings = read_json(folder / SPARSITY)
+        if "start_mean" not in settings:
+            settings["start_mean"] = float(np.concatenate(list(batch_norm_scales(graph, model).values())).mean())
+            write_json(folder / SPARSITY, settings)
+        self.threshold = NEAR_ZERO * settings["start_mean"]
+        self.near_zero = 0.0
+
+    def write(self, model: nn.Module, epoch: int, strength: float, metrics: dict[str, Any]) -> None:
+        """Write one epoch."""
+        gammas = batch_norm_scales(self.graph, model)
+        every = np.concatenate(list(gammas.values()))
+        self.near_zero = float((every < self.threshold).mean())
+        self.writer.add_histogram("gamma/all", every, epoch)
+        for name, values in gammas.items():
+            self.writer.add_histogram(f"gamma/{name.removesuffix('.weight')}", values, epoch)
+        self.writer.add_scalar("sparsity/near_zero_share", self.near_zero, epoch)
+        self.writer.add_scalar("sparsity/mean_gamma", float(every.mean()), epoch)
+        self.writer.add_scalar("sparsity/lambda", strength, epoch)
+        for key, value in metrics.items():
+            if key.startswith("metrics/"):
+                self.writer.add_scalar(key.replace("(B)", ""), float(value), epoch)
+        self.writer.flush()
