@@ -39,12 +39,6 @@ def layers(runner: Any, session: Any, model: str, images: np.ndarray, _: str | N
     ]
 
 
-def model_run_ms(runner: Any, session: Any, model: str, images: np.ndarray) -> list[float]:
-    """Return what the profiler says of each whole run, ms, after those that warm up; arguments as for `layers`."""
-    events = profile(runner, session, model, images)
-    return [event["dur"] / 1000 for event in events if event["name"] == "model_run"][WARM_UP:]
-
-
 def profile(runner: Any, session: Any, model: str, images: np.ndarray) -> list[dict[str, Any]]:
     """Return the events that onnxruntime's profiler writes of `WARM_UP` and `REPEATS` runs; durations are in µs."""
     with tempfile.TemporaryDirectory() as folder:
