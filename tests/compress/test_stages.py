@@ -227,6 +227,17 @@ def test_other_settings_are_other_work(stages: Path, data: Path, tmp_path: Path)
     )
 
 
+def test_a_cut_at_another_image_size_is_warned_of(dense: Path, data: Path, tmp_path: Path, capsys) -> None:
+    few = PRUNE.model_copy(update={"recalibrate_images": 4})
+    prune.prune(dense, data, few, 64, 0, tmp_path / "same")
+    prune.prune(dense, data, few.model_copy(update={"recalibrate_images": 0}), 96, 0, tmp_path / "kept")
+    assert capsys.readouterr().err == ""
+    prune.prune(dense, data, few, 96, 0, tmp_path / "other")
+    said = capsys.readouterr().err
+    assert said.startswith(f"warning: {dense} was trained at 64 px, and its batch norms are estimated anew at 96 px")
+    assert said.count("\n") == 1
+
+
 def test_other_labels_are_other_work(stages: Path, data: Path, tmp_path: Path) -> None:
     shutil.copytree(data.parent, tmp_path / "data")
     mine = tmp_path / "data" / "data.yaml"
