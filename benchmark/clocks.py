@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from statistics import fmean
@@ -11,7 +10,7 @@ from statistics import fmean
 from benchmark import transports
 from benchmark.transports import Local, Transport
 from compress.devices import Device
-from compress.errors import DeviceError
+from compress.errors import DeviceError, warn
 
 LOG_CHARACTERS = 2000
 _COMMAND_S = 30.0
@@ -51,7 +50,7 @@ def _unlock(device: Device, place: Transport) -> None:
         for command in device.unlock:
             transports.run(place, list(command), purpose=f"run {' '.join(command)}", timeout_s=transports.CLEAN_UP_S)
     except DeviceError as error:  # what came before matters more
-        print(f"the clocks of {device.name} may still be fixed: {error}", file=sys.stderr)
+        warn(f"the clocks of {device.name} may still be fixed: {error}")
 
 
 def log(device: Device, place: Transport) -> dict[str, str]:

@@ -19,8 +19,11 @@ from compress.errors import RunError, SettingsError, run_app
 
 TOLERANCE = 0.03
 MAP_TOLERANCE = 0.005
-# What makes rows one series. Versions of a runtime are not in it: that an update made it slower is worth knowing.
+# What makes rows one series: a deployment goes by its name and its settings. The file is not in it, nor the version of
+# the runtime: that new weights, other widths or an update made it slower is worth knowing.
 _SERIES = ("kind", "model", "device", "runtime", "precision", "threads", "imgsz", "batch", "unit", "metric")
+# Training leaves the size of a file as it is, but for names and dates in it; other widths do not.
+_SAME_SIZE = 0.01
 _DATA = ("data_sha256", "split")
 
 
@@ -33,7 +36,7 @@ class Regression:
 
 
 def series(rows: Iterable[Row]) -> list[list[Row]]:
-    """Return rows of the same model, device, runtime and settings together, each series in the order of the rows."""
+    """Return rows of the same name, device, runtime and settings together, each series in the order of the rows."""
     found: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         found.setdefault(tuple(getattr(row, name) for name in (*_SERIES, *_DATA)), []).append(row)
@@ -194,7 +197,15 @@ def _complaint(item: Regression) -> str:
     versions = (
         "" if row.runtime_version == best.runtime_version else f"; {best.runtime_version} → {row.runtime_version}"
     )
-    return f"regression: {name}: {change} (rows {best.id} and {row.id}{versions}{doubt})"
+    return f"regression: {name}: {change} (rows {best.id} and {row.id}{versions}{_other_model(row, best)}{doubt})"
+
+
+def _other_model(row: Row, best: Row) -> str:
+    """Say so where two rows of one name can be no trainings of the same model."""
+    if not row.file_bytes or not best.file_bytes or abs(row.file_bytes / best.file_bytes - 1) <= _SAME_SIZE:
+        return ""
+    sizes = " → ".join(wording.size(item.file_bytes, "B") for item in (best, row))
+    return f"; another model under this name, {sizes}: name its file otherwise if it is no successor"
 
 
 def _settings(row: Row) -> list[str]:

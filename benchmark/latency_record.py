@@ -88,6 +88,7 @@ def cell_record(cell: Cell, cost: dict[str, Any], threads: int, imgsz: int, seed
         "providers": facts.get("providers"),
         "memory_format": facts.get("memory_format"),
         "file": cell.path.name,
+        "file_bytes": runtimes.size_bytes(cell.path),
         "model_sha256": runtimes.sha256(cell.path),
         "threads": threads,
         "imgsz": imgsz,

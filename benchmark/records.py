@@ -75,6 +75,7 @@ class Measurement:
     queries: int | None
     cold_start_ms: float | None
     peak_memory_bytes: int | None
+    file_bytes: int | None
     rounds: Sequence[Sequence[float]]
     layers: Sequence[Layer]
     noisy: bool
@@ -112,6 +113,7 @@ class _Cell(_Lenient):
     queries: int | None = None
     cold_start_ms: float | None = None
     peak_memory_bytes: int | None = None
+    file_bytes: int | None = None
     samples_ms: list[list[float]] = []
     instructions: list[float] = []
     layers: list[_Layer] | None = None
@@ -260,6 +262,7 @@ def _measurement(cell: _Cell, record: _Latency, identity: str, where: object) ->
         queries=cell.queries if cell.queries is not None else sum(map(len, rounds)) or None,
         cold_start_ms=cell.cold_start_ms,
         peak_memory_bytes=cell.peak_memory_bytes,
+        file_bytes=cell.file_bytes,
         rounds=rounds,
         layers=_layers(cell),
         noisy=record.noisy,

@@ -138,6 +138,12 @@ def kinds(runtime: str | None = None) -> str:
     return " or ".join([", ".join(wanted[:-1]), wanted[-1]] if len(wanted) > 1 else wanted)
 
 
+def size_bytes(model: Path) -> int:
+    """Return the size of a model's file, of a folder that of all its files."""
+    files = [path for path in model.rglob("*") if path.is_file()] if model.is_dir() else [model]
+    return sum(path.stat().st_size for path in files)
+
+
 def sha256(model: Path) -> str:
     """Return what stands for a model's bytes: the sha256 of a file, for a folder that of all its files."""
     if not model.is_dir():

@@ -39,6 +39,7 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX rows_by_file ON rows (model_sha256)",
         "CREATE INDEX rows_by_time ON rows (time, id)",
     ),
+    ("ALTER TABLE rows ADD COLUMN file_bytes INTEGER",),
 )
 
 
@@ -73,6 +74,7 @@ class Row:
     data: str | None = None
     data_sha256: str | None = None
     split: str | None = None
+    file_bytes: int | None = None
     noisy: bool = False
 
 
@@ -235,7 +237,7 @@ def _version(connection: sqlite3.Connection, path: Path) -> int:
 def _of_latency(item: records.Measurement) -> dict[str, Any]:
     low, high = item.interval or (None, None)
     names = ("model", "model_sha256", "device", "runtime", "runtime_version", "precision", "threads", "imgsz", "batch")
-    values = {name: getattr(item, name) for name in (*names, "mode", "unit", "p50")}
+    values = {name: getattr(item, name) for name in (*names, "mode", "unit", "p50", "file_bytes")}
     return {**values, "kind": "latency", "low": low, "high": high, "noisy": int(item.noisy)}
 
 

@@ -2,6 +2,9 @@
 
 import os
 
+from compress.errors import check_packages
+
+check_packages()
 # Ultralytics reads these once, at its own import, so they are set before anything here can import it.
 # Checkpoints and model YAMLs come from strangers: load weights only, build models without eval.
 os.environ.setdefault("ULTRALYTICS_SAFE_LOAD", "1")

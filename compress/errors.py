@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 
 # What the user's disk and paths answer; any other OSError is a fault of ours and keeps its traceback.
 _REMEDIES = {
@@ -16,6 +17,14 @@ _REMEDIES = {
     errno.ENOTDIR: "choose another --output",
     errno.ENAMETOOLONG: "choose a shorter --output",
 }
+# The packages of pyproject.toml, as they are imported, and those that a command needs before it can say anything.
+PACKAGES = (
+    *("filelock", "matplotlib", "ncnn", "numpy", "onnx", "onnxruntime", "onnxsim", "pnnx", "pydantic", "rich"),
+    *("tensorboard", "torch", "torchvision", "typer", "ultralytics", "yaml"),
+)
+_FIRST = ("numpy", "pydantic", "typer", "yaml")
+# What our own code starts, on devices too, where there is little more than a runtime.
+_PROGRAMS = {"benchmark.layer_times", "benchmark.probe", "benchmark.worker"}
 
 
 class EspalierError(Exception):
@@ -66,6 +75,23 @@ class DeviceError(EspalierError):
     """A device that cannot be reached, or that lacks what is needed there."""
 
 
+def check_packages() -> None:
+    """End with one line when `python -m` starts a command with a Python that lacks what every command imports.
+
+    An import from elsewhere, and what runs on devices, is let through.
+    """
+    # While Python looks for the module that -m names, and imports its package for that, argv begins with -m.
+    if sys.argv[:1] == ["-m"] and _PROGRAMS.isdisjoint(sys.orig_argv):
+        missing = [name for name in _FIRST if find_spec(name) is None]
+        if missing:
+            _fail(_explain_missing(missing))
+
+
+def warn(message: str) -> None:
+    """Say in one line on standard error what the user may not have meant; the work goes on."""
+    print(f"warning: {' '.join(message.split())}", file=sys.stderr)
+
+
 def run_app(app: Callable[[], object]) -> None:
     """Run a command-line app: a user's mistake becomes one `error:` line and exit code 2, never a traceback.
 
@@ -81,12 +107,23 @@ def run_app(app: Callable[[], object]) -> None:
             raise
         print("\ninterrupted: run the same command again to resume", file=sys.stderr)
         raise SystemExit(130) from None
+    except ModuleNotFoundError as error:
+        if error.name not in PACKAGES:
+            raise
+        _fail(_explain_missing([error.name]))
     except OSError as error:
         remedy = _REMEDIES.get(error.errno or 0)
         if remedy is None:
             raise
         where = f" ({error.filename})" if error.filename else ""
         _fail(f"{error.strerror}{where}: {remedy}, then run the same command again")
+
+
+def _explain_missing(names: Iterable[str]) -> str:
+    return (
+        f"{sys.executable} lacks {', '.join(names)}: `bash scripts/setup.sh` makes .venv with all packages, "
+        "`source .venv/bin/activate` enters it"
+    )
 
 
 def _fail(message: str) -> None:

@@ -59,7 +59,7 @@ def as_json(found: Overview, model: str, imgsz: int, budget: Budget) -> dict[str
             "groups": len(found.groups),
             "prunable_groups": len(found.prunable),
             "channels": sum(row.width for row in found.groups),
-            "prunable_channels": sum(row.width for row in found.prunable),
+            "prunable_channels": found.prunable_channels,
             **{key: value for key, value in asdict(found).items() if key not in ("groups", "frozen")},
         },
         "groups": [asdict(row) for row in found.groups],
@@ -126,10 +126,8 @@ def print_overview(found: Overview, title: str, *, all_layers: bool) -> None:
 
 def _print_totals(console: Any, found: Overview) -> None:
     prunable, channels = len(found.prunable), sum(row.width for row in found.groups)
-    free = sum(row.width for row in found.prunable)
-    console.print(
-        f"\n  groups: {len(found.groups)}, {prunable} of them can be pruned ({free:,} of {channels:,} channels)"
-    )
+    free = f"{found.prunable_channels:,} of {channels:,} channels"
+    console.print(f"\n  groups: {len(found.groups)}, {prunable} of them can be pruned ({free})")
     for name, count, share, least in (
         ("MACs", found.macs, found.prunable_macs, found.least_macs),
         ("params", found.params, found.prunable_params, found.least_params),
@@ -156,16 +154,16 @@ def _check_output(path: Path | None, suffix: str, option: str) -> None:
         raise SettingsError(f"{option} {path} must end with {suffix}")
     if path.is_dir():
         raise SettingsError(f"{option} {path} is a folder: give the name of a file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError(f"{option} {path}: the folder cannot be made ({error.strerror}): choose another") from None
+    place = next(folder for folder in path.absolute().parents if folder.exists())
+    if not place.is_dir():
+        raise SettingsError(f"{option} {path}: {place} is no folder: choose another")
 
 
 def _write(path: Path, content: bytes, option: str) -> None:
     from compress.manifest import write_bytes_atomic
 
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes_atomic(path, content)
     except OSError as error:
         raise EspalierError(f"{option} {path} cannot be written ({error.strerror}): choose another path") from None
@@ -210,11 +208,12 @@ def main(
 
         _write(html, page(name, blocks(graph, opened), found, imgsz).encode(), "--html")
     if gamma:
-        from compress.inspection.gammas import gamma_png, prunable_gammas, start_mean
+        from compress.inspection.gammas import gamma_png, prunable_gammas, start_mean, title_of
         from compress.training.penalty import NEAR_ZERO
 
-        gammas = prunable_gammas(graph, opened, NEAR_ZERO, start_mean(Path(model).parent))
-        _write(gamma, gamma_png(gammas, f"γ of prunable channels, {name}"), "--gamma")
+        frozen = [row.frozen for row in found.groups]
+        gammas = prunable_gammas(graph, opened, frozen, NEAR_ZERO, start_mean(Path(model).parent))
+        _write(gamma, gamma_png(gammas, title_of(gammas, found.prunable_channels, name)), "--gamma")
 
 
 if __name__ == "__main__":

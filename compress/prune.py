@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compress import checkpoint, manifest
-from compress.errors import SettingsError, run_app
+from compress.errors import SettingsError, run_app, warn
 from compress.settings import Budget, Importance, Prune, load_budget
 
 if TYPE_CHECKING:
@@ -176,6 +176,7 @@ def prune(model: Path, data: Path, settings: Prune, imgsz: int, seed: int, outpu
         pruned = apply_plan(planned.model, planned.plan)
         error = check_oracle(planned.graph, pruned, planned.choice.keep, seed)
         if settings.recalibrate_images:
+            _warn_of_other_size(model, imgsz)
             sample = sample_images(data, "train", settings.recalibrate_images, seed)
             recalibrate_batch_norm(pruned, sample, imgsz)
         manifest.begin(output, "prune", config, parents)
@@ -186,8 +187,18 @@ def prune(model: Path, data: Path, settings: Prune, imgsz: int, seed: int, outpu
             metrics["latency"]["measured"] = rounds
         manifest.finish(output, "prune", config, parents, [MODEL, PLAN], metrics, seed)
     before, after = metrics["macs"]
-    print(f"prune: {result} (MACs {after / before:.1%}, oracle error {error:.1e})")
+    print(f"prune: {result} ({after / before:.1%} of the MACs kept, oracle error {error:.1e})")
     return result
+
+
+def _warn_of_other_size(model: Path, imgsz: int) -> None:
+    """Say so where the statistics of batch norm will be those of another image size than the weights are made for."""
+    trained = checkpoint.load_training_args(model).get("imgsz")
+    if trained is not None and trained != imgsz:
+        warn(
+            f"{model} was trained at {trained} px, and its batch norms are estimated anew at {imgsz} px, which costs "
+            f"accuracy until it is fine-tuned: cut with --imgsz {trained}, or train at {imgsz} px first"
+        )
 
 
 def print_prediction(prediction: Prediction) -> None:
@@ -228,7 +239,7 @@ def print_plan(planned: Planned, budget: Budget) -> None:
     metrics = planned.metrics()
     for name in ("macs", "params", "channels"):
         before, after = metrics[name]
-        console.print(f"{name:>8}: {before:,} → {after:,} ({after / before:.1%})")
+        console.print(f"{name:>8}: {before:,} → {after:,} ({after / before:.1%} kept)")
     if planned.prediction:
         print_prediction(planned.prediction)
 

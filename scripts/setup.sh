@@ -1,5 +1,6 @@
-# Sourced by demo.sh, test.sh and .ci/run: `setup` goes to the repository's root and makes .venv what requirements.lock
-# says. It installs only when the lock has changed since the last time.
+# Make .venv what requirements.lock says: installs only when the lock has changed since the last time.
+# usage: bash scripts/setup.sh
+# demo.sh, test.sh and .ci/run source it and call `setup`, which goes to the repository's root.
 
 setup() {
     cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -87,3 +88,9 @@ install_lock() {
     .venv/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation -e .
     mv .venv/wanted.lock .venv/installed.lock
 }
+
+if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then
+    set -euo pipefail
+    setup
+    echo "setup: .venv is ready: source .venv/bin/activate"
+fi

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,12 @@ def start(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def start_bare(module: str) -> subprocess.CompletedProcess[str]:
+    """Start a module with an interpreter that sees no packages."""
+    bare = [sys.executable, "-S", "-m", module]
+    return subprocess.run(bare, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False, env={})
+
+
 def test_all_stages_are_commands() -> None:
     stages = {"compress.run", "compress.train", "compress.sparsify", "compress.prune", "compress.finetune"}
     assert stages | {"export.onnx", "benchmark.latency", "benchmark.accuracy"} <= set(COMMANDS)
@@ -53,3 +60,20 @@ def test_unknown_option_is_named(command: str) -> None:
     assert done.returncode == 2
     assert "--no-such-option" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_python_without_packages_is_one_line(command: str) -> None:
+    done = start_bare(command)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(
+        f"error: {sys.executable} lacks numpy, pydantic, typer, yaml: `bash scripts/setup.sh`"
+    )
+    assert done.stderr.count("\n") == 1
+
+
+def test_what_runs_on_devices_is_let_through() -> None:
+    probed = start_bare("benchmark.probe")
+    assert (probed.returncode, probed.stderr) == (0, "")
+    assert json.loads(probed.stdout)["packages"] == {}
+    assert "No module named 'numpy'" in start_bare("benchmark.worker").stderr  # the first that it needs, not typer

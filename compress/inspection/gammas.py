@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ _CELL_INCH, _LEAST_INCH, _TOP_INCH = 4.4, 8.8, 3.3
 
 @dataclass(frozen=True)
 class Gammas:
-    """|γ| of the channels that may be pruned.
+    """|γ| of the channels that may be pruned; a channel has one in each batch norm that scales it, or none.
 
     Attributes:
         layers: by the name of the batch norm, in the order of the forward pass, shape (prunable channels,).
@@ -51,16 +52,19 @@ class Gammas:
         return float((values < self.threshold).mean())
 
 
-def prunable_gammas(graph: Graph, model: nn.Module, share: float, start_mean: float | None) -> Gammas:
+def prunable_gammas(
+    graph: Graph, model: nn.Module, frozen: Sequence[str | None], share: float, start_mean: float | None
+) -> Gammas:
     """Collect |γ| of prunable channels; near zero is less than a share of the mean before sparsity training.
 
     Args:
+        frozen: why each group of the graph stays whole, or None, as `overview` tells.
         start_mean: the mean |γ| before the sparsity training; None if it is not known: the mean of now stands for it.
 
     Raises:
         GraphError: no batch norm has a channel that may be pruned.
     """
-    prunable = np.array([group.frozen is None for group in graph.groups] + [False])  # the last entry is FIXED's
+    prunable = np.array([reason is None for reason in frozen] + [False])  # the last entry is FIXED's
     groups = {axis.tensor: axis.group for axis in graph.axes if axis.dim == 0}
     assert FIXED == -1
     layers = {
@@ -91,7 +95,7 @@ def gamma_png(gammas: Gammas, title: str) -> bytes:
     FigureCanvasAgg(figure)
     every = gammas.all
     edges = np.linspace(0.0, _upper(every), _BINS + 1)
-    near = f"near zero: {gammas.near_zero(every):.1%} of {every.size:,} channels"
+    near = f"near zero: {gammas.near_zero(every):.1%} of {every.size:,} γ"
     note = f"{near} (|γ| < {gammas.threshold:.3g}, {gammas.measure}); the last bin holds all that is larger"
     figure.text(0.15 / width, 1 - 0.32 / height, _plain(title), fontsize=12, color=_INK)
     figure.text(0.15 / width, 1 - 0.58 / height, note, fontsize=9, color=_SOFT)
@@ -105,7 +109,7 @@ def gamma_png(gammas: Gammas, title: str) -> bytes:
         left = half * width / 2
         axes = place(left + 0.85, _TOP_INCH - 0.55, left + width / 2 - 0.2, 0.8)
         _histogram(axes, every, edges, gammas.threshold)
-        axes.set(yscale=scale, xlabel="|γ|", ylabel=f"channels ({scale})", xlim=(0.0, edges[-1]))
+        axes.set(yscale=scale, xlabel="|γ|", ylabel=f"γ ({scale})", xlim=(0.0, edges[-1]))
         axes.grid(color="#dde3df", linewidth=0.7)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
@@ -118,6 +122,11 @@ def gamma_png(gammas: Gammas, title: str) -> bytes:
         warnings.simplefilter("ignore")  # a name may hold signs that the font lacks
         figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()
+
+
+def title_of(gammas: Gammas, channels: int, name: str) -> str:
+    """Return what the picture counts: γ, which are not as many as prunable channels, see `Gammas`."""
+    return f"{gammas.all.size:,} γ of {channels:,} prunable channels, {name}"
 
 
 def start_mean(folder: Path) -> float | None:

@@ -82,6 +82,11 @@ class Overview:
         """The groups that may lose channels."""
         return [row for row in self.groups if row.frozen is None]
 
+    @property
+    def prunable_channels(self) -> int:
+        """How many channels those groups have."""
+        return sum(row.width for row in self.prunable)
+
 
 def overview(graph: Graph, budget: Budget) -> Overview:
     """Describe a channel graph under a budget."""

@@ -78,6 +78,11 @@ def expand(sweep: Sweep, overrides: Sequence[str] = (), texts: dict[str, str] | 
     for point in points:
         changes = [*overrides, *(change for key, value in point for change in _changes(key, value))]
         pipelines.append(load_run(Path(sweep.pipeline), [*changes, f"name={_name(point)}"], texts))
+    if rounds := next((pipeline for pipeline in pipelines if pipeline.iterations != 1), None):
+        raise SettingsError(
+            f"sweep {sweep.name}: {rounds.name} prunes in {rounds.iterations} rounds, a sweep compares single cuts: "
+            "set iterations=1, or run it with compress.run"
+        )
     names = [pipeline.name for pipeline in pipelines]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise SettingsError(f"sweep {sweep.name}: two pipelines would be called {twice}: remove the repeated value")

@@ -61,6 +61,20 @@ def test_the_tolerances_are_the_callers() -> None:
     assert history.regressions(rows, tolerance=0.1, map_tolerance=0.021) == []
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (None, 9_000_000, False),  # a record of an earlier version
+        (6_200_000, 6_201_000, False),  # trained again
+        (6_200_000, 12_500_000, True),
+        (12_500_000, 6_200_000, True),
+    ],
+)
+def test_another_model_of_the_same_name_is_told(before: int | None, after: int, said: bool) -> None:
+    (item,) = history.regressions([timed(1, 10.0, file_bytes=before), timed(2, 20.0, file_bytes=after)])
+    assert ("; another model under this name, " in history._complaint(item)) == said
+
+
 def test_costs_keep_their_units() -> None:
     assert history.cost(timed(1, 10.0)) == "10.00 ms (9.90–10.10)"
     assert history.cost(replace(TIMED, low=None)) == "10.00 ms"
@@ -139,14 +153,15 @@ def test_a_latency_is_not_compared_with_a_score(
 
 
 def test_a_regression_is_exit_code_1(tmp_path: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run("add", record(tmp_path / "1.json", 10.0, 1, runtime_version="1"), "--store", place)
+    run("add", record(tmp_path / "1.json", 10.0, 1, runtime_version="1", file_bytes=4000), "--store", place)
     assert run("check", "--store", place) == 0
     assert "no regression in 0 series" in capsys.readouterr().out
-    run("add", record(tmp_path / "2.json", 12.0, 2, runtime_version="2"), "--store", place)
+    run("add", record(tmp_path / "2.json", 12.0, 2, runtime_version="2", file_bytes=5000), "--store", place)
     assert run("check", "--store", place) == 1
     out = capsys.readouterr().out
     assert "m on ncnn, 2 threads, 64 px, Acme: p50 12.00 ms (11.90–12.10) is 1.20 times the best before" in out
-    assert "(rows 1 and 2; 1 → 2)" in out
+    other = "another model under this name, 4 kB → 5 kB: name its file otherwise if it is no successor"
+    assert f"(rows 1 and 2; 1 → 2; {other})" in out
     assert run("check", "--tolerance", "0.2", "--store", place) == 0
     run("add", record(tmp_path / "3.json", 1.0, 3, threads=1), "--store", place)  # another series
     assert run("check", "--latest", "--store", place) == 0

@@ -126,7 +126,7 @@ def test_every_cell_has_its_queries_in_the_same_rounds(folder: Path) -> None:
 def test_the_model_is_named_by_its_bytes(folder: Path) -> None:
     record = latency.measure({"a": {"torch": model(folder, "a.pt")}}, imgsz=32, threads=1, mode="quick")
     assert record["cells"][0]["model_sha256"] == hashlib.sha256(b"fine").hexdigest()
-    assert record["cells"][0]["file"] == "a.pt"
+    assert (record["cells"][0]["file"], record["cells"][0]["file_bytes"]) == ("a.pt", len(b"fine"))
 
 
 def test_cells_take_turns_in_the_order_that_the_record_tells(folder: Path) -> None:

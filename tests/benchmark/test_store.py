@@ -145,7 +145,7 @@ def test_where_the_store_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         (lambda path: _database(path, "CREATE TABLE notes (text)"), "is the database of another program"),
         (lambda path: _database(path, "PRAGMA application_id = 7"), "is the database of another program"),
         (lambda path: _database(path, "PRAGMA user_version = 1"), "is the database of another program"),
-        (lambda path: _ours(path, "PRAGMA user_version = 99"), "has schema 99, this version reads up to 1"),
+        (lambda path: _ours(path, "PRAGMA user_version = 99"), "has schema 99, this version reads up to 2"),
         (lambda path: _ours(path, "DROP TABLE rows"), "no such table: rows"),
         (lambda path: _torn(path), "cannot be used as the store"),
         (lambda path: path.mkdir(), "unable to open database file"),
@@ -204,8 +204,20 @@ def test_an_earlier_store_is_migrated_with_all_its_rows(
     store.add(latency(tmp_path / "2.json", cell("b", 3.0)), place)
     with sqlite3.connect(place) as connection:
         assert connection.execute("SELECT model, place FROM rows").fetchall() == [("a", "here"), ("b", None)]
-        assert connection.execute("PRAGMA user_version").fetchone() == (2,)
+        assert connection.execute("PRAGMA user_version").fetchone() == (3,)
     connection.close()
+
+
+def test_a_store_of_the_first_version_is_read(tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.parent.mkdir()
+    _database(
+        place, *store._MIGRATIONS[0], f"PRAGMA application_id = {store.APPLICATION_ID}", "PRAGMA user_version = 1"
+    )
+    _database(
+        place, "INSERT INTO rows (record, cell, kind, time, model, noisy) VALUES (1, 0, 'latency', 't', 'old', 0)"
+    )
+    store.add(latency(tmp_path / "l.json", cell("new", 2.0, file_bytes=6_200_000)), place)
+    assert {row.model: row.file_bytes for row in store.find(place)} == {"old": None, "new": 6_200_000}
 
 
 def test_a_migration_that_fails_changes_nothing(tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -109,3 +110,21 @@ def test_a_folder_below_a_file_is_one_line(ends, tmp_path: Path) -> None:
         2,
         f"error: Not a directory ({tmp_path}/file/stage): choose another --output, then run the same command again\n",
     )
+
+
+def test_a_package_that_is_missed_later_is_one_line(ends) -> None:
+    code, text = ends(raising(ModuleNotFoundError("No module named 'pnnx'", name="pnnx")))
+    assert (code, text.split(":")[:2]) == (2, ["error", f" {sys.executable} lacks pnnx"])
+
+
+def test_a_module_that_no_package_of_ours_is_keeps_its_traceback() -> None:
+    with pytest.raises(ModuleNotFoundError, match="elsewhere"):
+        run_app(raising(ModuleNotFoundError("No module named 'elsewhere'", name="elsewhere")))
+
+
+def test_the_packages_are_those_of_the_project() -> None:
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8")
+    listed = text[text.index("\ndependencies = [") : text.index("\n]", text.index("\ndependencies = ["))]
+    names = re.findall(r'"([\w-]+)[>=]', listed)
+    assert sorted(errors.PACKAGES) == sorted("yaml" if name == "pyyaml" else name for name in names)
+    assert set(errors._FIRST) <= set(errors.PACKAGES)

@@ -19,7 +19,7 @@ from compress.channels.coverage import group_shares, prunable_share
 from compress.channels.graph import build_graph
 from compress.errors import CheckpointError, EspalierError, GraphError, SettingsError
 from compress.inspection.blocks import Block, Layer, blocks
-from compress.inspection.gammas import gamma_png, prunable_gammas, start_mean
+from compress.inspection.gammas import Gammas, gamma_png, prunable_gammas, start_mean, title_of
 from compress.inspection.graph_page import page
 from compress.inspection.overview import BY_RULE, Shortener, overview, short_widths
 from compress.settings import Budget, LayerRule
@@ -171,18 +171,37 @@ def test_a_parameter_of_the_model_itself_is_no_block() -> None:
 # The picture of γ
 
 
+def gammas_of(model: nn.Module, start: float | None = None, budget: Budget = ANY) -> tuple[Gammas, int]:
+    """The γ of a model's prunable channels, and how many channels these are."""
+    graph = build_graph(model, 16)
+    found = overview(graph, budget)
+    return prunable_gammas(graph, model, [row.frozen for row in found.groups], 0.05, start), found.prunable_channels
+
+
 def test_near_zero_share_of_prunable_gammas() -> None:
     """SplitFixed: a is frozen, so the 6 γ of b alone count; 2 of them are below 0.05 · mean 0.5."""
     model = SplitFixed().eval()
     model.a.bn.weight.data.zero_()
     model.b.bn.weight.data = torch.tensor([0.0, -0.02, 0.03, 1.0, -1.0, 0.95])
-    gammas = prunable_gammas(build_graph(model, 16), model, 0.05, None)
+    gammas, _ = gammas_of(model)
     assert list(gammas.layers) == ["b.bn"]
     assert gammas.layers["b.bn"] == pytest.approx([0.0, 0.02, 0.03, 1.0, 1.0, 0.95])
     assert gammas.threshold == pytest.approx(0.025)
     assert gammas.near_zero(gammas.all) == pytest.approx(2 / 6)
-    known = prunable_gammas(build_graph(model, 16), model, 0.05, 1.0)
+    known, _ = gammas_of(model, 1.0)
     assert (known.threshold, known.near_zero(known.all)) == (0.05, 0.5)
+
+
+def test_gammas_are_not_called_channels() -> None:
+    """Residual: a, b and c are one group of 8 channels, each with a batch norm of its own."""
+    gammas, channels = gammas_of(Residual().eval())
+    assert title_of(gammas, channels, "r.pt") == "24 γ of 8 prunable channels, r.pt"
+
+
+def test_what_the_budget_freezes_is_not_drawn() -> None:
+    rules = (LayerRule(layers="b.conv", freeze=True),)
+    gammas, channels = gammas_of(Chain().eval(), budget=ANY.model_copy(update={"rules": rules}))
+    assert (list(gammas.layers), channels) == (["a.bn"], 8)
 
 
 def test_the_picture_is_a_png_also_with_odd_names() -> None:
@@ -190,7 +209,7 @@ def test_the_picture_is_a_png_also_with_odd_names() -> None:
     model.add_module("a$b_^", nn.Conv2d(3, 8, 1))
     model.add_module("漢字\u202e", nn.BatchNorm2d(8))
     model.add_module("head", nn.Conv2d(8, 4, 1))
-    gammas = prunable_gammas(build_graph(model.eval(), 16), model, 0.05, None)
+    gammas, _ = gammas_of(model.eval())
     png = gamma_png(gammas, "$\\x$ 漢字")
     assert png.startswith(b"\x89PNG\r\n\x1a\n")
     width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
@@ -204,7 +223,7 @@ def test_a_picture_of_many_layers_grows_in_columns() -> None:
     for module in model:
         if isinstance(module, nn.BatchNorm2d):
             module.weight.data.zero_()  # all dead: no width of the axis follows from them
-    gammas = prunable_gammas(build_graph(model, 16), model, 0.05, 1.0)
+    gammas, _ = gammas_of(model, 1.0)
     png = gamma_png(gammas, "dead")
     assert (len(gammas.layers), gammas.near_zero(gammas.all)) == (40, 1.0)
     assert int.from_bytes(png[20:24], "big") < 40 * 0.27 * 110  # 20 rows, not 40
@@ -213,7 +232,7 @@ def test_a_picture_of_many_layers_grows_in_columns() -> None:
 def test_no_batch_norm_no_picture() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)).eval()
     with pytest.raises(GraphError, match="no γ to draw"):
-        prunable_gammas(build_graph(model, 16), model, 0.05, None)
+        gammas_of(model)
 
 
 @pytest.mark.parametrize(
@@ -425,7 +444,7 @@ def test_other_tasks(task: str) -> None:
         (("x.pt", "--json", "x.pt"), SettingsError, r"--json x\.pt must end with \.json"),
         (("x.pt", "--html", "{tmp}"), SettingsError, r"must end with \.html"),
         (("x.pt", "--html", "{tmp}/folder.html"), SettingsError, "is a folder"),
-        (("x.pt", "--gamma", "{tmp}/text.yaml/a.png"), SettingsError, "the folder cannot be made"),
+        (("x.pt", "--gamma", "{tmp}/text.yaml/a.png"), SettingsError, r"text\.yaml is no folder"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path: Path, arguments: tuple[str, ...], error: type, message: str) -> None:
@@ -435,3 +454,9 @@ def test_mistakes_are_one_line(tmp_path: Path, arguments: tuple[str, ...], error
         run(*(argument.format(tmp=tmp_path) for argument in arguments))
     assert isinstance(caught.value, EspalierError)
     assert "\n" not in str(caught.value).strip()
+
+
+def test_no_folder_is_made_for_a_model_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError):
+        run(tmp_path / "missing.pt", "--html", tmp_path / "new" / "graph.html")
+    assert not (tmp_path / "new").exists()

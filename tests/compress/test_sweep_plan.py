@@ -74,6 +74,7 @@ def test_a_limit_draws_some_of_the_grid_in_their_order(make) -> None:
         ({"grid": {"imgsz": []}}, "a setting of the grid has no values"),
         ({"grid": {"imgsz": [64, 64]}}, "two pipelines would be called imgsz-64"),
         ({"grid": {"prune.importanse": ["l1"]}}, "unknown key 'prune.importanse', did you mean 'importance'"),
+        ({"grid": {"iterations": [1, 3]}}, "sweep many: iterations-3 prunes in 3 rounds, a sweep compares single cuts"),
         ({"gird": {}}, "unknown key 'gird', did you mean 'grid'"),
     ],
 )
