@@ -135,7 +135,7 @@ def make_pruner(model: nn.Module, image: Tensor, round_to: int | None) -> Any:
         model,
         image,
         importance=tp.importance.GroupMagnitudeImportance(p=2),
-        output_transform=_tensors,
+        output_transform=leaves_of,
         global_pruning=False,
         pruning_ratio=PRUNING_RATIO,
         ignored_layers=ignored_layers(model),
@@ -201,16 +201,17 @@ def prunable_share(pruner: Any, model: nn.Module) -> float:
 def inference_outputs(model: nn.Module, image: Tensor) -> list[Tensor]:
     """Run a model as it is used."""
     with torch.no_grad():
-        return _tensors(model.eval()(image))
+        return leaves_of(model.eval()(image))
 
 
 def training_outputs(model: nn.Module, image: Tensor) -> list[Tensor]:
     """Run a detector with its head in training mode, as fine-tuning needs it: the raw maps of every branch."""
     with torch.no_grad(), training_head(model):
-        return _tensors(model(image))
+        return leaves_of(model(image))
 
 
-def _tensors(outputs: Any) -> list[Tensor]:
+def leaves_of(outputs: Any) -> list[Tensor]:
+    """Return the tensors that a model returns, however nested."""
     leaves = pytree.tree_flatten_with_path(outputs)[0]
     # `feats` are the neck's maps, handed on for their spatial shape alone.
     named = [leaf for path, leaf in leaves if "feats" not in {getattr(key, "key", None) for key in path}]

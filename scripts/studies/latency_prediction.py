@@ -120,10 +120,10 @@ def kept(case: Case, widths: np.ndarray) -> float:
     return float(np.exp(-loss / len(groups)))
 
 
-def uniform(case: Case, share: float) -> np.ndarray:
+def uniform(graph: Graph, budget: Budget, share: float) -> np.ndarray:
     """Return widths that are the nearest allowed ones to one share of all."""
-    widths = case.graph.widths.copy()
-    for tie in ties(case.graph, case.budget):
+    widths = graph.widths.copy()
+    for tie in ties(graph, budget):
         parts = min(tie.parts, key=lambda p: (abs(p - share * tie.parts[0]), p))
         for group, units in tie.units.items():
             widths[group] = parts * units
@@ -164,7 +164,7 @@ def compare_choices(case: Case) -> list[dict[str, Any]]:
         others = {
             "importance only": most_within(case, limit, by("percent", lambda share: 1 - share)),
             "importance per MAC": most_within(case, limit, by("macs", lambda share: min(share, 0.999))),
-            "uniform width": most_within(case, limit, lambda share: uniform(case, share)),
+            "uniform width": most_within(case, limit, lambda share: uniform(case.graph, case.budget, share)),
         }
         row: dict[str, Any] = {
             "target": target,

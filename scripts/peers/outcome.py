@@ -1,0 +1,122 @@
+"""What the comparison with the peers comes to: mean and spread over the seeds, a table, a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+
+def summarise(rows: list[dict[str, Any]], ours: str) -> list[dict[str, Any]]:
+    """Return a line for each runtime and way, in the order of the rows, with what `ours` is ahead by.
+
+    Args:
+        rows: `runtime`, `way`, `seed`, `map50_95`, `ms`, `speedup` and `macs` of each network.
+
+    Returns:
+        Per line the means; `sd`, the standard deviation of mAP over the seeds (null for a single one); and for every
+        way but ours, over the seeds that both have, `margin`, the mean of our mAP less that of the way; `spread`, the
+        larger of the two standard deviations; `ahead`, whether the margin is larger than it; and `seeds_ahead`, on
+        how many seeds we are ahead.
+    """
+    cells: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault((row["runtime"], row["way"]), {})[row["seed"]] = row
+    lines = []
+    for (runtime, way), found in cells.items():
+        line = {
+            "runtime": runtime,
+            "way": way,
+            "seeds": len(found),
+            "sd": _sd(row["map50_95"] for row in found.values()),
+            **{key: fmean(row[key] for row in found.values()) for key in ("map50_95", "ms", "speedup", "macs")},
+        }
+        reference = cells.get((runtime, ours), {})
+        both = [seed for seed in found if seed in reference]
+        if way != ours and both:
+            pairs = [(reference[seed]["map50_95"], found[seed]["map50_95"]) for seed in both]
+            deviations = [_sd(side) for side in zip(*pairs, strict=True)]
+            margin = fmean(mine - other for mine, other in pairs)
+            spread = max((sd for sd in deviations if sd is not None), default=None)
+            line |= {"margin": margin, "spread": spread, "ahead": spread is not None and margin > spread}
+            line |= {"seeds_ahead": sum(mine > other for mine, other in pairs)}
+        lines.append(line)
+    return lines
+
+
+def _sd(values: Iterable[float]) -> float | None:
+    known = list(values)
+    return stdev(known) if len(known) > 1 else None
+
+
+def table(lines: list[dict[str, Any]], labels: dict[str, str]) -> str:
+    """Return the summary as a Markdown table."""
+    heading = ["runtime", "way", "p50, ms", "speed-up", "MACs", "mAP50-95", "± seeds", "Espalier ahead by", "spread"]
+    text = [f"| {' | '.join(heading)} |", f"|---|---|{'--:|' * (len(heading) - 2)}"]
+    for line in lines:
+        cells = [
+            line["runtime"],
+            labels[line["way"]],
+            f"{line['ms']:.2f}",
+            f"{line['speedup']:.2f}×",
+            f"{line['macs'] / 1e6:.0f} M",
+            f"{line['map50_95']:.4f}",
+            _number(line["sd"]),
+            f"{line['margin']:+.4f}{'' if line['ahead'] else ' (within the spread)'}" if "margin" in line else "",
+            _number(line.get("spread")),
+        ]
+        text.append(f"| {' | '.join(cells)} |")
+    return "\n".join(text)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def plot(
+    rows: list[dict[str, Any]], lines: list[dict[str, Any]], dense: float | None, labels: dict[str, str], path: Path
+) -> None:
+    """Draw mAP over measured latency, a panel for each runtime: all seeds small, their mean large.
+
+    Args:
+        dense: mean mAP of the dense models, drawn as a line.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    runtimes = list(dict.fromkeys(row["runtime"] for row in rows))
+    figure, axes = plt.subplots(
+        1, len(runtimes), figsize=(2.4 + 3.6 * len(runtimes), 3.8), dpi=150, squeeze=False, sharey=True
+    )
+    colours = {way: f"C{index}" for index, way in enumerate(labels)}
+    for axis, runtime in zip(axes[0], runtimes, strict=True):
+        for line in (line for line in lines if line["runtime"] == runtime):
+            colour, mine = colours[line["way"]], [r for r in rows if (r["runtime"], r["way"]) == (runtime, line["way"])]
+            axis.plot([r["ms"] for r in mine], [r["map50_95"] for r in mine], ".", ms=4, color=colour, alpha=0.6)
+            axis.errorbar(
+                line["ms"],
+                line["map50_95"],
+                yerr=line["sd"] or 0.0,
+                fmt="s",
+                ms=6,
+                capsize=3,
+                color=colour,
+                label=labels[line["way"]],
+            )
+        if dense is not None:
+            axis.axhline(dense, color="0.6", lw=0.8, ls="--", label="dense start")
+        axis.set(title=runtime, xlabel="measured latency (p50), ms")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("mAP50-95, test split")
+    handles = {
+        label: handle
+        for axis in axes[0]
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }  # fmt: skip
+    figure.legend(handles.values(), handles, loc="center right", frameon=False, fontsize=8)
+    figure.tight_layout(rect=(0, 0, 1 - 2.3 / figure.get_figwidth(), 1))
+    figure.savefig(path)
+    plt.close(figure)
