@@ -6,17 +6,23 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmark import wording
+from benchmark.latency_record import SCORES
 from benchmark.pages import Block, Heading, Table, Text
 
 SIDES = ("dense", "pruned")
 
 
+def metrics(summary: dict[str, Any]) -> list[str]:
+    """Return by what the models of a run are judged, what matters first: mAP50-95 and mAP50, or top-1 and top-5."""
+    return [metric for metric in SCORES if metric in summary["dense"]]
+
+
 def verdict(summary: dict[str, Any]) -> str:
     """Return in one sentence what pruning brought, on onnxruntime if it was measured there."""
-    accuracy = _accuracy_change(summary)
+    accuracy, name = _accuracy_change(summary), SCORES[metrics(summary)[0]]
     runtime = _headline(summary)
     if runtime is None:
-        return f"The latency was not measured; the mAP50-95 of the pruned model {accuracy}."
+        return f"The latency was not measured; the {name} of the pruned model {accuracy}."
     ratio = summary["speedup"][runtime]
     low, high = summary["speedup_interval"].get(runtime) or (ratio, ratio)
     dense, pruned = (summary[side]["latency_ms"][runtime]["p50"] for side in SIDES)
@@ -27,7 +33,7 @@ def verdict(summary: dict[str, Any]) -> str:
         speed = f"In {runtime} the pruned model is slower than the dense one, {ratio:.2f} times its speed ({times})"
     else:
         speed = f"In {runtime} the pruned model is not measurably faster than the dense one ({times})"
-    return f"{speed}, and its mAP50-95 {accuracy}."
+    return f"{speed}, and its {name} {accuracy}."
 
 
 def details(summary: dict[str, Any], level: int) -> list[Block]:
@@ -35,7 +41,11 @@ def details(summary: dict[str, Any], level: int) -> list[Block]:
     return [
         Heading(level, "Dense against pruned"),
         comparison(summary),
-        Text("Ratio is dense over pruned; for mAP it is the difference. File size is that of the ONNX file.", "note"),
+        Text(
+            f"Ratio is dense over pruned; for {_kind(summary)} it is the difference. "
+            "File size is that of the ONNX file.",
+            "note",
+        ),
         Heading(level, "Realised speed-up"),
         realised(summary),
         Text("Realised is the speed-up as a share of the speed-up that the MACs promise.", "note"),
@@ -48,7 +58,7 @@ def opening(summary: dict[str, Any], record: dict[str, Any]) -> list[Block]:
     cpu = record["device"]["cpu"] or "an unknown CPU"
     threads = "one thread" if protocol["threads"] == 1 else f"{protocol['threads']} threads"
     blocks: list[Block] = [
-        Text(f"mAP on the {summary['split']} split of {summary['data']}, {summary['imgsz']} px.", "note"),
+        Text(f"{_kind(summary)} on the {summary['split']} split of {summary['data']}, {summary['imgsz']} px.", "note"),
         Text(f"Latency of one image on {cpu} with {threads}.", "note"),
         Text(verdict(summary), "lead"),
     ]
@@ -64,10 +74,12 @@ def opening(summary: dict[str, Any], record: dict[str, Any]) -> list[Block]:
 
 def overview(summaries: Sequence[dict[str, Any]]) -> Table:
     """Return one row for each run and runtime."""
+    names = {SCORES[metrics(summary)[0]] for summary in summaries}
+    name = names.pop() if len(names) == 1 else "accuracy"
     rows = [
         [
             f"{summary['name']}, {runtime}",
-            *(wording.number(summary[side]["map50_95"], 3) for side in SIDES),
+            *(wording.number(summary[side][metrics(summary)[0]], 3) for side in SIDES),
             wording.ratio(summary["macs_speedup"]),
             wording.ratio(ratio),
             wording.share(summary["realised"].get(runtime)),
@@ -75,7 +87,7 @@ def overview(summaries: Sequence[dict[str, Any]]) -> Table:
         for summary in summaries
         for runtime, ratio in summary["speedup"].items()
     ]
-    return Table(["run", "dense mAP50-95", "pruned mAP50-95", "MACs speed-up", "speed-up", "realised"], rows)
+    return Table(["run", f"dense {name}", f"pruned {name}", "MACs speed-up", "speed-up", "realised"], rows)
 
 
 def comparison(summary: dict[str, Any]) -> Table:
@@ -83,7 +95,7 @@ def comparison(summary: dict[str, Any]) -> Table:
     dense, pruned = (summary[side] for side in SIDES)
     rows = [
         [name, *(wording.number(side[key], 4) for side in (dense, pruned)), wording.difference(dense[key], pruned[key])]
-        for name, key in (("mAP50-95", "map50_95"), ("mAP50", "map50"))
+        for name, key in ((SCORES[metric], metric) for metric in metrics(summary))
     ]
     rows += [
         [name, *(wording.size(side[key], unit) for side in (dense, pruned)), wording.quotient(dense[key], pruned[key])]
@@ -114,6 +126,11 @@ def realised(summary: dict[str, Any]) -> Table:
     return Table(["runtime", "speed-up", "95 % interval", "MACs speed-up", "realised"], rows)
 
 
+def _kind(summary: dict[str, Any]) -> str:
+    """Return what the scores of a run are called together."""
+    return "mAP" if metrics(summary)[0].startswith("map") else "accuracy"
+
+
 def _headline(summary: dict[str, Any]) -> str | None:
     """Return the runtime that the verdict speaks of: onnxruntime, else the first that was measured."""
     speedup = summary["speedup"]
@@ -121,7 +138,7 @@ def _headline(summary: dict[str, Any]) -> str | None:
 
 
 def _accuracy_change(summary: dict[str, Any]) -> str:
-    dense, pruned = (summary[side]["map50_95"] for side in SIDES)
+    dense, pruned = (summary[side][metrics(summary)[0]] for side in SIDES)
     if dense is None or pruned is None:
         return "is unknown"
     if dense == pruned == 0:

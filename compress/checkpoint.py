@@ -31,6 +31,7 @@ HEADS = {
     "OBB": "obb",
     "OBB26": "obb",
     "Classify": "classify",
+    "Linear": "classify",  # nothing but pooling before it; what it returns are logits, also in inference
     "SemanticSegment": "semantic",
     "Depth": "depth",
 }
@@ -82,6 +83,11 @@ def _load_of(path: str | Path, tasks: tuple[str, ...], done: str) -> nn.Module:
 def task_of(model: nn.Module) -> str:
     """Return what a model does, by its head: detect, segment, pose, obb, classify … ('detect' for any other head)."""
     return HEADS.get(type(model.model[-1]).__name__, "detect")  # type: ignore[index]
+
+
+def metric_of(model: nn.Module) -> str:
+    """Return by what a model of its task is judged: `map50_95`, a classifier by `top1`."""
+    return "top1" if task_of(model) == "classify" else "map50_95"
 
 
 def load_training_args(path: str | Path) -> dict[str, Any]:
@@ -140,6 +146,7 @@ def _model_class(head: str) -> str:
         "OBB": "OBBModel",
         "Depth": "DepthModel",
         "Classify": "ClassificationModel",
+        "nn.Linear": "ClassificationModel",
         "RTDETRDecoder": "RTDETRDetectionModel",
         "WorldDetect": "WorldModel",
         "YOLOESegment": "YOLOESegModel",

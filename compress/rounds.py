@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from compress.train import Common
 
 ROUNDS = "rounds.json"
+NAMES = {"map50_95": "mAP50-95", "top1": "top-1"}
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Round:
         macs: of the dense model, and of this one.
         params: likewise.
         oracle_error: of this round's cut.
-        map50_95: of the val split.
-        map_loss: what is lost of the dense model's.
+        score: mAP50-95, of a classifier top-1, on the val split.
+        lost: what is lost of the dense model's.
     """
 
     number: int
@@ -45,8 +46,8 @@ class Round:
     macs: tuple[int, int]
     params: tuple[int, int]
     oracle_error: float
-    map50_95: float
-    map_loss: float
+    score: float
+    lost: float
 
 
 def goals(target: float, rounds: int) -> list[float]:
@@ -121,14 +122,15 @@ def run_rounds(
     Args:
         start: the checkpoint that the first round makes sparse.
         dense: the reference, and the teacher of every round.
-        score: measures the mAP50-95 of a checkpoint on the val split.
+        score: measures the mAP50-95 of a checkpoint, of a classifier its top-1, on the val split.
     """
     from compress.channels.graph import build_graph
 
-    graph = build_graph(checkpoint.load_model(dense), settings.imgsz)
+    reference = checkpoint.load_model(dense)
+    graph, metric = build_graph(reference, settings.imgsz), checkpoint.metric_of(reference)
     before = {"macs": int(graph.macs(graph.widths)), "params": int(graph.params(graph.widths))}
     wanted = settings.prune.model_copy(update={"budget": held_to_dense(settings.prune.budget, graph)})
-    best = _scored(dense, data, settings, folder / "01_score", score)
+    best = _scored(dense, data, settings, folder / "01_score", score, metric)
     left, model, done = dict.fromkeys(before, 1.0), start, []
     for number in range(1, settings.iterations + 1):
         cut = cut_of_round(wanted, number, settings.iterations, left)
@@ -139,28 +141,29 @@ def run_rounds(
         sparse = sparsify(model, data, settings.sparsify, common, home / "02_sparsify", cut)
         pruned = prune(sparse, data, cut, settings.imgsz, settings.seed, home / "03_prune")
         tuned = finetune(pruned, dense, data, settings.finetune, common, home / "04_finetune")
-        found = _scored(tuned, data, settings, home / "05_score", score)
+        found = _scored(tuned, data, settings, home / "05_score", score, metric)
         metrics = manifest.read_json(home / "03_prune" / manifest.MANIFEST)["metrics"]
         macs, params = (before["macs"], metrics["macs"][1]), (before["params"], metrics["params"][1])
         done.append(Round(number, str(tuned), macs, params, metrics["oracle_error"], found, best - found))
         kept = best_trade_off(done, settings.map_budget)
-        manifest.write_json(folder / ROUNDS, {"kept": kept.number, "rounds": [asdict(each) for each in done]})
+        record = {"metric": metric, "kept": kept.number, "rounds": [asdict(each) for each in done]}
+        manifest.write_json(folder / ROUNDS, record)
         print(
             f"round {number} of {settings.iterations}: {macs[1] / macs[0]:.1%} of the MACs kept, "
-            f"val mAP50-95 {found:.3f} ({found - best:+.3f} against the dense model)"
+            f"val {NAMES[metric]} {found:.3f} ({found - best:+.3f} against the dense model)"
         )
         if settings.map_budget is not None and best - found > settings.map_budget:
-            why = "is kept" if kept.map_loss <= settings.map_budget else "lost too much too, and is kept as the best"
-            print(f"the mAP budget of {settings.map_budget:g} is spent: round {kept.number} {why}")
+            why = "is kept" if kept.lost <= settings.map_budget else "lost too much too, and is kept as the best"
+            print(f"the budget of {settings.map_budget:g} {NAMES[metric]} is spent: round {kept.number} {why}")
             break
         left, model = {"macs": macs[1] / macs[0], "params": params[1] / params[0]}, str(tuned)
     return Path(best_trade_off(done, settings.map_budget).model)
 
 
 def best_trade_off(done: list[Round], map_budget: float | None) -> Round:
-    """Return the last round that lost no more mAP than the budget; where none did, the one that lost least."""
-    within = [each for each in done if map_budget is None or each.map_loss <= map_budget]
-    return within[-1] if within else min(done, key=lambda each: each.map_loss)
+    """Return the last round that lost no more than the budget; where none did, the one that lost least."""
+    within = [each for each in done if map_budget is None or each.lost <= map_budget]
+    return within[-1] if within else min(done, key=lambda each: each.lost)
 
 
 def outcome(folder: Path, iterations: int) -> dict[str, Any]:
@@ -173,8 +176,8 @@ def outcome(folder: Path, iterations: int) -> dict[str, Any]:
     return {**until[-1], "oracle_error": max(errors), "rounds": len(until)}
 
 
-def _scored(model: Path, data: Path, settings: Run, output: Path, score: Callable[[Path], float]) -> float:
-    """Return the mAP50-95 of a checkpoint, measured once."""
+def _scored(model: Path, data: Path, settings: Run, output: Path, score: Callable[[Path], float], metric: str) -> float:
+    """Return the score of a checkpoint, measured once."""
     from compress.data.dataset import fingerprint
 
     config = {"imgsz": settings.imgsz, "split": "val"}
@@ -182,5 +185,5 @@ def _scored(model: Path, data: Path, settings: Run, output: Path, score: Callabl
     with manifest.lock(output):
         if not manifest.is_finished(output, "score", config, parents):
             manifest.begin(output, "score", config, parents)
-            manifest.finish(output, "score", config, parents, [], {"map50_95": score(model)})
-        return float(manifest.read_json(output / manifest.MANIFEST)["metrics"]["map50_95"])
+            manifest.finish(output, "score", config, parents, [], {metric: score(model)})
+        return float(manifest.read_json(output / manifest.MANIFEST)["metrics"][metric])

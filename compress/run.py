@@ -70,8 +70,10 @@ def check(settings: Run, data: Path) -> None:
     for section in (settings.train, settings.sparsify, settings.finetune):
         check_arguments(section.args)
     model: Any = checkpoint.load_trainable(settings.model)
-    if checkpoint.task_of(model) == "classify":
-        raise SettingsError("a classifier has no mAP to report: run its stages one by one, see the README")
+    if checkpoint.task_of(model) == "classify" and settings.finetune.distill:
+        raise SettingsError(
+            "a classifier has no teacher, Ultralytics distils detectors only: set finetune.distill=false"
+        )
     check_imgsz(settings.imgsz, int(max(model.stride)))
     classes = len(class_names(data))
     if len(model.names) != classes and not checkpoint.plans_of(model):
@@ -92,10 +94,14 @@ def check(settings: Run, data: Path) -> None:
 
 
 def score_val(model: Path, data: Path, imgsz: int) -> float:
-    """Return the mAP50-95 of a checkpoint on the val split, which decides about rounds; the test split stays unseen."""
+    """Return the score of a checkpoint on the val split, which decides about rounds; the test split stays unseen.
+
+    It is the mAP50-95, of a classifier top-1.
+    """
     from benchmark.accuracy import evaluate
 
-    return float(evaluate(model, data, split="val", imgsz=imgsz)["map50_95"])
+    found = evaluate(model, data, split="val", imgsz=imgsz)
+    return float(found["top1" if found["task"] == "classify" else "map50_95"])
 
 
 def tabulate(model: Any, settings: Run) -> None:
@@ -204,14 +210,14 @@ def summarise(
         "dense": settings.train.epochs,
         "pruned": before_cut + cut["rounds"] * (settings.sparsify.epochs + settings.finetune.epochs),
     }
+    metrics = ("top1", "top5") if "top1" in scores["dense"]["torch"] else ("map50_95", "map50")
     latency: dict[str, dict[str, Any]] = {"dense": {}, "pruned": {}}
     for cell in record["cells"]:
         latency[cell["model"]][cell["runtime"]] = {"p50": cell["p50_ms"], "p90": cell["p90_ms"]}
     sides = {
         name: {
-            "map50_95": scores[name]["torch"]["map50_95"],
-            "map50": scores[name]["torch"]["map50"],
-            "map50_95_onnx": scores[name]["onnxruntime"]["map50_95"],
+            **{metric: scores[name]["torch"][metric] for metric in metrics},
+            f"{metrics[0]}_onnx": scores[name]["onnxruntime"][metrics[0]],
             "params": cut["params"][index],
             "macs": cut["macs"][index],
             "file_bytes": (folder / "05_export" / f"{name}.onnx").stat().st_size,

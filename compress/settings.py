@@ -316,7 +316,10 @@ class Run(Grown):
     seed: int = 0
     iterations: int = Field(default=1, ge=1, description="rounds of sparsify, prune and finetune, in equal ratios")
     map_budget: float | None = Field(
-        default=None, ge=0.0, le=1.0, description="loss of mAP50-95 on the val split that ends the rounds"
+        default=None,
+        ge=0.0,
+        le=1.0,
+        description="loss of mAP50-95, of a classifier top-1, on the val split that ends the rounds",
     )
     train: Training
     sparsify: Sparsity

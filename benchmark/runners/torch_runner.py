@@ -74,7 +74,8 @@ def infer(session: Session, images: np.ndarray) -> list[np.ndarray]:
         end-to-end head (n, detections, 6), rows of x1, y1, x2, y2, score, class. Other tasks have more values behind
         those of each anchor or row: segment the coefficients of its mask, and a second array, the prototypes
         (n, masks, height / 4, width / 4); pose x and y in px of each key point and how likely it is to be seen; obb
-        the angle of the box in radians, whose sides are then always given as centre and size. classify: (n, classes);
+        the angle of the box in radians, whose sides are then always given as centre and size. classify: (n, classes),
+        probabilities, or logits where the network ends with nn.Linear;
         semantic: (n, classes, height, width), logits; depth: (n, 1, height, width), m.
     """
     with torch.inference_mode():

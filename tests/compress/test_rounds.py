@@ -167,7 +167,7 @@ def test_the_rounds_end_when_the_map_budget_is_spent(
     assert kept.parent.parent.name == "round_1"
     record = read_json(tmp_path / ROUNDS)
     assert record["kept"] == 1
-    assert [each["map_loss"] for each in record["rounds"]] == pytest.approx([0.01, 0.08])
+    assert [each["lost"] for each in record["rounds"]] == pytest.approx([0.01, 0.08])
     assert outcome(tmp_path, 5)["rounds"] == 1
-    assert "the mAP budget of 0.05 is spent: round 1 is kept" in capsys.readouterr().out
+    assert "the budget of 0.05 mAP50-95 is spent: round 1 is kept" in capsys.readouterr().out
     assert not (tmp_path / "round_3").exists()
