@@ -102,12 +102,22 @@ def layers(rows: Sequence[Entry], level: int) -> list[Block]:
             names = [row.name for row in pair]
             title = f"Layers in {first.runtime}: {' against '.join(names)}"
             chart = charts.bars(names, [row.cost.layers for row in pair if row.cost], first.cost.unit)
-            blocks += [Heading(level, title), chart]
+            blocks += [Heading(level, title), chart, *_explained(pair)]
     if blocks:
         blocks.append(
             Text("The dearest layers first. A profiled run is slower than a timed one: compare shares.", "note")
         )
     return blocks
+
+
+def _explained(rows: Sequence[Entry]) -> list[Block]:
+    """Return what the layers leave out, where the records say so."""
+    known = [(row.name, row.cost) for row in rows if row.cost and row.cost.layers_share is not None]
+    if not known:
+        return []
+    shares = ", ".join(f"{name} {wording.share(cost.layers_share)}" for name, cost in known)
+    left_out = f" Left out: {known[0][1].layers_left_out}." if known[0][1].layers_left_out else ""
+    return [Text(f"Together the layers are, of a query: {shares}.{left_out}", "note")]
 
 
 def parity(records: dict[str, Any], level: int) -> list[Block]:

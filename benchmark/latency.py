@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmark import clocks, prepare, runtimes, sites, statistics, store
-from benchmark.latency_record import INSTRUCTIONS, Cell, cell_record, compare, noise, others_cores, print_table
+from benchmark.latency_record import INSTRUCTIONS, Cell, cell_record, compare, noise, others_cores, print_table, profile
 from benchmark.sites import Site
 from compress import manifest
 from compress.devices import load_device
@@ -134,7 +134,7 @@ def measure(
             show(f"layers of {cell.name}", 1.0)
             with sites.worker(site, cell.runtime, cell.path, batch=cell.batch, **options) as worker:
                 worker.receive()
-                cell.layers = worker.ask({"layers": True})[0]["layers"] or None
+                cell.profile = profile(cell, worker, LEAD_IN)
     own_s = sum(cost["cpu_s"] for cost in costs) + (time.process_time() - own if site.is_here else 0.0)
     others = others_cores(before["busy_s"], after["busy_s"], own_s, elapsed_s)
     throttling = clocks.throttling(before["log"], after["log"], lock_clocks)

@@ -33,12 +33,17 @@ class Cell:
     batch: int = 1
     others: list[Worker] = field(default_factory=list)
     energies_uj: list[float | None] = field(default_factory=list)
-    layers: list[dict[str, Any]] | None = None
+    profile: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """What messages call it."""
         return f"{self.model} on {self.runtime}" + (f", batch {self.batch}" if self.batch != 1 else "")
+
+    @property
+    def key(self) -> str:
+        """Where a worker's answer has the cost of its queries."""
+        return "instructions" if self.unit == INSTRUCTIONS else "samples_ms"
 
     @property
     def streams(self) -> int:
@@ -54,11 +59,10 @@ class Cell:
         for worker in workers:
             worker.request({"queries": lead_in + count})
         answers = [worker.receive()[0] for worker in workers]
-        key = "instructions" if self.unit == INSTRUCTIONS else "samples_ms"
         # The machine's energy is that of all streams.
         energy = answers[0].get("energy_uj")
         self.energies_uj.append(None if energy is None else energy / (len(workers) * (lead_in + count)))
-        return [sample for answer in answers for sample in answer[key][lead_in:]]
+        return [sample for answer in answers for sample in answer[self.key][lead_in:]]
 
     def finish(self) -> dict[str, Any]:
         """End all workers and return what they cost together."""
@@ -100,18 +104,30 @@ def cell_record(cell: Cell, cost: dict[str, Any], threads: int, imgsz: int, seed
         **(_counted(cell) if cell.unit == INSTRUCTIONS else _timed(cell, seed)),
         "peak_memory_bytes": cost["peak_memory_bytes"],
         "accuracy": None,
-        **_profiled(cell),
+        **cell.profile,
     }
 
 
-def _profiled(cell: Cell) -> dict[str, Any]:
-    """Return the layers where they were asked for, and which share of the whole they are: a profiled run is slower."""
-    if cell.layers is None:
+def profile(cell: Cell, worker: Worker, lead_in: int) -> dict[str, Any]:
+    """Return the cost of each layer, which share of a query they are together, and what is left out of them.
+
+    The query is timed here too, just before: of one stream, in the same process and minute. The share may be above 1,
+    because a profiled run is slower. Nothing where the runtime has no profiler.
+
+    Args:
+        cell: after all its queries.
+        worker: another one, which runs the same model.
+        lead_in: queries that do not count.
+    """
+    samples = worker.ask({"queries": lead_in + cell.burst})[0][cell.key][lead_in:]
+    found, _ = worker.ask({"layers": True})
+    if not found["layers"]:
         return {}
-    total = sum(layer[cell.unit] for layer in cell.layers)
+    total = sum(layer[cell.unit] for layer in found["layers"])
     return {
-        "layers": cell.layers,
-        "layers_share": round(total / median(sample for samples in cell.rounds for sample in samples), 4),
+        "layers": found["layers"],
+        "layers_share": round(total / median(samples), 4),
+        "layers_left_out": found["left_out"],
     }
 
 

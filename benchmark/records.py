@@ -52,7 +52,7 @@ class Measurement:
 
     `device` tells devices apart, see `device_key`; `device_name` is the name of a file of configs/devices.
     `rounds` holds all samples; those of one round were taken together. Measurements of one `record` whose rounds are
-    as many were interleaved.
+    as many were interleaved. `layers_share` is the share of a query that all `layers` are together.
     """
 
     record: str
@@ -79,6 +79,8 @@ class Measurement:
     rounds: Sequence[Sequence[float]]
     layers: Sequence[Layer]
     noisy: bool
+    layers_share: float | None = None
+    layers_left_out: str | None = None
 
 
 class _Lenient(BaseModel):
@@ -117,6 +119,8 @@ class _Cell(_Lenient):
     samples_ms: list[list[float]] = []
     instructions: list[float] = []
     layers: list[_Layer] | None = None
+    layers_share: float | None = None
+    layers_left_out: str | None = None
 
 
 class _Protocol(_Lenient):
@@ -266,6 +270,8 @@ def _measurement(cell: _Cell, record: _Latency, identity: str, where: object) ->
         rounds=rounds,
         layers=_layers(cell),
         noisy=record.noisy,
+        layers_share=cell.layers_share,
+        layers_left_out=cell.layers_left_out,
     )
 
 

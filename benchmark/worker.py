@@ -5,7 +5,8 @@ line; then it answers every line of its input until that ends, and says what the
 MODULE:VARIANT:
 
 - `{"queries": n}`: `{"samples_ms": [...], "energy_uj": ...}`, or `{"instructions": [...]}` where a counter is there;
-- `{"layers": true}`: `{"layers": [...]}`, see `layers` of benchmark/runners; null where the runtime has no profiler;
+- `{"layers": true}`: `{"layers": [...], "left_out": "..."}`, see `layers` of benchmark/runners; both null where the
+  runtime has no profiler;
 - `{"infer": {"shape": [...], "dtype": "uint8"}, "bytes": n}` and n bytes: `{"arrays": [...], "bytes": m}` and m bytes;
 - an empty line says that the other side is still there.
 
@@ -88,7 +89,7 @@ def serve(arguments: list[str], requests: Callable[[], Any], answer: Callable[..
             answer(*pack_outputs(found))
             continue
         if "layers" in content:
-            answer({"layers": _layers(runner, session, model, images)})
+            answer(_layers(runner, session, model, images))
             continue
         found, outputs = _measure(infer, content["queries"])
         _check_shapes(_shapes(outputs), shapes)
@@ -103,12 +104,14 @@ def open_model(runner: str, model: str, threads: int) -> tuple[Any, Any]:
     return module, module.load(model, threads, variant) if variant else module.load(model, threads)
 
 
-def _layers(runner: Any, session: Any, model: str, images: np.ndarray) -> list[dict[str, Any]] | None:
-    """Return what each layer costs; null where the runtime has no profiler. It lies beside the runner."""
+def _layers(runner: Any, session: Any, model: str, images: np.ndarray) -> dict[str, Any]:
+    """Return what each layer costs, and what of a query is in none of them. The profiler lies beside the runner."""
     name = runner.__name__.replace("_runner", "_layers")
     if importlib.util.find_spec(name) is None:
-        return None
-    return importlib.import_module(name).layers(runner, session, model, images, os.environ.get(COUNTER))
+        return {"layers": None, "left_out": None}
+    module = importlib.import_module(name)
+    rows = module.layers(runner, session, model, images, os.environ.get(COUNTER))
+    return {"layers": rows, "left_out": module.LEFT_OUT}
 
 
 def _measure(infer: Callable[[], Any], queries: int) -> tuple[dict[str, Any], list[np.ndarray]]:

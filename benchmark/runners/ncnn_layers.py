@@ -20,11 +20,12 @@ import numpy as np
 ncnn: Any = _ncnn  # a compiled module: its names are in no type stub
 PARAM = "model.ncnn.param"
 REPEATS = 20
+LEFT_OUT = "the copies of the outputs and the decoding of the head, in numpy"
 _CONVERTED, _AS_IT_IS = 0, 1  # ncnn's types of extraction
 
 
 def layers(_: Any, session: Any, model: str, images: np.ndarray, counter: str | None) -> list[dict[str, Any]]:
-    """Return name, type and cost of each layer: `ms`, or `instructions`. What follows in numpy is no layer.
+    """Return name, type and cost of each layer: `ms`, or `instructions`. See `LEFT_OUT`.
 
     Args:
         _: the runner.

@@ -10,6 +10,7 @@ import statistics
 from typing import Any
 
 WARM_UP, REPEATS = 5, 20
+LEFT_OUT = "the copies to and from the GPU"
 
 
 def layers(runner: Any, session: Any, _: str, images: Any, __: str | None) -> list[dict[str, Any]]:

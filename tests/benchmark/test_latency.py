@@ -267,6 +267,7 @@ def test_instructions_are_of_one_image(folder: Path) -> None:
 
 
 LAYERS = """
+LEFT_OUT = "all else"
 def layers(runner, session, model, images, counter):
     assert counter is None and runner.describe(session)["version"] == "1.2.3"
     first = {"name": f"{session['name']} {len(images)}", "type": "Conv", "ms": 0.25}
@@ -283,13 +284,33 @@ def test_layers_are_profiled_in_a_process_of_their_own_after_all_queries(folder:
     record = latency.measure(models, imgsz=32, threads=1, mode="quick", layers=True)
     (cell,) = record["cells"]
     assert [(layer["name"], layer["ms"]) for layer in cell["layers"]] == [("dense.pt 1", 0.25), ("b", 0.5)]
-    median = np.median([sample for burst in cell["samples_ms"] for sample in burst])
-    assert cell["layers_share"] == pytest.approx(0.75 / median, rel=1e-3)
+    assert cell["layers_left_out"] == "all else"
     pids = [call[1] for call in calls(folder)]
     assert len(set(pids)) == 2
     assert pids == sorted(pids, key=pids.index)
     assert [layer.cost for layer in records.measurements(record)[0].layers] == [0.25, 0.5]
     assert "layers" not in latency.measure(models, imgsz=32, threads=1, mode="quick")["cells"][0]
+
+
+@pytest.mark.parametrize(("unit", "key"), [("ms", "samples_ms"), ("instructions", "instructions")])
+def test_the_share_of_the_layers_is_that_of_a_query_beside_them(unit: str, key: str) -> None:
+    class Profiling:
+        def __init__(self, layers: Any) -> None:
+            self.layers = layers
+
+        def ask(self, content: dict[str, Any]) -> Any:
+            if "layers" in content:
+                return {"layers": self.layers, "left_out": "the decoding"}, b""
+            assert content == {"queries": 2 + 3}
+            return {key: [99.0, 99.0, 11.0, 9.0, 10.0]}, b""
+
+    worker: Any = Profiling([{"name": "a", unit: 3.0}, {"name": "b", unit: 4.5}])
+    made = latency_record.Cell("m", "ncnn", Path("m"), worker, {}, burst=3, unit=unit, rounds=[[20.0]])
+    found = latency_record.profile(made, worker, lead_in=2)
+    assert found == {"layers": worker.layers, "layers_share": 0.75, "layers_left_out": "the decoding"}
+    for nothing in (None, []):
+        worker.layers = nothing
+        assert latency_record.profile(made, worker, lead_in=2) == {}
 
 
 def test_energy_is_that_of_a_query_where_every_burst_tells_it() -> None:

@@ -110,4 +110,4 @@ def test_ncnn_says_what_is_counted(monkeypatch: pytest.MonkeyPatch, image: np.nd
 
 
 def test_a_runtime_without_a_profiler_has_no_layers(image: np.ndarray) -> None:
-    assert worker._layers(torch_runner, None, "m.pt", image) is None
+    assert worker._layers(torch_runner, None, "m.pt", image) == {"layers": None, "left_out": None}

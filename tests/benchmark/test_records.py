@@ -45,6 +45,7 @@ def test_a_cell_says_more_than_the_protocol() -> None:
     assert first.device == "Acme 9000, x86_64, 2 cores"
     assert first.record == second.record
     assert (first.p99, first.queries, first.layers) == (None, None, [])
+    assert (first.layers_share, first.layers_left_out) == (None, None)
 
 
 def test_latency_under_load_is_a_runtime_of_its_own() -> None:

@@ -495,10 +495,13 @@ def test_layers_are_shown_side_by_side(tmp_path: Path) -> None:
     measured["cells"][1]["layers"] = layers(1.0, 4.0)
     measured["cells"][3]["layers"] = layers(0.5, 1.0)
     measured["cells"][2]["layers"] = None
+    measured["cells"][1] |= {"layers_share": 0.914, "layers_left_out": "the decoding"}
+    measured["cells"][3] |= {"layers_share": 0.88, "layers_left_out": "the decoding"}
     _, markdown = write(tmp_path, summary(), measured)
     assert "## Layers in onnxruntime: dense against pruned" in markdown
     assert "| l1 | 4.000 | 1.000 | 4.00× |\n| l0 | 1.000 | 0.500 | 2.00× |" in markdown
     assert "Layers in torch" not in markdown
+    assert "Together the layers are, of a query: dense 91 %, pruned 88 %. Left out: the decoding." in markdown
     content = (tmp_path / "report.html").read_text()
     assert re.findall(r'<i class="m[01]" style="width:([\d.]+)%">', content) == ["100.00", "25.00", "25.00", "12.50"]
 
