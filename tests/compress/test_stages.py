@@ -336,7 +336,11 @@ def test_the_plan_is_printed_and_nothing_is_written(dense: Path, tmp_path: Path,
     assert "frozen: output of the model" in text
     row = next(line for line in text.splitlines() if "model.0.conv" in line)
     assert [cell.strip() for cell in row.split("│")][1:3] == ["model.0.conv", "8"]
-    shares = [float(line.rpartition("(")[2].removesuffix("% kept)")) for line in text.splitlines() if line.startswith("    macs")]
+    shares = [
+        float(line.rpartition("(")[2].removesuffix("% kept)"))
+        for line in text.splitlines()
+        if line.startswith("    macs")
+    ]
     assert len(shares) == 1
     assert shares[0] <= 60.0
     assert list(tmp_path.iterdir()) == []
