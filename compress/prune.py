@@ -187,7 +187,7 @@ def prune(model: Path, data: Path, settings: Prune, imgsz: int, seed: int, outpu
             metrics["latency"]["measured"] = rounds
         manifest.finish(output, "prune", config, parents, [MODEL, PLAN], metrics, seed)
     before, after = metrics["macs"]
-    print(f"prune: {result} (MACs {after / before:.1%}, oracle error {error:.1e})")
+    print(f"prune: {result} ({after / before:.1%} of the MACs kept, oracle error {error:.1e})")
     return result
 
 
@@ -239,7 +239,7 @@ def print_plan(planned: Planned, budget: Budget) -> None:
     metrics = planned.metrics()
     for name in ("macs", "params", "channels"):
         before, after = metrics[name]
-        console.print(f"{name:>8}: {before:,} → {after:,} ({after / before:.1%})")
+        console.print(f"{name:>8}: {before:,} → {after:,} ({after / before:.1%} kept)")
     if planned.prediction:
         print_prediction(planned.prediction)
 

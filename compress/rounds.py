@@ -146,8 +146,8 @@ def run_rounds(
         kept = best_trade_off(done, settings.map_budget)
         manifest.write_json(folder / ROUNDS, {"kept": kept.number, "rounds": [asdict(each) for each in done]})
         print(
-            f"round {number} of {settings.iterations}: MACs {macs[1] / macs[0]:.1%}, val mAP50-95 {found:.3f} "
-            f"({found - best:+.3f} against the dense model)"
+            f"round {number} of {settings.iterations}: {macs[1] / macs[0]:.1%} of the MACs kept, "
+            f"val mAP50-95 {found:.3f} ({found - best:+.3f} against the dense model)"
         )
         if settings.map_budget is not None and best - found > settings.map_budget:
             why = "is kept" if kept.map_loss <= settings.map_budget else "lost too much too, and is kept as the best"

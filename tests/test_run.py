@@ -115,7 +115,7 @@ def test_the_pipeline_runs_to_its_end(finished: subprocess.CompletedProcess[str]
     for line in (
         r"train: runs/tiny/01_train/model\.pt \(1 epochs, val mAP50-95 0\.\d{3}\)",
         r"sparsify: runs/tiny/02_sparsify/model\.pt \(1 epochs, .*\)",
-        r"prune: runs/tiny/03_prune/model\.pt \(MACs \d\d\.\d%, oracle error .*\)",
+        r"prune: runs/tiny/03_prune/model\.pt \(\d\d\.\d% of the MACs kept, oracle error .*\)",
         r"finetune: runs/tiny/04_finetune/model\.pt \(1 epochs, .*\)",
         r"export: runs/tiny/05_export/dense\.onnx \(4 images: .*\)",
         r"export: runs/tiny/05_export/pruned\.onnx \(4 images: .*\)",

@@ -253,8 +253,9 @@ def _infeasible(graph: Graph, target: Target, widths: np.ndarray, budget: Budget
     left = cost.per_tensor(widths)
     largest = [cost.names[i].rpartition(".")[0] for i in np.argsort(-left)[:3]]
     return BudgetError(
-        f"the budget cannot bring {target.kind} down to {target.value:.1%}: {reached:.1%} is reachable with "
-        f"{_limits(budget)}; most of it is left in {', '.join(largest)}; ask for more or loosen the budget"
+        f"the budget cannot bring {target.kind} down to {target.value:.1%} of the dense model's: {reached:.1%} is "
+        f"reachable with {_limits(budget)}; most of it is left in {', '.join(largest)}; "
+        "ask for more or loosen the budget"
     )
 
 
