@@ -15,9 +15,9 @@ from compress import checkpoint
 from compress.channels.graph import Graph, build_graph
 from compress.errors import BenchmarkError, RunError, SettingsError
 from compress.settings import Budget
-from scripts.peers import equal_latency as study_of
-from scripts.peers import outcome, ways
-from scripts.peers.equal_latency import Study, Wish
+from scripts.peers import equal_latency, outcome, stages, ways
+from scripts.peers import study as study_of
+from scripts.peers.study import Study, Wish
 
 BUDGET = Budget(multiple_of=2, min_width=2)
 TINY: dict[str, Any] = {
@@ -107,8 +107,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         path.write_text(str(sum(p.numel() for p in model.parameters())))
         return path
 
-    monkeypatch.setattr(study_of.variants, "export", export)
-    monkeypatch.setattr(study_of.latency, "measure", fake_measurement(found))
+    monkeypatch.setattr(stages.variants, "export", export)
+    monkeypatch.setattr(stages.latency, "measure", fake_measurement(found))
     return found
 
 
@@ -170,7 +170,7 @@ def test_uniform_cuts_keep_the_filters_of_largest_norm(study: Study, tmp_path: P
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "ncnn"])
 def test_a_cut_meets_the_target_and_is_found_again(study: Study, calls: list[Any], runtime: str) -> None:
-    found = study_of.cut(study, "random", runtime, 0)
+    found = stages.cut(study, "random", runtime, 0)
     assert found["speedup"] == pytest.approx(1.8, rel=0.03)
     folder = study.cut_folder("random", runtime, 0)
     model = checkpoint.load_model(folder / "model.pt")
@@ -178,12 +178,12 @@ def test_a_cut_meets_the_target_and_is_found_again(study: Study, calls: list[Any
     assert found["params"] == sum(p.numel() for p in model.parameters())
     assert [path.name for path in folder.glob("*.pt")] == ["model.pt"]
     before = len(calls)
-    assert study_of.cut(study, "random", runtime, 0) == found
+    assert stages.cut(study, "random", runtime, 0) == found
     assert len(calls) == before
 
 
 def test_a_search_goes_on_after_its_last_measured_network(study: Study, calls: list[Any]) -> None:
-    whole = study_of.cut(replace(study, work=study.work), "random", "ncnn", 0)
+    whole = stages.cut(replace(study, work=study.work), "random", "ncnn", 0)
     assert len(whole["points"]) > 1
     folder = study.cut_folder("random", "ncnn", 0)
     (folder / "cut.json").unlink()
@@ -193,14 +193,14 @@ def test_a_search_goes_on_after_its_last_measured_network(study: Study, calls: l
         ways.at_random(case, point["amount"], folder / point["file"])
     (folder / "points.json").write_text(json.dumps(points[:1]))
     before = len(calls)
-    assert study_of.cut(study, "random", "ncnn", 0) == whole
+    assert stages.cut(study, "random", "ncnn", 0) == whole
     assert len(calls) == before  # networks of these shapes were measured before
 
 
 def test_equal_shapes_are_measured_once_and_other_seeds_begin_where_one_ended(study: Study, calls: list[Any]) -> None:
-    first = study_of.cut(study, "uniform", "ncnn", 0)
+    first = stages.cut(study, "uniform", "ncnn", 0)
     before = len(calls)
-    second = study_of.cut(study, "uniform", "ncnn", 1)
+    second = stages.cut(study, "uniform", "ncnn", 1)
     assert len(calls) == before
     assert [point["amount"] for point in second["points"]] == [first["amount"]]
     assert second["structure"] == first["structure"]
@@ -210,15 +210,15 @@ def test_equal_shapes_are_measured_once_and_other_seeds_begin_where_one_ended(st
 def test_noise_is_measured_again_and_then_refused(
     study: Study, calls: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, noisy: int, attempts: int | None
 ) -> None:
-    monkeypatch.setattr(study_of.latency, "measure", fake_measurement(calls, noisy))
+    monkeypatch.setattr(stages.latency, "measure", fake_measurement(calls, noisy))
     path = tmp_path / "cut.pt"
     ways.uniform_l1(study.case("uniform", "ncnn", 0), 0.5, path)
     if attempts is None:
         with pytest.raises(BenchmarkError, match="somebody compiles"):
-            study_of.measured(study, "ncnn", path, study.dense(0))
+            stages.measured(study, "ncnn", path, study.dense(0))
         assert list((study.work / "latencies" / "ncnn").iterdir()) == []
     else:
-        assert study_of.measured(study, "ncnn", path, study.dense(0))["noise"] == []
+        assert stages.measured(study, "ncnn", path, study.dense(0))["noise"] == []
         assert len(calls) == attempts
 
 
@@ -247,7 +247,7 @@ def test_a_report_takes_what_is_finished_and_the_last_latency(
 ) -> None:
     wish = Wish([0, 1], ["uniform", "random"], ["ncnn"])
     with pytest.raises(RunError, match="nothing below"):
-        study_of.report(study, wish, tmp_path / "peers.json")
+        equal_latency.report(study, wish, tmp_path / "peers.json")
     trained = []
 
     def finetune(model: Path, teacher: None, data: Path, settings: Any, common: Any, output: Path) -> Path:
@@ -260,23 +260,23 @@ def test_a_report_takes_what_is_finished_and_the_last_latency(
         assert options == {"split": "test", "imgsz": 64}
         return {"map50_95": 0.5, "map50": 0.7, "images": 8, "per_class": {}}
 
-    monkeypatch.setattr(study_of, "finetune", finetune)
-    monkeypatch.setattr(study_of, "evaluate", evaluate)
-    study_of.make_dense(study, wish)
-    study_of.make_cuts(study, Wish([0], wish.ways, wish.runtimes))
-    study_of.fine_tune(study, wish)
+    monkeypatch.setattr(stages, "finetune", finetune)
+    monkeypatch.setattr(stages, "evaluate", evaluate)
+    stages.make_dense(study, wish)
+    stages.make_cuts(study, Wish([0], wish.ways, wish.runtimes))
+    stages.fine_tune(study, wish)
     assert trained == [(0, 2, False), (0, 2, False)]
     assert "seed 1, ncnn, random: not cut yet" in capsys.readouterr().out
-    study_of.report(study, wish, tmp_path / "peers.json")
+    equal_latency.report(study, wish, tmp_path / "peers.json")
     record = json.loads((tmp_path / "peers.json").read_text())
     assert [(r["way"], r["seed"], r["mode"]) for r in record["rows"]] == [("uniform", 0, "quick"), ("random", 0, "quick")]  # fmt: skip  # noqa: E501
-    study_of.measure_together(study, wish)
+    stages.measure_together(study, wish)
     assert calls[-1]["mode"] == "standard"
     assert len(calls[-1]["names"]) == 3
     before = len(calls)
-    study_of.measure_together(study, wish)
+    stages.measure_together(study, wish)
     assert len(calls) == before
-    study_of.report(study, wish, tmp_path / "peers.json")
+    equal_latency.report(study, wish, tmp_path / "peers.json")
     record = json.loads((tmp_path / "peers.json").read_text())
     assert {r["mode"] for r in record["rows"]} == {"standard"}
     assert record["dense"] == {"seeds": {seed: {"map50_95": 0.5, "map50": 0.7} for seed in "01"}, "ms": {"ncnn": 20.0}}

@@ -55,14 +55,14 @@ class Way:
         label: in tables and plots.
         knob: the amounts that `cut` takes.
         cut: writes the network that an amount leaves of a case to a path.
-        needs: the package that it needs, as (name, version).
+        needs: packages, as (name, version).
         seedless: an amount leaves the same shapes of every seed, so it is sought once.
     """
 
     label: str
     knob: Knob
     cut: Callable[[Case, float, Path], None]
-    needs: tuple[str, str] | None = None
+    needs: tuple[tuple[str, str], ...] = ()
     seedless: bool = False
 
 
@@ -152,7 +152,7 @@ def _opened(start: Path, imgsz: int) -> tuple[nn.Module, Graph]:
 
 
 _RATIO = Knob(0.0, 0.95, 0.35)
-_PEER = ("torch-pruning", "1.6.1")
+_PEER = (("torch-pruning", "1.6.1"),)
 WAYS = {
     "espalier": Way("Espalier", Knob(1.0, 8.0, None), espalier),
     "tp_l1": Way("Torch-Pruning, L1", _RATIO, partial(torch_pruning, norm=1), _PEER),
