@@ -221,7 +221,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(place: Path, start, monkey
     assert [word for word in ("group", "width", "kept", "multiple of", "why") if word not in out] == []
     assert "model.0.conv" in out
     assert "frozen: output of the model" in out
-    (share,) = re.findall(r"(?m)^ +macs: [\d,]+ → [\d,]+ \((\d+\.\d)%\)$", out)
+    (share,) = re.findall(r"(?m)^ +macs: [\d,]+ → [\d,]+ \((\d+\.\d)% kept\)$", out)
     assert 50.0 < float(share) <= 60.0
     assert sorted(place.rglob("*")) == before
 

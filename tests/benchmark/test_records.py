@@ -182,8 +182,10 @@ def test_a_published_run_is_read(root: Path, tmp_path: Path) -> None:
         (m.model, m.runtime, m.p50, records.score_of(m, found.scores)) for m in records.measurements(found.records[0])
     ]
     assert [(*row[:3], round(row[3].value, 4)) for row in rows if row[3]] == [
-        ("dense", "torch", 34.425, 0.6002),
-        ("dense", "onnxruntime", 23.4586, 0.6002),
-        ("pruned", "torch", 20.9322, 0.6007),
-        ("pruned", "onnxruntime", 13.2598, 0.6007),
+        ("dense", "torch", 18.7957, 0.6018),
+        ("dense", "onnxruntime", 9.6559, 0.6018),
+        ("dense", "ncnn", 10.4818, 0.6018),
+        ("pruned", "torch", 13.389, 0.5901),
+        ("pruned", "onnxruntime", 5.2201, 0.5901),
+        ("pruned", "ncnn", 6.5977, 0.5901),
     ]
