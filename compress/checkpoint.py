@@ -85,9 +85,9 @@ def task_of(model: nn.Module) -> str:
     return HEADS.get(type(model.model[-1]).__name__, "detect")  # type: ignore[index]
 
 
-def metric_of(model: nn.Module) -> str:
-    """Return by what a model of its task is judged: `map50_95`, a classifier by `top1`."""
-    return "top1" if task_of(model) == "classify" else "map50_95"
+def metric_of(task: str) -> str:
+    """Return by what models of a task are judged: `map50_95`, classifiers by `top1`."""
+    return "top1" if task == "classify" else "map50_95"
 
 
 def load_training_args(path: str | Path) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def score_val(model: Path, data: Path, imgsz: int) -> float:
     from benchmark.accuracy import evaluate
 
     found = evaluate(model, data, split="val", imgsz=imgsz)
-    return float(found["top1" if found["task"] == "classify" else "map50_95"])
+    return float(found[checkpoint.metric_of(found["task"])])
 
 
 def tabulate(model: Any, settings: Run) -> None:

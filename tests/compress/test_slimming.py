@@ -81,7 +81,7 @@ def test_densenet40_has_the_parameters_of_the_paper_and_biases() -> None:
 @pytest.mark.parametrize("name", [*NAMES, "vgg13-quarter"])
 def test_they_are_classifiers_with_relu(name: str) -> None:
     model = build_model(f"{name}-cifar-cls.yaml", nc=7)
-    assert (task_of(model), metric_of(model)) == ("classify", "top1")
+    assert (task_of(model), metric_of(task_of(model))) == ("classify", "top1")
     kinds = {type(m).__name__ for m in model.modules() if type(m).__module__ == "torch.nn.modules.activation"}
     assert kinds == {"ReLU"}
     last: Any = model.model[-1]  # type: ignore[index]
