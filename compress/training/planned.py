@@ -84,7 +84,7 @@ class Planned(BaseTrainer):
         super()._setup_train()
         if self.device.type == "cpu":
             torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # see compress/__init__.py
-            # A fifth less time for a step; `load_model` undoes it for whoever opens what is saved.
+            # Steps are faster; `load_model` undoes it for whoever opens what is saved.
             for trained in (self.model, getattr(self.ema, "ema", None)):
                 if isinstance(trained, nn.Module):
                     trained.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
