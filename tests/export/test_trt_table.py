@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def test_engines_are_built_on_the_device_and_measured_whole(
     built: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trt = StandIn("tensorrt 10.3.0")
+    trt.__spec__ = ModuleSpec("tensorrt", None)  # PyTorch looks whether there is one
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
     seen: list[str] = []
 
