@@ -205,7 +205,7 @@ def main(
     output: Annotated[Path, typer.Option(help="folder for accuracy.json and the manifest")],
     more: Annotated[list[Path] | None, typer.Argument(metavar="[MODEL]...", help="more models")] = None,
     split: Annotated[str, typer.Option(help="train, val or test")] = "val",
-    runtime: Annotated[str | None, typer.Option(help="accept only this runtime; a .pt is exported for it")] = None,
+    runtime: Annotated[str | None, typer.Option(help="only these, as in torch,ncnn; exports a .pt for them")] = None,
     precision: Annotated[str | None, typer.Option(help="of exports: fp32 or fp16; the device's own")] = None,
     imgsz: Annotated[int | None, typer.Option(min=32, help="side of the square input, px; 640")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="threads; all of this machine's when not given")] = None,
@@ -231,9 +231,10 @@ def main(
         else:
             manifest.begin(output, STAGE, config, parents)
             with prepare.open_models(wanted, output, host, python, bootstrap) as (site, files):
-                records = list(prepare.score(wanted, site, files, output).values())
+                scores = prepare.score(wanted, site, files, output)
+            records = list(scores.values())
             manifest.write_json(output / RESULT, records)
-            metrics = {record["model"]: record.get("map50_95", record.get("top1")) for record in records}
+            metrics = {name: record.get("map50_95", record.get("top1")) for name, record in scores.items()}
             manifest.finish(output, STAGE, config, parents, [RESULT], metrics)
             prepare.clean_up(output, keep_outputs)
     store.add(output / RESULT)

@@ -278,7 +278,7 @@ def main(
     more: Annotated[list[Path] | None, typer.Argument(metavar="MODEL", help="more models")] = None,
     data: Annotated[str | None, typer.Option(help="data set: score the models on the device too")] = None,
     split: Annotated[str, typer.Option(help="with --data: train, val or test")] = "val",
-    runtime: Annotated[str | None, typer.Option(help="accept only this runtime; a .pt is exported for it")] = None,
+    runtime: Annotated[str | None, typer.Option(help="only these, as in torch,ncnn; exports a .pt for them")] = None,
     precision: Annotated[str | None, typer.Option(help="of exports: fp32 or fp16; the device's own")] = None,
     imgsz: Annotated[int | None, typer.Option(min=32, help="side of the square input, px; 640")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="threads of each runtime; the device's own")] = None,

@@ -1,4 +1,6 @@
-"""One network beside the dense one on a device: both whole, and on this machine segment by segment too.
+"""One network beside the dense one on a device: both whole, and segment by segment where the runtime tells.
+
+onnxruntime on this machine and ncnn tell. The others (PyTorch, TensorRT, GPUs) are measured as a whole only.
 
 Networks take turns with the dense model in short bursts, so that what the device does meanwhile meets both alike, and
 only their ratio counts. A device that counts instructions needs no turns, because its counts repeat.
@@ -65,19 +67,18 @@ class Wanted:
     @property
     def half(self) -> bool:
         """Whether networks are exported in fp16."""
-        return self.site.precision == "fp16" and self.runtime == "ncnn"
+        return self.site.precision_of(self.runtime) == "fp16"
 
 
 def check(wanted: Wanted) -> None:
-    """Check that there is such a device and that its runtime can be profiled.
+    """Check that there is such a device and that it has such a runtime.
 
     Raises:
-        SettingsError: there is not, or it cannot.
+        SettingsError: there is not, or it has not.
     """
-    possible = [runtime for runtime in wanted.site.runtimes if runtime in RUNTIMES]
-    if wanted.runtime not in possible:
-        known = f"choose {' or '.join(possible)}" if possible else "no runtime of this device can be"
-        raise SettingsError(f"runtime '{wanted.runtime}' on {wanted.device} cannot be profiled: {known}")
+    if wanted.runtime not in wanted.site.runtimes:
+        known = ", ".join(wanted.site.runtimes)
+        raise SettingsError(f"{wanted.site.name} does not run '{wanted.runtime}': choose one of {known}")
 
 
 def reach(wanted: Wanted) -> AbstractContextManager[Site]:
@@ -123,10 +124,11 @@ def observe(
 
 def observe_once(site: Site, dense: Path, model: Path, wanted: Wanted, known: dict[str, Any]) -> dict[str, Any]:
     """Measure a network once, see `observe`."""
-    return _here(dense, model, wanted) if site.is_here else _there(site, dense, model, wanted, known)
+    by_segment = site.is_here and wanted.runtime in RUNTIMES
+    return _here(dense, model, wanted) if by_segment else _by_workers(site, dense, model, wanted, known)
 
 
-def _there(site: Site, dense: Path, model: Path, wanted: Wanted, known: dict[str, Any]) -> dict[str, Any]:
+def _by_workers(site: Site, dense: Path, model: Path, wanted: Wanted, known: dict[str, Any]) -> dict[str, Any]:
     options = {"threads": wanted.threads, "imgsz": wanted.imgsz, "seed": wanted.seed}
     counted = site.device.counter is not None
 
@@ -139,7 +141,7 @@ def _there(site: Site, dense: Path, model: Path, wanted: Wanted, known: dict[str
         facts = mine.receive()[0]["facts"]
         if counted:
             whole = [sample(mine) for _ in range(COUNTED)]
-            costs = _layers_there(mine, wanted)
+            costs = _layers(mine, wanted)
             if "dense" not in known:
                 with sites.worker(site, wanted.runtime, dense, **options) as other:
                     other.receive()
@@ -149,13 +151,13 @@ def _there(site: Site, dense: Path, model: Path, wanted: Wanted, known: dict[str
             with sites.worker(site, wanted.runtime, dense, **options) as other:
                 other.receive()
                 turns = [(sample(other), sample(mine)) for _ in range(ROUNDS + 1)][1:]  # the first is the warm-up
-                costs = _layers_there(mine, wanted)
+                costs = _layers(mine, wanted)
                 reference, whole = [list(column) for column in zip(*turns, strict=True)]
     facts = {key: facts[key] for key in ("version", "precision")}
     return {"dense": reference, "whole": whole, "segments": _segments(model, costs), **facts}
 
 
-def _layers_there(worker: sites.Worker, wanted: Wanted) -> list[tuple[str, float]]:
+def _layers(worker: sites.Worker, wanted: Wanted) -> list[tuple[str, float]]:
     """Return name and cost of each layer, ms or instructions; nothing where the runtime does not tell."""
     if wanted.runtime != "ncnn":
         return []

@@ -120,17 +120,19 @@ def request(
 def by_name(paths: list[Path], runtime: str | None, device: Device) -> dict[str, dict[str, Path]]:
     """Group files by model name and runtime; of files of one name and runtime the folders are part of the name.
 
-    A checkpoint counts as a file of the runtime that it will be exported for: `runtime`, or the device's first one
-    where torch does not run.
+    A checkpoint counts as a file of the runtimes that it will be exported for, and any other file as one of those of
+    its kind: all that `runtime` names, separated by commas, or the device's own choice where it names none.
 
     Raises:
-        BenchmarkError: a file is missing, is no model, or is one of another runtime.
+        BenchmarkError: a file is missing, is no model, or is one of another runtime; or a runtime is not known, or
+            there is no file for it.
     """
-    if runtime is not None:
-        runtimes.known("runtime", runtime, runtimes.names())
-    owned = [(path, _own_runtime(path, runtime, device)) for path in paths]
+    asked = _split(runtime)
+    owned = [(path, own) for path in paths for own in _own_runtimes(path, asked, device)]
     for path, _ in owned:
         runtimes.require(path)
+    if left := [name for name in asked if name not in {own for _, own in owned}]:
+        raise BenchmarkError(f"no model is {runtimes.kinds(left[0])}, which {left[0]} runs: give one, or a checkpoint")
     kinds = [(runtimes.stem(path), own) for path, own in owned]
     shared = {stem for stem, own in kinds if kinds.count((stem, own)) > 1}
     distinct = runtimes.distinct_names([path.with_name(runtimes.stem(path)) for path, _ in owned])
@@ -141,16 +143,28 @@ def by_name(paths: list[Path], runtime: str | None, device: Device) -> dict[str,
     return found
 
 
-def _own_runtime(path: Path, runtime: str | None, device: Device) -> str:
-    """Return the runtime of a file on a device."""
+def _split(runtime: str | None) -> list[str]:
+    """Return the runtimes of `torch,torch-compiled`, each once; none where none is asked for.
+
+    Raises:
+        BenchmarkError: one of them is not known.
+    """
+    words = list(dict.fromkeys((runtime or "").replace(",", " ").split()))
+    return [runtimes.known("runtime", word, runtimes.names()) for word in words or ([] if runtime is None else [""])]
+
+
+def _own_runtimes(path: Path, asked: list[str], device: Device) -> list[str]:
+    """Return the runtimes of a file on a device."""
     own = runtimes.runtime_of(path)
     if own == "torch":
-        return runtime or ("torch" if "torch" in device.runtimes else device.runtimes[0])
-    if own is None or (runtime is not None and own != runtimes.base(runtime)):
-        raise BenchmarkError(f"{path} must be {runtimes.kinds(runtime)} to run in {runtime or 'a known runtime'}")
+        return asked or ["torch" if "torch" in device.runtimes else device.runtimes[0]]
+    fitting = [name for name in asked if runtimes.base(name) == own]
+    if own is None or (asked and not fitting):
+        needed = " or ".join(dict.fromkeys(runtimes.kinds(name) for name in asked)) or runtimes.kinds()
+        raise BenchmarkError(f"{path} must be {needed} to run in {' or '.join(asked) or 'a known runtime'}")
     # Where the device has only a variant of the file's runtime, the first of them.
     variants = [name for name in device.runtimes if runtimes.base(name) == own]
-    return runtime or (own if own in variants or not variants else variants[0])
+    return fitting or [own if own in variants or not variants else variants[0]]
 
 
 @contextmanager

@@ -1,9 +1,10 @@
 """Latency tables: measure a model at widths that a budget allows, and learn what each layer costs.
 
 Networks of the model's architecture are drawn, exported and measured in the runtime itself, each in a fresh process
-and in turns with the dense model, as a whole and segment by segment; so fusion, layout changes and caches are those of
-deployment. Every measured network is one line of a file beside the table, and an interrupted run goes on after the
-last one.
+and in turns with the dense model, as a whole and, where the runtime tells, segment by segment; so fusion, layout
+changes and caches are those of deployment. Where only whole networks are known, what a channel costs is fitted to them,
+and the table says how far such a fit is from networks that it has not seen. Every measured network is one line of a
+file beside the table, and an interrupted run goes on after the last one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import numpy as np
 import typer
 
 from benchmark import observe, statistics
-from benchmark.layer_times import RUNTIMES
 from benchmark.observe import Wanted
 from compress import checkpoint, manifest
 from compress.devices import load_device
@@ -45,8 +45,9 @@ def profile(model: nn.Module, wanted: Wanted, output: Path | None = None) -> tup
         output: path of the table; where `compress.prune` looks for it when not given.
 
     Raises:
-        SettingsError: a device or a runtime that cannot be profiled, or `output` is something else.
+        SettingsError: a device that does not run the runtime, or `output` is something else.
         BenchmarkError: a network cannot be measured, or too many of them are noisy.
+        ExportError: a network cannot be exported; for TensorRT also where nothing builds engines on the device.
     """
     from compress.channels.graph import build_graph
     from compress.latency.table import default_path, load_table
@@ -103,10 +104,11 @@ def _measure(
         print(f"profile: goes on after {len(points)} of {len(widths)} networks")
     with scratch(path) as folder:
         known: dict[str, Any] = {}
-        dense = variants.export(model, "dense", wanted, folder) if left else None
+        dense = variants.export(model, "dense", wanted, folder, site.place) if left else None
         for index in track(left, f"profile {path.stem}"):
             assert dense is not None
-            made = variants.export(variants.cut(model, graph, widths[index]), f"variant{index}", wanted, folder)
+            network = variants.cut(model, graph, widths[index])
+            made = variants.export(network, f"variant{index}", wanted, folder, site.place)
             point = {
                 "index": index,
                 "widths": widths[index].tolist(),
@@ -210,7 +212,7 @@ def main(
     host: Annotated[str | None, typer.Option(help="[user@]host[:port], an alias of ssh, or a serial of adb")] = None,
     python: Annotated[str | None, typer.Option(help="interpreter on the device")] = None,
     bootstrap: Annotated[bool, typer.Option("--bootstrap", help="put missing packages into a folder there")] = False,
-    runtime: Annotated[str | None, typer.Option(help=f"{', '.join(RUNTIMES)}; the device's first one")] = None,
+    runtime: Annotated[str | None, typer.Option(help="one that the device has; its first one")] = None,
     imgsz: Annotated[int, typer.Option(min=32, help="side of the square input, px")] = 640,
     threads: Annotated[int | None, typer.Option(min=1, help="threads of the runtime; the device's own")] = None,
     budget: Annotated[

@@ -217,8 +217,10 @@ def score_of(measured: Measurement, known: Iterable[Score]) -> Score | None:
     """Return the score of the very file that was measured; None where no score says that it is of it.
 
     Files are known by their sha256, and in a score of a pipeline, which has none, by model and runtime. An image size
-    that both tell must be the same, because mAP depends on it, and so must the device.
+    that both tell must be the same, because mAP depends on it, and so must the device. Of several the one of the very
+    runtime is taken.
     """
+    found: Score | None = None
     for score in known:
         if None not in (score.device, measured.device_name) and score.device != measured.device_name:
             continue
@@ -227,8 +229,10 @@ def score_of(measured: Measurement, known: Iterable[Score]) -> Score | None:
         else:
             same = score.model_sha256 == measured.model_sha256
         if same and (None in (score.imgsz, measured.imgsz) or score.imgsz == measured.imgsz):
-            return score
-    return None
+            if score.runtime == measured.runtime:
+                return score
+            found = found or score
+    return found
 
 
 def _measurement(cell: _Cell, record: _Latency, identity: str, where: object) -> Measurement:

@@ -123,13 +123,18 @@ def runner_of(model: Path) -> ModuleType:
     """Return the runner module that opens a model.
 
     Raises:
-        BenchmarkError: the model is missing, or no runtime takes it.
+        BenchmarkError: the model is missing, or no runtime takes it, or that is not installed.
     """
     require(model)
     runtime = runtime_of(model)
     if runtime is None:
         raise BenchmarkError(f"{model} must be {kinds()}")
-    return importlib.import_module(RUNNERS[runtime])
+    try:
+        return importlib.import_module(RUNNERS[runtime])
+    except ModuleNotFoundError as error:
+        from benchmark.worker import needs
+
+        raise BenchmarkError(f"{model} {needs(error.name)}") from None
 
 
 def kinds(runtime: str | None = None) -> str:

@@ -202,14 +202,14 @@ def explain(place: Transport, said: str, code: int, purpose: str | None) -> str:
         purpose: what it was for.
     """
     last = last_line(said)
+    if "No space left" in said:  # before adb's own errors, of which a copy that fails is one
+        return f"{place.name} has no space left: free some space there"
     if isinstance(place, Ssh) and (code == _UNREACHABLE or _LOST.search(last)):
         return (
             f"{place.name} cannot be reached over ssh ({last}): check host, port and keys with: {check_command(place)}"
         )
     if isinstance(place, Adb) and _is_adb_error(said):
         return f"{place.name} cannot be reached over adb ({last}): check cable and permission with: adb devices"
-    if "No space left" in said:
-        return f"{place.name} has no space left: free some space there"
     return f"{place.name} could not {purpose} ({last}): check it there"
 
 

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from benchmark import runtimes
+from benchmark.transports import Adb, Transport
 from compress import checkpoint
-from compress.errors import BenchmarkError
+from compress.settings import Export, ExportTrt
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,23 +52,40 @@ def cut(model: nn.Module, graph: Graph, widths: np.ndarray) -> nn.Module:
     return apply_plan(model, make_plan(graph, choice, checkpoint.structure_hash(model), "widths", "none"))
 
 
-def export(model: nn.Module, name: str, wanted: Wanted, folder: Path) -> Path:
+def export(model: nn.Module, name: str, wanted: Wanted, folder: Path, place: Transport) -> Path:
     """Write a model as the file that a runtime reads and return its path. Parity is not proven: nobody deploys it.
 
-    Raises:
-        BenchmarkError: there is no exporter for this runtime.
-        ExportError: the model cannot be exported.
-    """
-    from export.ncnn import export_ncnn
-    from export.onnx import export_onnx
+    Args:
+        place: the device, which builds its engines itself.
 
-    source = folder / f"{name}.pt"
+    Raises:
+        ExportError: the model cannot be exported, or there is no TensorRT to build an engine.
+    """
+    source, kind = folder / f"{name}.pt", runtimes.base(wanted.runtime)
     checkpoint.save_model(model, source, {})
+    if kind == "torch":
+        return source
     try:
-        if wanted.runtime == "onnxruntime":
-            return export_onnx(source, folder / f"{name}.onnx", imgsz=wanted.imgsz)
-        if wanted.runtime == "ncnn":
+        if kind == "ncnn":
+            from export.ncnn import export_ncnn
+
             return export_ncnn(source, folder / f"{name}_ncnn_model", imgsz=wanted.imgsz, half=wanted.half)
+        from export.onnx import export_onnx
+
+        # For TensorRT in fp32: `export.trt` gives the graph its types.
+        settings = Export(half=wanted.half and kind == "onnxruntime")
+        graph = export_onnx(source, folder / f"{name}.onnx", imgsz=wanted.imgsz, settings=settings)
     finally:
         source.unlink()
-    raise BenchmarkError(f"networks for {wanted.runtime} cannot be made: choose onnxruntime or ncnn")
+    return graph if kind == "onnxruntime" else _build(graph, wanted, folder / name, place)
+
+
+def _build(graph: Path, wanted: Wanted, folder: Path, place: Transport) -> Path:
+    """Build the engine of an ONNX file on the device and return its path."""
+    from export import trt
+
+    assert not isinstance(place, Adb)  # no device of adb has the runtime
+    precision = "fp16" if wanted.half else "fp32"
+    trt.export_stage(graph, ExportTrt(precision=precision), place, folder, cache=trt.default_cache())
+    graph.unlink()
+    return folder / f"{graph.stem}{trt.ENGINE}"

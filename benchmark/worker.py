@@ -98,10 +98,22 @@ def serve(arguments: list[str], requests: Callable[[], Any], answer: Callable[..
 
 
 def open_model(runner: str, model: str, threads: int) -> tuple[Any, Any]:
-    """Return the module of MODULE or MODULE:VARIANT, and the session in which it opened a model."""
+    """Return the module of MODULE or MODULE:VARIANT, and the session in which it opened a model.
+
+    Raises:
+        ValueError: the runtime is not installed, or what `load` of the runner says.
+    """
     name, _, variant = runner.partition(":")
-    module = importlib.import_module(name)
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ValueError(needs(error.name)) from None
     return module, module.load(model, threads, variant) if variant else module.load(model, threads)
+
+
+def needs(package: str | None) -> str:
+    """Say that a package is missing, and how to get it."""
+    return f"needs the package {package}, which is not installed: {sys.executable} -m pip install {package}"
 
 
 def _layers(runner: Any, session: Any, model: str, images: np.ndarray) -> dict[str, Any]:

@@ -37,6 +37,12 @@ class Device(Strict):
     unlock: tuple[Command, ...] = Field(default=(), description="undo `lock`")
     notes: str = Field(description="what to know, and where it comes from")
 
+    def precision_of(self, runtime: str) -> str:
+        """Return what a network that is exported for one of its runtimes is stored and computed in."""
+        if runtime.startswith("torch"):
+            return "fp16" if runtime.endswith("-fp16") else "fp32"
+        return "fp32" if runtime == "onnxruntime" else self.precision  # its kernels on a CPU compute in nothing less
+
     @model_validator(mode="after")
     def _fits(self) -> Device:
         if set(self.budgets) != set(self.runtimes):

@@ -178,7 +178,9 @@ class Prune(Strict):
     )
     device: str = Field(default="cpu", description="of latency and speedup: where the model will run")
     host: str | None = Field(default=None, description="of latency and speedup: how the device is reached")
-    runtime: Runtime | None = Field(default=None, description="of latency and speedup; the device's first one")
+    runtime: Runtime | Variant | None = Field(
+        default=None, description="of latency and speedup; the device's first one"
+    )
     threads: int | None = Field(default=None, ge=1, description="of latency and speedup; the device's own")
     table: str | None = Field(
         default=None, description="latency table; not given: the one that benchmark.profile wrote"

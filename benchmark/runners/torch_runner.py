@@ -135,7 +135,8 @@ def _on_gpu(path: str, words: frozenset[str]) -> nn.Module:
 
 
 def _run(session: Session, tensor: torch.Tensor) -> Any:
-    return (session.run or session.network)(tensor)
+    # Never by its truth: what torch.compile returns has a length where the network has none.
+    return (session.network if session.run is None else session.run)(tensor)
 
 
 def _replay(session: Session, tensor: torch.Tensor) -> Any:

@@ -101,7 +101,7 @@ def measure(
 
     with tempfile.TemporaryDirectory(prefix="espalier-") as folder:
         files = [
-            variants.export(network, name, wanted, Path(folder))
+            variants.export(network, name, wanted, Path(folder), site.place)
             for name, network in (("dense", dense), ("pruned", pruned))
         ]
         point = observe.observe(site, files[0], files[1], wanted)

@@ -89,7 +89,7 @@ def find_table(settings: Prune, imgsz: int, structure: str, model: str = "MODEL"
         "runtime": runtime,
         "threads": threads,
         "imgsz": imgsz,
-        "precision": device.precision if runtime == "ncnn" else "fp32",
+        "precision": device.precision_of(runtime),
         "structure": structure,
     }
     latency_table.check_fits(table, wanted, path)

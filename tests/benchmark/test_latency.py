@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,16 @@ def test_a_model_that_cannot_be_measured_is_named(folder: Path, behaviour: str, 
     with pytest.raises(BenchmarkError, match=message):
         latency.measure(models, imgsz=32, threads=1, mode="quick")
     assert not any(is_running(call[1]) for call in calls(folder))
+
+
+def test_a_runtime_that_is_not_installed_says_how_to_get_it(folder: Path) -> None:
+    (folder / "fake_runner.py").write_text("import a_runtime_of_nobody\n")
+    with pytest.raises(BenchmarkError) as caught:
+        latency.measure({"a": {"torch": model(folder, "a.pt")}}, imgsz=32, threads=1, mode="quick")
+    assert str(caught.value) == (
+        "a.pt on torch: needs the package a_runtime_of_nobody, which is not installed: "
+        f"{sys.executable} -m pip install a_runtime_of_nobody"
+    )
 
 
 def test_a_silent_worker_is_named_and_ended(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

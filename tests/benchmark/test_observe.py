@@ -90,12 +90,17 @@ def test_units_and_precision_are_those_of_the_device() -> None:
     assert (wanted("arm-emulated").unit, wanted("arm-emulated").half) == ("instructions", False)
     assert (wanted("rpi5").unit, wanted("rpi5").half) == ("ms", True)
     assert wanted("rpi5", runtime="onnxruntime").half is False  # its CPU kernels compute in nothing less
+    assert [wanted("cuda", runtime=runtime).half for runtime in ("tensorrt", "torch-cuda", "torch-cuda-fp16")] == [
+        True,
+        False,
+        True,
+    ]
 
 
 @pytest.mark.parametrize(
     ("device", "runtime", "message"),
-    [("rpi5", "tensorrt", "choose ncnn or onnxruntime"), ("cpu", "torch", "choose onnxruntime or ncnn")],
+    [("rpi5", "tensorrt", "ncnn, onnxruntime"), ("jetson", "ncnn", "tensorrt")],
 )
-def test_runtimes_that_cannot_be_profiled_are_named(device: str, runtime: str, message: str) -> None:
-    with pytest.raises(SettingsError, match=f"runtime '{runtime}' on {device} cannot be profiled: {message}"):
+def test_runtimes_that_a_device_does_not_have_are_named(device: str, runtime: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=f"^{device}.* does not run '{runtime}': choose one of {message}$"):
         observe.check(wanted(device, runtime=runtime))

@@ -67,6 +67,33 @@ def test_a_file_runs_in_the_variant_that_the_device_has(
         prepare.by_name([tmp_path / "a.onnx"], "ncnn-vulkan", load_device(device))
 
 
+def test_several_runtimes_are_measured_side_by_side(models: list[Path], tmp_path: Path) -> None:
+    cpu, graph = load_device("cpu"), tmp_path / "dense.onnx"
+    graph.write_bytes(b"graph")
+    found = prepare.by_name(models, "torch,torch-compiled, onnxruntime,torch", cpu)
+    assert found == {
+        name: dict.fromkeys(("torch", "torch-compiled", "onnxruntime"), path)
+        for name, path in zip(("dense", "pruned"), models, strict=True)
+    }
+    found = prepare.by_name([graph], "onnxruntime,onnxruntime-cuda", load_device("cuda"))
+    assert found == {"dense": {"onnxruntime": graph, "onnxruntime-cuda": graph}}
+
+
+@pytest.mark.parametrize(
+    ("runtime", "message"),
+    [
+        ("torch,tensorflow", r"unknown runtime 'tensorflow': choose one of tensorrt, "),
+        (",", r"unknown runtime '': choose one of "),
+        ("onnxruntime,ncnn", r"no model is a folder NAME_ncnn_model, which ncnn runs: give one, or a checkpoint"),
+        ("ncnn,torch", r"a\.onnx must be a folder NAME_ncnn_model or a \.pt file to run in ncnn or torch"),
+    ],
+)
+def test_a_runtime_without_a_file_is_no_silence(runtime: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.onnx").write_bytes(b"graph")
+    with pytest.raises(BenchmarkError, match=message):
+        prepare.by_name([tmp_path / "a.onnx"], runtime, load_device("cpu"))
+
+
 def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in ("a/m.onnx", "b/m.onnx", "b/m.pt", "b/other.onnx")]
     for path in paths:

@@ -12,6 +12,7 @@ import pytest
 from benchmark import layer_times, observe, profile, sites, variants
 from benchmark.observe import Wanted
 from benchmark.profile import points_path
+from benchmark.transports import Local
 from compress.channels.graph import build_graph
 from compress.checkpoint import build_model, save_model
 from compress.errors import BenchmarkError, SettingsError
@@ -48,7 +49,7 @@ def stand_in(monkeypatch) -> list[str]:
     """Instead of exporters and runtimes: a network costs 1 ms and 1 ms per 1000 weights; whole networks only."""
     seen: list[str] = []
 
-    def export(network: Any, name: str, settings: Wanted, folder: Path) -> Path:
+    def export(network: Any, name: str, settings: Wanted, folder: Path, place: Any) -> Path:
         path = folder / f"{name}.onnx"
         path.write_text(str(1 + sum(p.numel() for p in network.parameters() if p.ndim == 4) / 1000))
         return path
@@ -65,7 +66,7 @@ def stand_in(monkeypatch) -> list[str]:
 
 @pytest.mark.parametrize("runtime", layer_times.RUNTIMES)
 def test_a_network_is_measured_whole_and_by_layer(runtime: str, model: Any, tmp_path: Path) -> None:
-    path = variants.export(model, "dense", wanted(runtime=runtime), tmp_path)
+    path = variants.export(model, "dense", wanted(runtime=runtime), tmp_path, Local())
     assert [p.name for p in tmp_path.iterdir()] == [path.name]  # the checkpoint on the way is gone
     found = layer_times.measure(runtime, str(path), str(path), 1, IMGSZ, 0, 2)
     assert (len(found["dense"]), len(found["whole"]), found["precision"]) == (2, 2, "fp32")
@@ -91,7 +92,7 @@ def test_layers_are_added_up_to_the_convolution_behind_them() -> None:
 
 
 def test_a_process_of_its_own_measures_and_says_what_is_wrong(model: Any, tmp_path: Path) -> None:
-    path = variants.export(model, "dense", wanted(), tmp_path)
+    path = variants.export(model, "dense", wanted(), tmp_path, Local())
     site = sites.here()
     record = observe.observe_once(site, path, path, wanted(), {})
     assert len(record["whole"]) == observe.ROUNDS
@@ -100,8 +101,31 @@ def test_a_process_of_its_own_measures_and_says_what_is_wrong(model: Any, tmp_pa
         observe.observe_once(site, path, tmp_path / "broken.onnx", wanted(), {})
 
 
+def test_pytorch_is_measured_whole(model: Any, tmp_path: Path) -> None:
+    import torch
+
+    settings = wanted(runtime="torch")
+    path = variants.export(model, "dense", settings, tmp_path, Local())
+    assert path == tmp_path / "dense.pt"
+    record = observe.observe_once(sites.here(), path, path, settings, {})
+    assert (len(record["dense"]), len(record["whole"])) == (observe.ROUNDS, observe.ROUNDS)
+    assert all(cost > 0 for cost in (*record["dense"], *record["whole"]))
+    assert (record["segments"], record["precision"], record["version"]) == ([], "fp32", torch.__version__)
+
+
+@pytest.mark.parametrize(("runtime", "stored"), [("onnxruntime-cuda", 10), ("onnxruntime", 1)])
+def test_networks_for_onnxruntime_are_stored_in_what_they_compute_in(
+    runtime: str, stored: int, model: Any, tmp_path: Path
+) -> None:
+    import onnx
+
+    path = variants.export(model, "dense", wanted(device="cuda", runtime=runtime), tmp_path, Local())
+    types = {item.data_type for item in onnx.load(path).graph.initializer if len(item.dims) == 4}
+    assert types == {stored}  # TensorProto.FLOAT16, and FLOAT
+
+
 def test_a_worker_tells_what_each_layer_costs(model: Any, tmp_path: Path) -> None:
-    path = variants.export(model, "dense", wanted(runtime="ncnn"), tmp_path)
+    path = variants.export(model, "dense", wanted(runtime="ncnn"), tmp_path, Local())
     with sites.worker(sites.here(), "ncnn", path, threads=1, imgsz=IMGSZ, seed=0) as worker:
         worker.receive()
         answer, _ = worker.ask({"layers": True})
@@ -203,11 +227,14 @@ def test_a_quiet_second_attempt_is_taken(model: Any, stand_in: list[str], tmp_pa
     ("changes", "message"),
     [
         ({"device": "toaster"}, "unknown device 'toaster'"),
-        ({"runtime": "torch"}, "runtime 'torch' on cpu cannot be profiled: choose onnxruntime or ncnn"),
-        ({"device": "cuda", "runtime": "tensorrt"}, "no runtime of this device can be"),
+        (
+            {"runtime": "tensorrt"},
+            "cpu does not run 'tensorrt': choose one of onnxruntime, ncnn, torch, torch-compiled",
+        ),
+        ({"device": "jetson"}, "jetson-orin-nano does not run 'onnxruntime': choose one of tensorrt"),
     ],
 )
-def test_what_cannot_be_profiled_is_refused(changes: dict, message: str, model: Any, tmp_path: Path) -> None:
+def test_what_the_device_does_not_run_is_refused(changes: dict, message: str, model: Any, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=message):
         profile.profile(model, wanted(**changes), tmp_path / "table.json")
 

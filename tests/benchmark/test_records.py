@@ -135,6 +135,9 @@ def test_a_score_belongs_to_a_file_and_not_to_a_name() -> None:
     assert records.score_of(measured, [other, wrong_size]) is None
     assert records.score_of(measured, [other, wrong_size, right]) == right
     assert records.score_of(measured, [Score("a", None, "torch", "mAP50-95", 0.4), named]) == named
+    compiled = Score("a", "sha-a", "onnxruntime-tensorrt", "mAP50-95", 0.25)
+    assert records.score_of(measured, [compiled, right]) == right  # one file, two ways to run it
+    assert records.score_of(measured, [compiled]) == compiled
 
 
 def test_a_score_belongs_to_the_device_that_it_was_taken_on() -> None:

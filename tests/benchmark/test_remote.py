@@ -123,7 +123,7 @@ def test_latency_and_accuracy_on_a_device(
         host, there = server.host, server.tmp
     else:
         host, there = "phone-1", request.getfixturevalue("adb") / "data/local/tmp"
-    nasty = shutil.copytree(artefact, tmp_path / "-x; touch $(y) 'z'_ncnn_model")
+    nasty = shutil.copytree(artefact, tmp_path / "-x; touch pwned $(touch pwned) 'z'_ncnn_model")
     common = ("--models", artefact, nasty, "--imgsz", IMGSZ, "--data", tiny_data)
     place = ("--device", board(tmp_path, transport), "--host", host)
     assert run(latency.app, *common, *place, "--lock-clocks", "--output", tmp_path / "out") == 0
@@ -135,6 +135,7 @@ def test_latency_and_accuracy_on_a_device(
     assert record["device"]["clocks_locked"]
     assert not (tmp_path / "locked").exists()
     assert list(there.iterdir()) == []
+    assert not any((place / "pwned").exists() for place in (Path(), Path.home(), there.parent, tmp_path))
     assert record["comparisons"][0]["baseline"] == "tiny"
     assert [c["model_sha256"] for c in record["cells"]] == [runtimes.sha256(artefact)] * 2
     assert all(sum(map(len, c["samples_ms"])) >= 8 and c["unit"] == "ms" for c in record["cells"])

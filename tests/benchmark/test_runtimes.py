@@ -50,6 +50,15 @@ def test_a_name_tells_the_runtime(name: str, runtime: str | None, stem: str) -> 
     assert (runtimes.runtime_of(Path("a") / name), runtimes.stem(Path("a") / name)) == (runtime, stem)
 
 
+def test_a_runtime_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.onnx").touch()
+    monkeypatch.setitem(runtimes.RUNNERS, "onnxruntime", "a_runtime_of_nobody")
+    with pytest.raises(
+        BenchmarkError, match=r"a\.onnx needs the package a_runtime_of_nobody, .* -m pip install a_runt"
+    ):
+        runtimes.runner_of(tmp_path / "a.onnx")
+
+
 def test_a_path_that_does_not_fit_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.onnx").mkdir()
     (tmp_path / "a_ncnn_model").write_text("")

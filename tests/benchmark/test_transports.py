@@ -128,6 +128,18 @@ def test_a_phone_that_is_not_there_is_one_line(adb: Path) -> None:
     assert not transports.is_alive(Adb("phone-1"))
 
 
+@pytest.mark.parametrize(
+    ("place", "said", "code"),
+    [
+        (Ssh("jetson"), "scp: write remote: No space left on device\n", 1),
+        (Adb("phone-1"), "adb: error: failed to copy 'm' to '/data/m': couldn't write: No space left on device\n", 1),
+    ],
+)
+def test_a_device_that_is_full_is_not_one_that_is_gone(place: Ssh | Adb, said: str, code: int) -> None:
+    found = transports.explain(place, said, code, "copy files")
+    assert found == f"{place.name} has no space left: free some space there"
+
+
 def test_programs_that_are_not_installed_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(DeviceError, match=r"^ssh cannot be started .*install OpenSSH's client .*openssh-client"):

@@ -47,9 +47,17 @@ def test_the_evaluator_opens_the_variant_too(model: Path) -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 def test_compiled_torch_computes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # One convolution in place of a whole detector, which takes minutes to compile.
+    # One convolution in place of a whole detector, which takes minutes to compile. Like that one it has no length.
+    class Network(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 4, 3)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.silu(self.conv(images))
+
     torch.manual_seed(0)
-    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.SiLU()).eval().requires_grad_(False)
+    network = Network().eval().requires_grad_(False)
     monkeypatch.setattr(torch_runner, "inference_network", lambda _: network)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     image = np.random.default_rng(0).random((1, 3, 8, 8), dtype=np.float32)

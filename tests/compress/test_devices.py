@@ -32,6 +32,17 @@ def test_only_the_emulated_device_counts_instructions() -> None:
     assert counted == {"arm-emulated"}
 
 
+def test_a_runtime_computes_in_the_precision_of_its_device_where_it_can() -> None:
+    cuda, pi = load_device("cuda"), load_device("rpi5")
+    assert cuda.precision == pi.precision == "fp16"
+    assert [cuda.precision_of(runtime) for runtime in cuda.runtimes] == [
+        *["fp16"] * 3,  # tensorrt, onnxruntime-tensorrt, onnxruntime-cuda
+        *("fp16", "fp32") * 2,  # torch-cudagraph-fp16, torch-cudagraph, torch-cuda-fp16, torch-cuda
+    ]
+    assert [pi.precision_of(runtime) for runtime in ("ncnn", "onnxruntime")] == ["fp16", "fp32"]
+    assert {load_device("cpu").precision_of(runtime) for runtime in load_device("cpu").runtimes} == {"fp32"}
+
+
 @pytest.mark.parametrize(
     ("text", "name"),
     [

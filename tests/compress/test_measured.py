@@ -43,7 +43,7 @@ def measure_as(
     cut: list[Any] = []
     seen: list[float] = []
 
-    def export(model: Any, name: str, settings: observe.Wanted, folder: Path) -> Path:
+    def export(model: Any, name: str, settings: observe.Wanted, folder: Path, place: Any) -> Path:
         cut.append(model)
         return folder / name
 
