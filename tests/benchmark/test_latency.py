@@ -13,7 +13,7 @@ import pytest
 import typer
 
 from benchmark import cell as cell_module
-from benchmark import latency, latency_record, prepare, records, runtimes, sites, statistics, system
+from benchmark import latency, latency_record, prepare, records, runtimes, sites, statistics, system, turns
 from benchmark.transports import Local
 from compress.devices import load_device
 from compress.errors import BenchmarkError, run_app
@@ -64,10 +64,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log.txt"))
     monkeypatch.setattr(runtimes, "RUNNERS", {"torch": "fake_runner", "onnxruntime": "fake_runner"})
-    tiny = latency.Mode(min_queries=30, min_seconds=0.01, burst_s=0.001, label="for a test")
-    monkeypatch.setitem(latency.MODES, "quick", tiny)
-    monkeypatch.setattr(latency, "WINDOW_S", 0.001)
-    monkeypatch.setattr(latency, "WARM_UP_CAP_S", 0.02)
+    tiny = turns.Mode(min_queries=30, min_seconds=0.01, burst_s=0.001, label="for a test")
+    monkeypatch.setitem(turns.MODES, "quick", tiny)
+    monkeypatch.setattr(turns, "WINDOW_S", 0.001)
+    monkeypatch.setattr(turns, "WARM_UP_CAP_S", 0.02)
     return tmp_path
 
 
@@ -138,7 +138,7 @@ def test_cells_take_turns_in_the_order_that_the_record_tells(folder: Path) -> No
         record["cells"][index]["file"]
         for number, turn in enumerate(order)
         for index in turn
-        for _ in range(latency.LEAD_IN + len(record["cells"][index]["samples_ms"][number]))
+        for _ in range(turns.LEAD_IN + len(record["cells"][index]["samples_ms"][number]))
     ]
     assert [call[0] for call in calls(folder)][-len(expected) :] == expected
 
@@ -496,7 +496,7 @@ def test_real_models_on_every_runtime(tmp_path: Path, monkeypatch: pytest.Monkey
         "onnxruntime": export_onnx(tmp_path / "tiny.pt", tmp_path / "tiny.onnx", imgsz=64),
         "ncnn": folder,
     }
-    monkeypatch.setitem(latency.MODES, "quick", latency.Mode(10, 0.05, 0.01, "for a test"))
+    monkeypatch.setitem(turns.MODES, "quick", turns.Mode(10, 0.05, 0.01, "for a test"))
     record = latency.measure({"tiny": files}, imgsz=64, threads=1, mode="quick")
     for cell in record["cells"]:
         assert cell["output_shapes"] == [[1, 7, 84]]  # 4 sides + 3 classes; 8² + 4² + 2² anchors

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import typer
 
-from benchmark import accuracy, cell, latency, runtimes, sites, transfer, transports
+from benchmark import accuracy, cell, latency, runtimes, sites, transfer, transports, turns
 from compress.checkpoint import build_model, save_model
 from compress.data.dataset import class_names
 from compress.errors import run_app
@@ -59,8 +59,8 @@ def artefact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(latency.MODES, "quick", latency.Mode(8, 0.01, 0.005, "for a test"))
-    monkeypatch.setattr(latency, "WARM_UP_CAP_S", 0.05)
+    monkeypatch.setitem(turns.MODES, "quick", turns.Mode(8, 0.01, 0.005, "for a test"))
+    monkeypatch.setattr(turns, "WARM_UP_CAP_S", 0.05)
 
 
 def board(folder: Path, transport: str = "ssh", **changes: str) -> Path:
