@@ -291,8 +291,8 @@ def test_other_outputs_than_the_head_has_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("os.kill(os.getpid(), signal.SIGSEGV)", r"pnnx crashed \(SIGSEGV\) on tiny\.pt; .* use the ONNX export"),
-        ("sys.exit('no such pass')", r"pnnx failed with exit code 1 on tiny\.pt; its last line was: no such pass; "),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", r"pnnx failed on tiny\.pt \(SIGSEGV\); .* use the ONNX export"),
+        ("sys.exit('no such pass')", r"pnnx failed on tiny\.pt \(exit code 1\); its last line was: no such pass; "),
         ("print('done')", r"pnnx wrote no model\.ncnn\.param for tiny\.pt; its last line was: done"),
         ("time.sleep(60)", r"pnnx did not finish tiny\.pt in 0\.2 s"),
         (None, r"pnnx cannot be started \(No such file or directory\): install it again"),
@@ -319,9 +319,9 @@ def test_a_pnnx_that_fails_is_one_line_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("os.kill(os.getpid(), signal.SIGSEGV)", r"ncnn crashed \(SIGSEGV\) on tiny\.pt: try another version of pnnx"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", r"ncnn crashed on tiny\.pt \(SIGSEGV\): try another version of pnnx"),
         ('print(\'{"error": "no memory"}\')', r"ncnn cannot run tiny\.pt: no memory"),
-        ("sys.exit(3)", r"ncnn failed with exit code 3 on tiny\.pt"),
+        ("sys.exit(3)", r"ncnn crashed on tiny\.pt \(exit code 3\)"),
     ],
     ids=["crash", "error", "failure"],
 )
@@ -330,7 +330,7 @@ def test_a_graph_that_ncnn_cannot_run_is_refused(
 ) -> None:
     python, out = program(tmp_path / "python", body), tmp_path / "out"
     out.mkdir()
-    monkeypatch.setattr(exporter.sys, "executable", str(python))
+    monkeypatch.setattr(sys, "executable", str(python))
     with pytest.raises(ExportError, match=message):
         exporter.export_ncnn(detector, out / "tiny_ncnn_model", imgsz=64)
     assert names(out) == []
