@@ -5,18 +5,18 @@ import itertools
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import typer
 
 from benchmark import cell as cell_module
 from benchmark import latency, latency_record, prepare, records, runtimes, sites, statistics, system, turns
 from benchmark.transports import Local
 from compress.devices import load_device
-from compress.errors import BenchmarkError, run_app
+from compress.errors import BenchmarkError
 
 # A runner whose model files say how to behave. Every inference is logged, so that the order can be checked.
 RUNNER = """
@@ -96,14 +96,9 @@ def is_running(pid: str) -> bool:
     return True
 
 
-def run(*arguments: object) -> int:
-    """Run the command line as `python -m benchmark.latency` does and return its exit code."""
-    command = typer.main.get_command(latency.app)
-    try:
-        run_app(lambda: command.main([str(argument) for argument in arguments], prog_name="latency"))
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+@pytest.fixture
+def run(run_command: Any) -> Any:
+    return partial(run_command, latency.app)
 
 
 def test_every_cell_has_its_queries_in_the_same_rounds(folder: Path) -> None:
@@ -408,7 +403,9 @@ def test_the_device_is_described_or_null(folder: Path) -> None:
     assert record["noisy"] is bool(record["noise"])
 
 
-def test_command_line_takes_several_models_after_one_option(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_takes_several_models_after_one_option(
+    run: Any, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = [model(folder, name) for name in ("dense.onnx", "pruned.onnx", "pruned.pt")]
     assert run("--models", *files, "--imgsz", 32, "--output", folder / "out") == 0
     record = json.loads((folder / "out" / "latency.json").read_text())
@@ -424,7 +421,9 @@ def test_command_line_takes_several_models_after_one_option(folder: Path, capsys
     assert "finished before, unchanged" in capsys.readouterr().out
 
 
-def test_command_line_sweeps_batches_and_tells_them_apart(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_sweeps_batches_and_tells_them_apart(
+    run: Any, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (folder / "fake_layers.py").write_text(LAYERS)
     arguments = ["--models", model(folder, "a.onnx"), "--imgsz", 32, "--output", folder / "out", "--streams", 2]
     assert run(*arguments, "--batch", "1,2", "--layers") == 0
@@ -445,7 +444,7 @@ def test_command_line_sweeps_batches_and_tells_them_apart(folder: Path, capsys: 
     assert "images/s" in shown
 
 
-def test_models_of_one_name_keep_their_folders(folder: Path) -> None:
+def test_models_of_one_name_keep_their_folders(run: Any, folder: Path) -> None:
     for run_name in ("a", "b"):
         (folder / run_name).mkdir()
     first, second = model(folder, "a/best.onnx"), model(folder, "b/best.onnx")
@@ -466,7 +465,7 @@ def test_models_of_one_name_keep_their_folders(folder: Path) -> None:
     ],
 )
 def test_command_line_mistakes_are_one_line(
-    folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    run: Any, folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     for name in ("a.onnx", "a.txt"):
         model(folder, name)
