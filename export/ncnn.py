@@ -356,12 +356,12 @@ def main(
     from compress.data.dataset import resolve
     from export import deploy
 
-    if bundle:
-        deploy.check_bundle(bundle)
     for given, name in ((half, "--half"), (dynamic, "--dynamic")):
         if given and int8:
             raise SettingsError(f"{name} and --int8 exclude each other: choose one")
     stage.require(model)
+    if bundle:
+        deploy.check_bundle(model, bundle)
     if int8:
         content = {
             "method": method,

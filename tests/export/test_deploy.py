@@ -142,6 +142,15 @@ def test_the_command_writes_a_bundle_of_what_it_proved(
     assert not (tmp_path / "other").exists()
 
 
+def test_a_bundle_of_another_task_is_refused_before_the_export(
+    run: Any, models: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--model", models["segment"], "--data", data, "--imgsz", 64, "--output", tmp_path / "out")
+    assert run(*arguments, "--bundle", tmp_path / "bundle") == 2
+    assert capsys.readouterr().err == "error: segment.pt is a model for segment: a bundle can only run detectors\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_every_template_is_installed_with_the_package(root: Path) -> None:
     assert 'export = ["bundle/**/*"]' in (root / "pyproject.toml").read_text()
     hidden = [path for path in deploy.TEMPLATES.rglob("*") if path.name.startswith(".")]

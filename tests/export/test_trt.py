@@ -519,8 +519,13 @@ def test_types_that_contradict_the_precision_are_named(onnx_file: Path, tmp_path
 def test_checkpoints_and_other_files(device: Any, detector: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"--data is missing: real images prove the ONNX file of tiny.pt"):
         trt.export_stage(detector, settings(), Ssh("jetson"), tmp_path / "out")
-    with pytest.raises(ExportError, match=r"for others give the dynamic .onnx file"):
-        trt.export_stage(detector, settings(imgsz="64:96:128"), Ssh("jetson"), tmp_path / "out", data=data)
+    for shape, dynamic in (
+        ({"imgsz": "64:96:128"}, "size"),
+        ({"batch": "4"}, "batch"),
+        ({"imgsz": "64:96:128", "batch": "1:2:4"}, "both"),
+    ):
+        with pytest.raises(ExportError, match=rf"for others give the .onnx file that export.onnx --dynamic {dynamic}"):
+            trt.export_stage(detector, settings(**shape), Ssh("jetson"), tmp_path / "out", data=data)
     with pytest.raises(ExportError, match=r"must be a checkpoint \(.pt\) or an ONNX file"):
         trt.export_stage(data, settings(), Ssh("jetson"), tmp_path / "out")
 
