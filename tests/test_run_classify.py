@@ -59,6 +59,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(home: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> Callable[..., tuple[int, str, str]]:
     """Run the command in this process with a benchmark of half a second; return exit code, output and error."""
     monkeypatch.chdir(home)
+    monkeypatch.setenv("ESPALIER_STORE", str(home / "store.sqlite"))  # test_run.py has pipelines of the same name
     monkeypatch.setitem(turns.MODES, "quick", turns.Mode(20, 0.2, 0.05, "for tests"))
     monkeypatch.setattr(turns, "WARM_UP_CAP_S", 0.3)
 
