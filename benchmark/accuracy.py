@@ -18,11 +18,10 @@ from benchmark.worker import open_model
 from compress import manifest
 from compress.devices import load_device
 from compress.errors import BenchmarkError, DataError, run_app
+from compress.tasks import LETTERS, map_key, validator_of
 
 STAGE = "accuracy"
 RESULT = "accuracy.json"
-# Ultralytics' letter of each task's own metric: boxes (also oriented ones), masks, key points.
-LETTERS = {"detect": "B", "obb": "B", "segment": "M", "pose": "P"}
 METRICS = {"map50_95": "mAP50-95", "map50": "mAP50", "top1": "top-1", "top5": "top-5"}
 
 
@@ -79,13 +78,12 @@ def evaluate(
     if task == "classify":
         scores = {name: float(stats[f"metrics/accuracy_{name}"]) for name in ("top1", "top5")}
         return {**scores, **found}
-    letter = LETTERS[task]
-    own = {"M": "seg", "P": "pose"}.get(letter, "box")
+    own = {"segment": "seg", "pose": "pose"}.get(task, "box")
     maps = getattr(validator.metrics, own).maps
-    boxes = {} if letter == "B" else {"box_map50_95": float(stats["metrics/mAP50-95(B)"])}
+    boxes = {} if own == "box" else {"box_map50_95": float(stats[map_key("detect")])}
     return {
-        "map50_95": float(stats[f"metrics/mAP50-95({letter})"]),
-        "map50": float(stats[f"metrics/mAP50({letter})"]),
+        "map50_95": float(stats[map_key(task)]),
+        "map50": float(stats[map_key(task, "50")]),
         **boxes,
         "per_class": {names[int(c)]: float(maps[c]) for c in validator.metrics.ap_class_index},
         **found,
@@ -129,18 +127,10 @@ def _validator(
     """Return Ultralytics' validator of a task with its data loaded and its metrics empty, but without a model."""
     import torch
     from ultralytics.data import build_dataloader
-    from ultralytics.models import yolo
 
-    kinds: dict[str, Any] = {
-        "detect": yolo.detect.DetectionValidator,
-        "segment": yolo.segment.SegmentationValidator,
-        "pose": yolo.pose.PoseValidator,
-        "obb": yolo.obb.OBBValidator,
-        "classify": yolo.classify.ClassificationValidator,
-    }
     # Not `rect`: every image gets the same square, which exported models take.
     args = {"data": str(data), "split": split, "imgsz": imgsz, "rect": False, "plots": False, "device": "cpu"}
-    validator = kinds[task](save_dir=scratch, args=args)
+    validator = validator_of(task)(save_dir=scratch, args=args)
     validator.training = False
     validator.device = torch.device("cpu")
     images = _images(validator.args, task, data, names, split, imgsz)

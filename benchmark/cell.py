@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 from benchmark import transports
+from benchmark.programs import exit_reason
 from benchmark.transports import Local, Transport
 from compress.errors import BenchmarkError, DeviceError
 
@@ -101,7 +102,7 @@ class Worker:
             if code in _NO_COMMAND:
                 return DeviceError(f"{self.place.name} has no {self.place.python}: name an interpreter with --python")
             code = -signal.SIGKILL if code == _KILLED else code
-        return BenchmarkError(f"{self.name} crashed ({_exit_reason(code)}){self._said()}")
+        return BenchmarkError(f"{self.name} crashed ({exit_reason(code)}){self._said()}")
 
     def _lost(self, reason: str) -> str:
         return (
@@ -178,10 +179,3 @@ def _read(stream: IO[bytes], put: Callable[[Answer | None], None]) -> None:
 def _ping(worker: Worker, done: threading.Event) -> None:
     while not done.wait(PING_S):
         worker.send(b"\n")
-
-
-def _exit_reason(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    name = signal.Signals(-code).name
-    return f"{name}, perhaps out of memory" if name == "SIGKILL" else name

@@ -1,13 +1,11 @@
 """Latency: every cell in a fresh process on the device, checked, warmed up, then measured interleaved.
 
-A cell is one model file on one runtime. The cells take turns in short bursts of queries, in an order that is shuffled
-anew each round, so that whatever the device does meanwhile meets all of them alike. No query of a burst is dropped
-for being slow. An emulated device counts instructions instead, because its time says nothing.
+A cell is one model file on one runtime; the cells take turns in short bursts of queries, see `benchmark.turns`. An
+emulated device counts instructions instead, because its time says nothing.
 """
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,6 +18,7 @@ import typer
 from benchmark import clocks, prepare, runtimes, sites, statistics, store
 from benchmark.latency_record import INSTRUCTIONS, Cell, cell_record, compare, noise, others_cores, print_table, profile
 from benchmark.sites import Site
+from benchmark.turns import LEAD_IN, MODES, Show, count_cells, counted_protocol, time_cells, timed_protocol
 from compress import manifest
 from compress.devices import load_device
 from compress.errors import BenchmarkError, SettingsError, run_app
@@ -27,29 +26,6 @@ from compress.errors import BenchmarkError, SettingsError, run_app
 SCHEMA = 1
 STAGE = "latency"
 RESULT, ACCURACY = "latency.json", "accuracy.json"
-WINDOW_S = 0.1
-WARM_UP_CAP_S = 10.0
-MIN_BURST = 5
-# Another cell has just used the caches: the first queries of a burst bring them back and are not counted.
-LEAD_IN = 2
-COUNTED = 3  # queries of a cell where instructions are counted: they repeat to 0.1 %
-
-
-@dataclass(frozen=True)
-class Mode:
-    """How long to measure: at least so many queries and so many seconds for each cell, in bursts of `burst_s`."""
-
-    min_queries: int
-    min_seconds: float
-    burst_s: float
-    label: str
-
-
-MODES = {
-    "quick": Mode(100, 2.0, 0.1, "quick, for development, not for publication"),
-    "standard": Mode(512, 20.0, 0.5, "standard"),
-    "mlperf": Mode(1024, 60.0, 1.0, "at least 1024 queries and 60 s"),
-}
 
 
 @dataclass(frozen=True)
@@ -126,7 +102,7 @@ def measure(
                 ready = ready or answer
             unit = INSTRUCTIONS if counted else "ms"
             cells.append(Cell(name, runtime, path, workers[0], ready, unit=unit, batch=batch, others=workers[1:]))
-        order = _count(cells, seed, show) if counted else _time(cells, plan, seed, show)
+        order = count_cells(cells, seed, show) if counted else time_cells(cells, plan, seed, show)
         costs = [cell.finish() for cell in cells]
         elapsed_s, after = time.monotonic() - started, sites.snapshot(site)
         # In processes of their own, so that memory and load above are those of the timed queries alone.
@@ -161,7 +137,7 @@ def measure(
             "device": site.device.name,
             "mode": mode,
             "label": "counted, not timed" if counted else plan.label,
-            **(_counted_protocol() if counted else _timed_protocol(plan)),
+            **(counted_protocol() if counted else timed_protocol(plan)),
             "rounds": len(order),
             "order": order,
             "imgsz": imgsz,
@@ -186,68 +162,8 @@ def _wanted(models: dict[str, dict[str, Path]], load: Load) -> Iterator[tuple[st
                 yield name, runtime, path, batch
 
 
-def _time(cells: list[Cell], plan: Mode, seed: int, show: Any) -> list[list[int]]:
-    """Warm all cells up, then measure them in turns; return the order of each round."""
-    for cell in cells:
-        show(f"warm up {cell.name}", 0.0)
-        _warm_up(cell, plan)
-    order: list[list[int]] = []
-    generator = random.Random(seed)
-    while (done := min(cell.progress(plan.min_queries, plan.min_seconds) for cell in cells)) < 1.0:
-        show("latency", done)
-        order.append(generator.sample(range(len(cells)), len(cells)))
-        for index in order[-1]:
-            cell = cells[index]
-            cell.rounds.append(cell.query(cell.burst, LEAD_IN))
-    return order
-
-
-def _count(cells: list[Cell], seed: int, show: Any) -> list[list[int]]:
-    """Count the instructions of all cells in turns; return the order of each round. The checks were the warm-up."""
-    generator = random.Random(seed)
-    order = [generator.sample(range(len(cells)), len(cells)) for _ in range(COUNTED)]
-    for number, turn in enumerate(order):
-        for place, index in enumerate(turn):
-            show("instructions", (number + place / len(cells)) / COUNTED)
-            cells[index].rounds.append(cells[index].query(1))
-    return order
-
-
-def _timed_protocol(plan: Mode) -> dict[str, Any]:
-    return {
-        "min_queries": plan.min_queries,
-        "min_seconds": plan.min_seconds,
-        "burst_s": plan.burst_s,
-        "lead_in_queries": LEAD_IN,
-        "timed": "inference only, clock of the device's own processor",
-    }
-
-
-def _counted_protocol() -> dict[str, Any]:
-    return {"min_queries": COUNTED, "counted": "instructions of the inference, on an emulated processor"}
-
-
-def _warm_up(cell: Cell, mode: Mode) -> None:
-    """Run windows of queries until their medians stay within 3 %, or until the cap; then set the length of a burst."""
-    window, queries, medians = MIN_BURST, 0, []
-    began = time.monotonic()
-    while True:
-        samples = cell.query(window)
-        queries += window
-        median_ms = sorted(samples)[len(samples) // 2]
-        window = max(MIN_BURST, round(WINDOW_S * 1000 / median_ms))
-        medians.append(median_ms)
-        plateau = statistics.on_plateau(medians)
-        seconds = time.monotonic() - began
-        if plateau or (seconds >= WARM_UP_CAP_S and len(medians) >= statistics.PLATEAU_WINDOWS):
-            break
-    cell.energies_uj.clear()
-    cell.warm_up = {"queries": queries, "seconds": round(seconds, 2), "plateau": plateau}
-    cell.burst = max(MIN_BURST, round(mode.burst_s * 1000 / medians[-1]))
-
-
 @contextmanager
-def _progress() -> Iterator[Any]:
+def _progress() -> Iterator[Show]:
     """Yield a function that shows what is being done and the share that is done; silent without a terminal."""
     from rich.console import Console
     from rich.markup import escape

@@ -109,37 +109,23 @@ class _Onnxruntime(_Network):
         if self._profiled is None:
             self._profiled = self._open_profiled()
         for _ in range(LEAD_IN + BURST):
-            self._profiled.run(None, {self._profiled.get_inputs()[0].name: self.image})
+            self.runner.infer(self._profiled, self.image)
 
     def _open_profiled(self) -> Any:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()  # those of the runner, and a profile
-        options.intra_op_num_threads = self.threads
-        options.inter_op_num_threads = 1
-        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-        options.log_severity_level = 3
-        options.enable_profiling = True
         self._scratch = tempfile.TemporaryDirectory()
-        options.profile_file_prefix = str(Path(self._scratch.name) / "profile")
-        return onnxruntime.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
+        return self.runner.load(self.path, self.threads, profile=str(Path(self._scratch.name) / "profile"))
 
     def segments(self) -> list[Segment]:
-        events = json.loads(Path(self._profiled.end_profiling()).read_text())
+        from benchmark.runners.onnxruntime_layers import durations_us, end_profile
+
+        events = end_profile(self._profiled)
         self._scratch.cleanup()
-        samples: dict[str, list[float]] = {}
-        kinds: dict[str, str] = {}
-        for event in events:
-            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-                name = event["name"].removesuffix("_kernel_time")
-                samples.setdefault(name, []).append(event["dur"] / 1000)
-                kinds[name] = event["args"]["op_name"]
         shapes = _onnx_shapes(self.path)
         layers = []
-        for name, values in samples.items():
-            known = shapes.get(name.removesuffix("_nchwc")) if "Conv" in kinds[name] else None
-            counted = [value for i, value in enumerate(values) if i % (LEAD_IN + BURST) >= LEAD_IN]
-            layers.append((*(known or ("", None)), median(counted)))
+        for (name, kind), values_us in durations_us(events).items():
+            known = shapes.get(name.removesuffix("_nchwc")) if "Conv" in kind else None
+            counted = [value for i, value in enumerate(values_us) if i % (LEAD_IN + BURST) >= LEAD_IN]
+            layers.append((*(known or ("", None)), median(counted) / 1000))
         return join(layers)
 
 

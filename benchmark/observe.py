@@ -9,15 +9,13 @@ only their ratio counts. A device that counts instructions needs no turns, becau
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmark import sites, statistics
+from benchmark import programs, sites, statistics
 from benchmark.layer_times import BURST, LEAD_IN, RUNTIMES, join, ncnn_shapes
 from benchmark.sites import Site
 from compress.devices import Device, load_device
@@ -176,28 +174,9 @@ def _segments(model: Path, costs: list[tuple[str, float]]) -> list[dict[str, Any
 def _here(dense: Path, model: Path, wanted: Wanted) -> dict[str, Any]:
     """Measure in a fresh process, see `layer_times.measure`."""
     numbers = (wanted.threads, wanted.imgsz, wanted.seed, ROUNDS)
-    command = [
-        sys.executable,
-        "-m",
-        "benchmark.layer_times",
-        wanted.runtime,
-        str(dense.resolve()),
-        str(model.resolve()),
-    ]
-    root = str(Path(__file__).parents[1])
-    paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, **dict.fromkeys(sites.THREAD_VARIABLES, str(wanted.threads)), "PYTHONPATH": paths}
+    command = programs.own("benchmark.layer_times", wanted.runtime, dense.resolve(), model.resolve(), *numbers)
     try:
-        done = subprocess.run(  # noqa: S603  (our own module in our own interpreter)
-            [*command, *map(str, numbers)],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=TIMEOUT_S,
-            check=False,
-        )
+        done = programs.run(command, TIMEOUT_S, environment=programs.own_environment(wanted.threads))
     except subprocess.TimeoutExpired:
         raise BenchmarkError(f"{model.name} was not measured in {TIMEOUT_S} s: use a smaller --imgsz") from None
     try:
@@ -206,7 +185,7 @@ def _here(dense: Path, model: Path, wanted: Wanted) -> dict[str, Any]:
         said = [line for line in done.stderr.splitlines() if line.strip()]
         reason = f"; its last line was: {said[-1]}" if said else ""
         raise BenchmarkError(
-            f"{model.name} on {wanted.runtime} ended with exit code {done.returncode}{reason}"
+            f"{model.name} on {wanted.runtime} crashed ({programs.exit_reason(done.returncode)}){reason}"
         ) from None
     if "error" in record:
         raise BenchmarkError(f"{model.name} on {wanted.runtime}: {record['error']}")

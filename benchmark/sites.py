@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -14,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmark import bootstrap, clocks, runtimes, system, transfer, transports
+from benchmark import bootstrap, clocks, programs, runtimes, system, transfer, transports
 from benchmark.cell import SILENCE_S, Worker, connect
+from benchmark.programs import THREAD_VARIABLES
 from benchmark.transports import Adb, Local, Ssh, Transport
 from benchmark.worker import COUNTER, WATCHDOG
 from compress.devices import Device, load_device
@@ -25,13 +25,6 @@ WATCHDOG_S = 60.0
 COUNTING = 15  # an emulator that counts takes longer by about so much
 _PACKAGE = ("frames.py", "probe.py", "system.py", "worker.py")
 _OLDEST = (3, 8)
-THREAD_VARIABLES = (
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "NUMEXPR_NUM_THREADS",
-    "VECLIB_MAXIMUM_THREADS",
-)
 
 
 @dataclass(frozen=True)
@@ -150,17 +143,15 @@ def worker(
         DeviceError: the device cannot be reached, or has no space left.
     """
     name, runner = f"{model.name} on {runtime}", runtimes.runner(runtime)
-    environment = dict.fromkeys(THREAD_VARIABLES, str(threads))
     numbers = [str(threads), str(imgsz), str(seed), *([] if batch == 1 else [str(batch)])]
     if site.folder is None:
-        root = str(Path(__file__).parents[1])
-        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-        arguments = [sys.executable, "-m", "benchmark.worker", runner, str(model.resolve()), *numbers]
-        return connect(name, site.place, arguments, {**environment, "PYTHONPATH": path})
+        arguments = programs.own("benchmark.worker", runner, model.resolve(), *numbers)
+        return connect(name, site.place, arguments, programs.own_environment(threads))
     number = str(next(site.numbers))
     there = _push_model(site.place, site.folder, number, model)
     slow = COUNTING if site.device.counter else 1
     # What a runtime leaves in its temporary folder goes away with ours.
+    environment = dict.fromkeys(THREAD_VARIABLES, str(threads))
     environment |= {WATCHDOG: f"{WATCHDOG_S * slow:g}", "TMPDIR": site.folder}
     if site.packages is not None:
         environment["PYTHONPATH"] = site.packages

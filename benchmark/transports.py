@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from benchmark import programs
 from compress.errors import DeviceError, SettingsError
 
 # A host that is down or a connection that breaks is noticed in seconds, and no password is asked for in a pipe.
@@ -287,17 +288,7 @@ def call(
         DeviceError: the program is not installed here, or takes longer than `timeout_s`.
     """
     try:
-        return subprocess.run(  # noqa: S603  (words, checked or ours)
-            command,
-            cwd=folder,
-            env={**os.environ, **environment} if environment else None,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-            timeout=timeout_s,
-        )
+        return programs.run(command, timeout_s, folder, environment)
     except subprocess.TimeoutExpired:
         raise DeviceError(f"{place.name} did not answer in {timeout_s:g} s: check it there") from None
     except OSError as error:

@@ -85,11 +85,6 @@ def task_of(model: nn.Module) -> str:
     return HEADS.get(type(model.model[-1]).__name__, "detect")  # type: ignore[index]
 
 
-def metric_of(task: str) -> str:
-    """Return by what models of a task are judged: `map50_95`, classifiers by `top1`."""
-    return "top1" if task == "classify" else "map50_95"
-
-
 def load_training_args(path: str | Path) -> dict[str, Any]:
     """Return the Ultralytics training arguments that a checkpoint was made with (empty for a .yaml)."""
     path = Path(path)

@@ -17,6 +17,7 @@ from compress.errors import BudgetError
 from compress.finetune import finetune
 from compress.prune import plan_pruning, prune
 from compress.sparsify import sparsify
+from compress.tasks import metric_of
 
 if TYPE_CHECKING:
     from compress.channels.graph import Graph
@@ -127,7 +128,7 @@ def run_rounds(
     from compress.channels.graph import build_graph
 
     reference = checkpoint.load_model(dense)
-    graph, metric = build_graph(reference, settings.imgsz), checkpoint.metric_of(checkpoint.task_of(reference))
+    graph, metric = build_graph(reference, settings.imgsz), metric_of(checkpoint.task_of(reference))
     before = {"macs": int(graph.macs(graph.widths)), "params": int(graph.params(graph.widths))}
     wanted = settings.prune.model_copy(update={"budget": held_to_dense(settings.prune.budget, graph)})
     best = _scored(dense, data, settings, folder / "01_score", score, metric)

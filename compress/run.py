@@ -19,6 +19,7 @@ from compress.finetune import finetune
 from compress.prune import plan_pruning, print_plan, prune
 from compress.settings import ExportTrt, Run, check_imgsz, load_run
 from compress.sparsify import sparsify
+from compress.tasks import metric_of
 from compress.train import Common, train
 from compress.training.teacher import check_teacher
 
@@ -101,7 +102,7 @@ def score_val(model: Path, data: Path, imgsz: int) -> float:
     from benchmark.accuracy import evaluate
 
     found = evaluate(model, data, split="val", imgsz=imgsz)
-    return float(found[checkpoint.metric_of(found["task"])])
+    return float(found[metric_of(found["task"])])
 
 
 def tabulate(model: Any, settings: Run) -> None:

@@ -11,6 +11,7 @@ import typer
 from compress import checkpoint, manifest
 from compress.errors import DataError, run_app
 from compress.settings import Strict, Training, check_imgsz, parse, training_args
+from compress.tasks import map_key
 
 MODEL = "model.pt"
 MORE_HELP = "any other Ultralytics training argument, such as nbs=16 or mosaic=0"
@@ -149,9 +150,9 @@ def _last_metrics(path: Path) -> dict[str, float]:
 
 # What each task is about, by Ultralytics' names; masks and key points before their boxes.
 _SCORES = {
-    "metrics/mAP50-95(M)": "mask mAP50-95",
-    "metrics/mAP50-95(P)": "pose mAP50-95",
-    "metrics/mAP50-95(B)": "mAP50-95",
+    map_key("segment"): "mask mAP50-95",
+    map_key("pose"): "pose mAP50-95",
+    map_key("detect"): "mAP50-95",
     "metrics/accuracy_top1": "top-1",
 }
 

@@ -20,14 +20,31 @@ PADDING, DIVISOR = 114, 255  # Ultralytics' grey, and the largest pixel value
 CONFIDENCE, IOU = 0.25, 0.7  # of Ultralytics' predictor
 
 
-def check_bundle(output: Path) -> None:
-    """Check that a bundle can get its name.
+def check_bundle(model: Path, output: Path) -> None:
+    """Check, before anything is exported, that a bundle can run a checkpoint and can get its name.
 
     Raises:
-        ExportError: something has that name: a bundle may hold its owner's changes, so none is overwritten.
+        CheckpointError: the checkpoint cannot be opened.
+        ExportError: it is no detector of RGB images, or something has that name.
     """
+    from compress.checkpoint import load_deployable, task_of
+
+    _check_name(output)
+    network: Any = load_deployable(model)
+    _check_model(model.name, task_of(network), network.yaml.get("channels", 3))
+
+
+def _check_name(output: Path) -> None:
+    """A bundle may hold its owner's changes, so none is overwritten."""
     if output.exists() or output.is_symlink():
         raise ExportError(f"{output} exists: remove it, or choose another --bundle")
+
+
+def _check_model(name: str, task: str, channels: int) -> None:
+    if task != "detect":
+        raise ExportError(f"{name} is a model for {task}: a bundle can only run detectors")
+    if channels != 3:
+        raise ExportError(f"{name} takes images of {channels} channels: a bundle gives it 3, RGB")
 
 
 def write_bundle(model: Path, output: Path) -> Path:
@@ -46,15 +63,12 @@ def write_bundle(model: Path, output: Path) -> Path:
     """
     import tempfile
 
-    check_bundle(output)
+    _check_name(output)
     try:
         metadata = ncnn_runner.load(str(model), threads=1).metadata
     except ValueError as error:
         raise ExportError(str(error)) from None
-    if metadata["task"] != "detect":
-        raise ExportError(f"{model.name} is a model for {metadata['task']}: a bundle can only run detectors")
-    if metadata["channels"] != 3:
-        raise ExportError(f"{model.name} takes images of {metadata['channels']} channels: a bundle gives it 3, RGB")
+    _check_model(model.name, metadata["task"], metadata["channels"])
     output.parent.mkdir(parents=True, exist_ok=True)
     # Beside the output, so that the finished folder only has to be renamed.
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:

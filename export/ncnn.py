@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmark import programs
 from benchmark.runtimes import NCNN_SUFFIX, RUNNERS
+from benchmark.transports import last_line
 from compress import manifest
 from compress.errors import ExportError, SettingsError, run_app
 from compress.settings import ExportNcnn, QuantizeNcnn, check_imgsz, parse
@@ -176,7 +176,7 @@ def _trace(network: Any, model: Path, imgsz: int) -> Any:
         try:
             return torch.jit.trace(network, images, check_trace=False)
         except (RuntimeError, ValueError, TypeError) as error:
-            raise ExportError(f"{model.name} cannot be traced: {_last_line(str(error))}") from None
+            raise ExportError(f"{model.name} cannot be traced: {last_line(str(error))}") from None
 
 
 def _pass_on(x: Any) -> Any:
@@ -251,12 +251,13 @@ def _convert(folder: Path, model: Path, half: bool, shapes: Sequence[str] = ()) 
     report = f"{done.stdout}\n{done.stderr}"
     if done.returncode != 0:
         raise ExportError(
-            f"pnnx {_exit_reason(done.returncode)} on {model.name}; its last line was: {_last_line(report)}; "
+            f"pnnx failed on {model.name} ({programs.exit_reason(done.returncode)}); its last line was: "
+            f"{last_line(report)}; "
             "try another version of pnnx, or use the ONNX export"
         )
     missing = [name for name in (PARAM, BIN) if not (folder / name).is_file()]
     if missing:
-        raise ExportError(f"pnnx wrote no {missing[0]} for {model.name}; its last line was: {_last_line(report)}")
+        raise ExportError(f"pnnx wrote no {missing[0]} for {model.name}; its last line was: {last_line(report)}")
     return report
 
 
@@ -308,41 +309,26 @@ def file_facts(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _run_once(folder: Path, model: Path, imgsz: int) -> None:
     """Infer once in another process, because a graph that ncnn cannot run may end the process that tries."""
-    command = [sys.executable, "-m", "benchmark.worker", RUNNERS["ncnn"], str(folder.resolve()), "1", str(imgsz), "0"]
-    done = _run(command, Path(__file__).parents[1], f"ncnn did not finish {model.name}")
+    command = programs.own("benchmark.worker", RUNNERS["ncnn"], folder.resolve(), 1, imgsz, 0)
+    done = _run(command, folder, f"ncnn did not finish {model.name}", programs.own_environment(1))
     answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     for answer in answers:
         if "error" in answer:
             raise ExportError(f"ncnn cannot run {model.name}: {answer['error']}")
     if done.returncode != 0:
         raise ExportError(
-            f"ncnn {_exit_reason(done.returncode)} on {model.name}: try another version of pnnx, or use the ONNX export"
+            f"ncnn crashed on {model.name} ({programs.exit_reason(done.returncode)}): try another version of pnnx, "
+            "or use the ONNX export"
         )
 
 
-def _run(command: list[str], folder: Path, slow: str) -> subprocess.CompletedProcess[str]:
+def _run(
+    command: list[str], folder: Path, slow: str, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(  # noqa: S603  (a fixed program with our own arguments)
-            command,
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=TIMEOUT_S,
-            check=False,
-        )
+        return programs.run(command, TIMEOUT_S, folder, environment)
     except subprocess.TimeoutExpired:
         raise ExportError(f"{slow} in {TIMEOUT_S} s: use the ONNX export") from None
-
-
-def _exit_reason(code: int) -> str:
-    return f"failed with exit code {code}" if code > 0 else f"crashed ({signal.Signals(-code).name})"
-
-
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "nothing"
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -370,12 +356,12 @@ def main(
     from compress.data.dataset import resolve
     from export import deploy
 
-    if bundle:
-        deploy.check_bundle(bundle)
     for given, name in ((half, "--half"), (dynamic, "--dynamic")):
         if given and int8:
             raise SettingsError(f"{name} and --int8 exclude each other: choose one")
     stage.require(model)
+    if bundle:
+        deploy.check_bundle(model, bundle)
     if int8:
         content = {
             "method": method,

@@ -171,10 +171,13 @@ def checkpoint_imgsz(settings: ExportTrt) -> int:
 
 
 def _check_static(settings: ExportTrt) -> None:
-    ranges = [parse_range(text, name) for name, text in (("imgsz", settings.imgsz), ("batch", settings.batch)) if text]
-    if any(low != high for low, _, high in ranges) or settings.batch not in (None, "1"):
+    low, _, high = parse_range(settings.imgsz or "640", "imgsz")
+    open_size, open_batch = low != high, parse_range(settings.batch or "1", "batch") != (1, 1, 1)
+    if open_size or open_batch:
+        dynamic = "both" if open_size and open_batch else "size" if open_size else "batch"
         raise ExportError(
-            "a checkpoint is exported for batch 1 and one image size: for others give the dynamic .onnx file of it"
+            "a checkpoint is exported for batch 1 and one image size: for others give the .onnx file that "
+            f"export.onnx --dynamic {dynamic} makes of it"
         )
 
 

@@ -140,8 +140,29 @@ configure() {
 
 # compile BUILD ARGUMENT …
 compile() {
-    nice -n 5 cmake --build "$1" --parallel "${JOBS:-$(nproc)}" "${@:2}" >"$1/build.log" 2>&1 ||
+    nice -n 5 cmake --build "$1" --parallel "${JOBS:-$(nproc)}" "${@:2}" 2>&1 | tee "$1/build.log" | show_progress ||
         { tail -n 20 "$1/build.log" >&2; fail "the compiler failed: the last lines are above"; }
+}
+
+# show_progress: of a build's output only how far it is; in a log, which keeps every line, only each tenth of it.
+show_progress() {
+    local line share last=-1
+    while IFS= read -r line; do
+        if [[ "$line" =~ ^\[\ *([0-9]+)%\] ]]; then # make
+            share=${BASH_REMATCH[1]}
+        elif [[ "$line" =~ ^\[([0-9]+)/([0-9]+)\] ]]; then # ninja
+            share=$((100 * BASH_REMATCH[1] / BASH_REMATCH[2]))
+        else
+            continue
+        fi
+        if [[ -t 2 ]]; then
+            printf '\rbuild_bundle: %d %%' "$share" >&2
+        elif ((share / 10 > last)); then
+            last=$((share / 10))
+            echo "build_bundle: $share %" >&2
+        fi
+    done
+    [[ ! -t 2 ]] || printf '\r\033[K' >&2
 }
 
 # fetch_source: ncnn's source in $cache/source, whole or not at all.

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,6 +85,24 @@ def shared(root: Path) -> Path:
     if not folder.is_dir():
         pytest.skip("needs real data and weights: no folder 'shared' beside the repository")
     return folder
+
+
+@pytest.fixture(scope="session")
+def run_command() -> Callable[..., int]:
+    """Run a command's app with words, as `python -m` does, and return its exit code."""
+    import typer
+
+    from compress.errors import run_app
+
+    def run(app: typer.Typer, *words: object) -> int:
+        command = typer.main.get_command(app)
+        try:
+            run_app(lambda: command.main([str(word) for word in words], prog_name="command"))
+        except SystemExit as stop:
+            return int(stop.code or 0)
+        return 0
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -38,9 +38,9 @@ head:
 # The command as it is, with a benchmark of half a second in place of one for people.
 PIPELINE = """
 import runpy, sys
-from benchmark import latency
-latency.MODES["quick"] = latency.Mode(20, 0.2, 0.05, "for tests")
-latency.WARM_UP_CAP_S = 0.3
+from benchmark import turns
+turns.MODES["quick"] = turns.Mode(20, 0.2, 0.05, "for tests")
+turns.WARM_UP_CAP_S = 0.3
 sys.argv[0] = "compress.run"
 runpy.run_module("compress.run", run_name="__main__")
 """

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from benchmark import latency
+from benchmark import turns
 from compress import run
 from compress.errors import run_app
 from compress.shapes import Shapes, generate
@@ -59,8 +59,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(home: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> Callable[..., tuple[int, str, str]]:
     """Run the command in this process with a benchmark of half a second; return exit code, output and error."""
     monkeypatch.chdir(home)
-    monkeypatch.setitem(latency.MODES, "quick", latency.Mode(20, 0.2, 0.05, "for tests"))
-    monkeypatch.setattr(latency, "WARM_UP_CAP_S", 0.3)
+    monkeypatch.setenv("ESPALIER_STORE", str(home / "store.sqlite"))  # test_run.py has pipelines of the same name
+    monkeypatch.setitem(turns.MODES, "quick", turns.Mode(20, 0.2, 0.05, "for tests"))
+    monkeypatch.setattr(turns, "WARM_UP_CAP_S", 0.3)
 
     def command(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["compress.run", "--config", "tiny.yaml", *words])

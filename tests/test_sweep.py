@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from benchmark import latency
+from benchmark import turns
 from compress import run, sweep
 from compress.errors import ExportError, RunError
 from compress.sweeps import jobs as sweep_jobs
@@ -29,8 +29,8 @@ def checked() -> list[str]:
 def home(tmp_path: Path, tiny_data: Path, architectures: dict[str, Any], checked: list[str], monkeypatch) -> Path:
     """A sweep of three targets. The middle one is far better after its cut than the one of more MACs."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(latency.MODES, "quick", latency.Mode(20, 0.2, 0.05, "for tests"))
-    monkeypatch.setattr(latency, "WARM_UP_CAP_S", 0.3)
+    monkeypatch.setitem(turns.MODES, "quick", turns.Mode(20, 0.2, 0.05, "for tests"))
+    monkeypatch.setattr(turns, "WARM_UP_CAP_S", 0.3)
     model = {"nc": 6, "backbone": architectures["obb"]["backbone"], "head": [[[3, 4, 5], 1, "Detect", ["nc"]]]}
     training = {"epochs": 0}
     pipeline = {

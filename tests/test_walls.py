@@ -11,7 +11,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # What others may know of compress; a name stands for what is below it too. devices: budgets read a device's widths, the
 # benchmark how it is reached.
-SHARED_BY_ALL = {"checkpoint", "manifest", "settings", "devices", "errors", "data", "progress", "pruning.repair"}
+SHARED_BY_ALL = {
+    "checkpoint",
+    "manifest",
+    "settings",
+    "devices",
+    "errors",
+    "data",
+    "progress",
+    "tasks",
+    "pruning.repair",
+}
 # These chain everything: the pipeline, the loop that measures a plan before it is paid for, and the report of a sweep.
 CHAINS = {"compress/run.py", "compress/latency/measured.py", "compress/sweep.py"}
 # A latency table is learnt from networks of many widths, which only the channel graph can cut.

@@ -27,17 +27,22 @@ def layers(runner: Any, session: Any, model: str, images: np.ndarray, _: str | N
         model: the file that it opened.
         images: (n, 3, height, width) float32, as for `infer`.
     """
-    events = profile(runner, session, model, images)
-    durations: dict[tuple[str, str], list[int]] = {}
-    for event in events:
-        if event.get("cat") == _NODE and event["name"].endswith(_KERNEL):
-            key = event["name"][: -len(_KERNEL)], event["args"].get("op_name", "")
-            durations.setdefault(key, []).append(event["dur"])
+    durations = durations_us(profile(runner, session, model, images))
     runs = WARM_UP + REPEATS
     return [
         {"name": name, "type": kind, "ms": round(_per_run_us(found, runs) / 1000, 4)}
         for (name, kind), found in durations.items()
     ]
+
+
+def durations_us(events: list[dict[str, Any]]) -> dict[tuple[str, str], list[int]]:
+    """Return how long each node took, by name and type, in the order in which they run; one value for each time."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for event in events:
+        if event.get("cat") == _NODE and event["name"].endswith(_KERNEL):
+            key = event["name"][: -len(_KERNEL)], event["args"].get("op_name", "")
+            found.setdefault(key, []).append(event["dur"])
+    return found
 
 
 def profile(runner: Any, session: Any, model: str, images: np.ndarray) -> list[dict[str, Any]]:
@@ -46,7 +51,12 @@ def profile(runner: Any, session: Any, model: str, images: np.ndarray) -> list[d
         profiled = runner.load(model, session.threads, session.variant, str(Path(folder) / "profile"))
         for _ in range(WARM_UP + REPEATS):
             runner.infer(profiled, images)
-        return json.loads(Path(profiled.graph.end_profiling()).read_text(encoding="utf-8"))
+        return end_profile(profiled)
+
+
+def end_profile(profiled: Any) -> list[dict[str, Any]]:
+    """Return the events of a session that was opened with a profile, and end that."""
+    return json.loads(Path(profiled.graph.end_profiling()).read_text(encoding="utf-8"))
 
 
 def _per_run_us(durations: list[int], runs: int) -> float:

@@ -25,15 +25,13 @@ from compress.channels.slots import (
     reshape,
     without_repeats,
 )
+from compress.channels.ultralytics_modules import WHOLE_ROWS
 from compress.channels.walk import operation_name
 
 if TYPE_CHECKING:
     from torch.fx import Node
 
     from compress.channels.walk import Walk
-
-# Modules whose reshape keeps the length of a row and lets the number of rows shrink: attention by whole heads.
-_WHOLE_ROWS = {"AAttn"}
 
 
 @rule("cat", "concat")
@@ -170,7 +168,7 @@ def _split_into_rows(walk: Walk, node: Node, slots: np.ndarray, dim: int, sizes:
     if rows.size != np.prod(shape):  # channels of another dimension as well
         walk.freeze(node.args[0], f"{operation_name(node)} of channels in {walk.place(node)}")
         return np.full_like(slots, FIXED)
-    shrinks = 0 if walk.known_class(node) in _WHOLE_ROWS else _shrinking(node, sizes)
+    shrinks = 0 if walk.known_class(node) in WHOLE_ROWS else _shrinking(node, sizes)
     rows = rows.reshape(int(np.prod(shape[:shrinks])), shape[shrinks], -1)
     for column in range(1, rows.shape[2]):  # what becomes one position of the shrinking dimension lives and dies as one
         walk.ledger.unite(rows[..., 0], rows[..., column], walk.place(node))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from compress.channels.slots import FIXED
+from compress.channels.ultralytics_modules import TRIED
 from compress.channels.walk import modules_of, operation_name
 
 if TYPE_CHECKING:
@@ -23,12 +24,6 @@ if TYPE_CHECKING:
     from compress.channels.graph import Graph
 
 _RESHAPES = {"view", "reshape", "_unsafe_view", "unflatten", "split", "split_with_sizes", "expand", "slice", "flatten"}
-# Ultralytics' own modules whose reshapes the tests have tried at many widths, so that no trial is needed for them.
-_TRIED = {
-    *("Detect", "v10Detect", "Segment", "Segment26", "Pose", "Pose26", "OBB", "OBB26", "Classify", "Proto", "Proto26"),
-    *("C2f", "C3k2", "C2fCIB", "C2PSA", "PSA", "C2fPSA", "RepNCSPELAN4", "ELAN1", "ADown", "Attention", "AAttn"),
-    *("A2C2f", "CBLinear", "CBFuse", "Focus"),
-}
 
 
 def freeze_what_breaks(graph: Graph, model: nn.Module) -> Graph:
@@ -65,7 +60,7 @@ def _untried(graph: Graph) -> tuple[dict[str, set[int]], set[int]]:
             continue
         groups = [graph.descriptions[n.name][0] for n in (node, *node.all_input_nodes) if n.name in graph.descriptions]
         found = {index for described in groups for index in np.unique(described[described != FIXED]).tolist()}
-        reshapes = operation_name(node) in _RESHAPES and kinds[-1].rpartition(".")[2] not in _TRIED
+        reshapes = operation_name(node) in _RESHAPES and kinds[-1].rpartition(".")[2] not in TRIED
         if reshapes or not _is_library(kinds[-1]):
             touched[kinds[-1]] |= found
         if reshapes or not all(map(_is_library, kinds)):

@@ -6,18 +6,12 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from compress.channels.slots import Ledger, fixed, in_dim
+from compress.channels.ultralytics_modules import EQUAL_SPLITS, FREE_SPLITS
 from compress.errors import GraphError
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
     from torch.fx import Node
-
-# Modules that split by sizes they keep as attributes, which `attributes.py` sets anew after a cut: into parts that must
-# stay equal, or into parts of any size.
-_SPLITS = {
-    "equal": {"C2f", "C2PSA", "PSA", "RepNCSPELAN4"},
-    "free": {"CBLinear", "Attention"},
-}
 
 
 class Walk:
@@ -106,7 +100,8 @@ class Walk:
 
     def parts_of_splits(self, node: Node) -> str | None:
         """Return what the parts of the module that runs a node may be, `equal` or `free`, or None if they are fixed."""
-        return next((kind for kind, classes in _SPLITS.items() if self.known_class(node) in classes), None)
+        known = self.known_class(node)
+        return "equal" if known in EQUAL_SPLITS else "free" if known in FREE_SPLITS else None
 
 
 def modules_of(node: Any) -> list[tuple[str, str]]:

@@ -91,7 +91,8 @@ def _rep_conv(module: Any, _: Kept) -> None:
         module.c2, module.c1 = module.conv1.conv.weight.shape[0], module.conv1.conv.weight.shape[1] * module.g
 
 
-# By the name of the class; of several in a module's ancestry, the nearest counts.
+# By the name of the class; of several in a module's ancestry, the nearest counts. What is to be known of Ultralytics'
+# modules before a cut stands in `compress/channels/ultralytics_modules.py`.
 _REFRESH: dict[str, Callable[[Any, Kept], None]] = {
     "_ConvNd": _convolution,
     "_ConvTransposeNd": _transposed_convolution,

@@ -12,13 +12,12 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import DataError, SettingsError
+from compress.tasks import LETTERS, map_key, validator_of
 
 if TYPE_CHECKING:
     from torch import nn
 
 _BATCH = 16
-# Ultralytics' letter of each task's own metric: boxes (also oriented ones), masks, key points.
-_LETTERS = {"detect": "B", "obb": "B", "segment": "M", "pose": "P"}
 
 
 def sample_images(data: Path, split: str, count: int, seed: int = 0) -> list[Path]:
@@ -52,7 +51,7 @@ def scorer(model: nn.Module, data: Path, chosen: list[Path], imgsz: int) -> Call
     from compress.pruning.taylor import labelled
 
     task, names = task_of(model), class_names(data)
-    if task not in _LETTERS:
+    if task not in LETTERS:
         raise SettingsError(f"a model of the task '{task}' has no mAP: give a detector")
     known = len(model.names)  # type: ignore[arg-type]  (Ultralytics' models have them)
     if known != len(names):
@@ -73,22 +72,15 @@ def scorer(model: nn.Module, data: Path, chosen: list[Path], imgsz: int) -> Call
                 batch = collate([files[index] for index in range(start, min(start + _BATCH, len(files)))])
                 batch = validator.preprocess(batch)
                 validator.update_metrics(validator.postprocess(network(batch["img"].to(device))), batch)
-            return float(validator.get_stats()[f"metrics/mAP50-95({_LETTERS[task]})"])
+            return float(validator.get_stats()[map_key(task)])
 
     return measure
 
 
 def _validator(task: str, files: Any, names: dict[int, str], network: nn.Module, imgsz: int, scratch: Path) -> Any:
     """Return Ultralytics' validator of a task with empty metrics."""
-    from ultralytics.models import yolo
-
-    kinds: dict[str, Any] = {
-        "detect": yolo.detect.DetectionValidator,
-        "segment": yolo.segment.SegmentationValidator,
-        "pose": yolo.pose.PoseValidator,
-        "obb": yolo.obb.OBBValidator,
-    }
-    validator = kinds[task](save_dir=scratch, args={"imgsz": imgsz, "rect": False, "plots": False, "device": "cpu"})
+    args = {"imgsz": imgsz, "rect": False, "plots": False, "device": "cpu"}
+    validator = validator_of(task)(save_dir=scratch, args=args)
     validator.training = False
     validator.device = next(network.parameters()).device
     validator.data = files.data

@@ -13,6 +13,7 @@ from torch import nn
 from compress.channels.slots import FIXED
 from compress.manifest import read_json, write_json
 from compress.pruning.importance import batch_norm_scales
+from compress.tasks import LETTERS
 
 if TYPE_CHECKING:
     from compress.channels.graph import Graph
@@ -107,5 +108,5 @@ class GammaLog:
         self.writer.add_scalar("sparsity/lambda", strength, epoch)
         for key, value in metrics.items():
             if key.startswith("metrics/"):
-                self.writer.add_scalar(key.replace("(B)", ""), float(value), epoch)
+                self.writer.add_scalar(key.removesuffix(f"({LETTERS['detect']})"), float(value), epoch)
         self.writer.flush()

@@ -11,6 +11,7 @@ from torch import nn
 from benchmark import latency, variants
 from benchmark.accuracy import evaluate
 from benchmark.profile import profile
+from benchmark.transports import Local
 from compress import checkpoint, manifest
 from compress.channels.graph import build_graph
 from compress.data.dataset import sample_images
@@ -165,7 +166,7 @@ def measured(study: Study, runtime: str, path: Path, dense: Path) -> dict[str, A
         wanted = study.wanted(runtime)
         with tempfile.TemporaryDirectory() as scratch:
             files = {
-                name: {runtime: variants.export(network, name, wanted, Path(scratch))}
+                name: {runtime: variants.export(network, name, wanted, Path(scratch), Local())}
                 for name, network in (("dense", checkpoint.load_model(dense)), ("cut", model))
             }
             record = quietly_measured(study, files, "quick")
@@ -187,7 +188,8 @@ def interleaved(study: Study, runtime: str, tuned: dict[str, nn.Module], dense: 
     with tempfile.TemporaryDirectory() as scratch:
         named = {"dense": checkpoint.load_model(dense), **{key[:16]: network for key, network in tuned.items()}}
         files = {
-            name: {runtime: variants.export(network, name, wanted, Path(scratch))} for name, network in named.items()
+            name: {runtime: variants.export(network, name, wanted, Path(scratch), Local())}
+            for name, network in named.items()
         }
         record = quietly_measured(study, files, "standard")
     cells = {cell["model"]: cell for cell in record["cells"]}

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -13,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from benchmark import programs
 from compress import checkpoint, manifest
 from compress.channels.graph import Graph, build_graph
 from compress.errors import EspalierError
@@ -25,7 +23,6 @@ from compress.settings import Budget, Importance, Prune
 from scripts.peers.search import Knob
 from scripts.studies.latency_prediction import uniform
 
-ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 3600
 
 
@@ -118,22 +115,13 @@ def torch_pruning(case: Case, amount: float, path: Path, *, norm: int, round_to:
         EspalierError: the process failed.
     """
     options = {"ratio": amount, "norm": norm, "imgsz": case.imgsz, **({"round-to": round_to} if round_to else {})}
-    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-    module = "scripts.peers.torch_pruning_cut"
-    done = subprocess.run(  # noqa: S603  (this interpreter, and a module of ours)
-        [sys.executable, "-m", module, str(case.start.resolve()), str(path.resolve()), *words],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "YOLO_OFFLINE": "true"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-        timeout=TIMEOUT_S,
-        check=False,
-    )
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    command = programs.own("scripts.peers.torch_pruning_cut", case.start.resolve(), path.resolve(), *words)
+    done = programs.run(command, TIMEOUT_S, environment=programs.own_environment(1) | {"YOLO_OFFLINE": "true"})
     if done.returncode:
         last_words = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise EspalierError(f"Torch-Pruning at ratio {amount:g} ended with {done.returncode}: {last_words}")
+        ended = programs.exit_reason(done.returncode)
+        raise EspalierError(f"Torch-Pruning at ratio {amount:g} ended with {ended}: {last_words}")
 
 
 def _cut(case: Case, choose: Callable[[Graph], np.ndarray], method: Importance, path: Path) -> None:

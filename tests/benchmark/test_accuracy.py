@@ -2,18 +2,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import typer
 
 from benchmark import accuracy
 from benchmark.runners import torch_runner
 from compress.checkpoint import build_model, load_model, save_model
-from compress.errors import BenchmarkError, DataError, run_app
+from compress.errors import BenchmarkError, DataError
 from export.ncnn import export_ncnn
 from export.onnx import export_onnx
 from export.parity import letterbox
@@ -73,14 +73,9 @@ def data(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return yaml
 
 
-def run(*arguments: object) -> int:
-    """Run the command line as `python -m benchmark.accuracy` does and return its exit code."""
-    command = typer.main.get_command(accuracy.app)
-    try:
-        run_app(lambda: command.main([str(argument) for argument in arguments], prog_name="accuracy"))
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+@pytest.fixture
+def run(run_command: Any) -> Any:
+    return partial(run_command, accuracy.app)
 
 
 def stock(model: Path, data: Path, imgsz: int, folder: Path) -> tuple[float, float]:
@@ -170,7 +165,13 @@ def test_images_without_labels_are_an_error(model: Path, data: Path, tmp_path: P
     ],
 )
 def test_mistakes_are_one_line(
-    name: str, content: bytes | None, message: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Any,
+    name: str,
+    content: bytes | None,
+    message: str,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
@@ -182,6 +183,7 @@ def test_mistakes_are_one_line(
 
 
 def test_the_command_writes_a_record_and_is_not_repeated(
+    run: Any,
     model: Path,
     artefact: Path,
     data: Path,

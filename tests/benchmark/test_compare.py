@@ -2,16 +2,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 
 from benchmark import compare, store
 from benchmark.compare import Candidate
 from benchmark.records import Measurement, Score, measurements
-from compress.errors import BenchmarkError, run_app
+from compress.errors import BenchmarkError
 
 
 def cell(model: str, rounds_ms: list[list[float]], **more: Any) -> dict[str, Any]:
@@ -146,13 +146,9 @@ def test_a_record_without_samples_is_not_guessed_about() -> None:
 # The command
 
 
-def run(*words: object) -> int:
-    command = typer.main.get_command(compare.app)
-    try:
-        run_app(lambda: command.main([str(word) for word in words], prog_name="compare"))
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+@pytest.fixture
+def run(run_command: Any) -> Any:
+    return partial(run_command, compare.app)
 
 
 def write(folder: Path, **contents: Any) -> Path:
@@ -173,7 +169,7 @@ def published(root: Path, tmp_path: Path) -> Path:
 
 
 def test_a_published_run_dense_against_pruned(
-    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Any, published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "new" / "verdict.json"
     assert run(f"{published}:dense", published, "--json", path, "--map-tolerance", "0.012") == 0
@@ -192,7 +188,7 @@ def test_a_published_run_dense_against_pruned(
     assert "torch on AMD EPYC" in capsys.readouterr().out
 
 
-def test_two_folders_of_a_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_folders_of_a_benchmark(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = []
     for name, p50, value in (("old", 2.0, 0.5), ("new", 1.0, 0.499)):
         entry = {"model": "m.onnx", "model_sha256": "sha-m", "runtime": "torch", "map50_95": value}
@@ -207,7 +203,7 @@ def test_two_folders_of_a_benchmark(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "B is not better: it is faster but less accurate" in capsys.readouterr().out
 
 
-def test_rows_of_the_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_of_the_store(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = tmp_path / "s.sqlite"
     folder = write(
         tmp_path / "r",
@@ -243,7 +239,7 @@ def test_rows_of_the_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
-    tmp_path: Path, a: str, complaint: str, capsys: pytest.CaptureFixture[str]
+    run: Any, tmp_path: Path, a: str, complaint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = cell("m", [[1.0]])
     good = write(tmp_path / "good", latency=latency(one))

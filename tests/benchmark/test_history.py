@@ -4,15 +4,14 @@ import json
 import os
 from dataclasses import replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 
 from benchmark import history
 from benchmark.store import Row
-from compress.errors import run_app
 
 TIMED = Row(
     1, 1, 0, "latency", "t", "m", device="d", runtime="ncnn", threads=1, unit="ms", p50=10.0, low=9.9, high=10.1
@@ -91,13 +90,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "s.sqlite"
 
 
-def run(*words: object) -> int:
-    command = typer.main.get_command(history.app)
-    try:
-        run_app(lambda: command.main([str(word) for word in words], prog_name="history"))
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+@pytest.fixture
+def run(run_command: Any) -> Any:
+    return partial(run_command, history.app)
 
 
 def record(path: Path, p50_ms: float, day: int, **more: Any) -> Path:
@@ -109,7 +104,9 @@ def record(path: Path, p50_ms: float, day: int, **more: Any) -> Path:
     return path
 
 
-def test_records_are_added_listed_and_filtered(tmp_path: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_records_are_added_listed_and_filtered(
+    run: Any, tmp_path: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = record(tmp_path / "l.json", 10.0, 1)
     assert run("add", path, "--run", "bccd", "--store", place) == 0
     assert run("--store", place, "add", record(path, 9.0, 2)) == 0
@@ -125,7 +122,7 @@ def test_records_are_added_listed_and_filtered(tmp_path: Path, place: Path, caps
     assert capsys.readouterr().out == "history: nothing that fits\n"
 
 
-def test_two_rows_side_by_side(tmp_path: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_rows_side_by_side(run: Any, tmp_path: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(
         "add",
         record(tmp_path / "1.json", 10.0, 1),
@@ -144,7 +141,7 @@ def test_two_rows_side_by_side(tmp_path: Path, place: Path, capsys: pytest.Captu
 
 
 def test_a_latency_is_not_compared_with_a_score(
-    tmp_path: Path, place: Path, capsys: pytest.CaptureFixture[str]
+    run: Any, tmp_path: Path, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "accuracy.json").write_text('[{"model": "m", "top1": 0.5}]')
     run("add", record(tmp_path / "1.json", 10.0, 1), tmp_path / "accuracy.json", "--store", place)
@@ -152,7 +149,7 @@ def test_a_latency_is_not_compared_with_a_score(
     assert "row 1 is of latency, row 2 of accuracy" in capsys.readouterr().err
 
 
-def test_a_regression_is_exit_code_1(tmp_path: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_regression_is_exit_code_1(run: Any, tmp_path: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("add", record(tmp_path / "1.json", 10.0, 1, runtime_version="1", file_bytes=4000), "--store", place)
     assert run("check", "--store", place) == 0
     assert "no regression in 0 series" in capsys.readouterr().out
@@ -177,7 +174,7 @@ def test_a_regression_is_exit_code_1(tmp_path: Path, place: Path, capsys: pytest
     ],
 )
 def test_mistakes_are_one_line(
-    words: tuple[str, ...], complaint: str, place: Path, capsys: pytest.CaptureFixture[str]
+    run: Any, words: tuple[str, ...], complaint: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = words[0] if words[0] != "--since" else ""
     assert run(*([command] if command else []), "--store", place, *words[bool(command) :]) == 2

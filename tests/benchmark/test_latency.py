@@ -6,18 +6,18 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import typer
 
 from benchmark import cell as cell_module
-from benchmark import latency, latency_record, prepare, records, runtimes, sites, statistics, system
+from benchmark import latency, latency_record, prepare, records, runtimes, sites, statistics, system, turns
 from benchmark.transports import Local
 from compress.devices import load_device
-from compress.errors import BenchmarkError, run_app
+from compress.errors import BenchmarkError
 
 # A runner whose model files say how to behave. Every inference is logged, so that the order can be checked.
 RUNNER = """
@@ -65,10 +65,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log.txt"))
     monkeypatch.setattr(runtimes, "RUNNERS", {"torch": "fake_runner", "onnxruntime": "fake_runner"})
-    tiny = latency.Mode(min_queries=30, min_seconds=0.01, burst_s=0.001, label="for a test")
-    monkeypatch.setitem(latency.MODES, "quick", tiny)
-    monkeypatch.setattr(latency, "WINDOW_S", 0.001)
-    monkeypatch.setattr(latency, "WARM_UP_CAP_S", 0.02)
+    tiny = turns.Mode(min_queries=30, min_seconds=0.01, burst_s=0.001, label="for a test")
+    monkeypatch.setitem(turns.MODES, "quick", tiny)
+    monkeypatch.setattr(turns, "WINDOW_S", 0.001)
+    monkeypatch.setattr(turns, "WARM_UP_CAP_S", 0.02)
     return tmp_path
 
 
@@ -97,14 +97,9 @@ def is_running(pid: str) -> bool:
     return True
 
 
-def run(*arguments: object) -> int:
-    """Run the command line as `python -m benchmark.latency` does and return its exit code."""
-    command = typer.main.get_command(latency.app)
-    try:
-        run_app(lambda: command.main([str(argument) for argument in arguments], prog_name="latency"))
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+@pytest.fixture
+def run(run_command: Any) -> Any:
+    return partial(run_command, latency.app)
 
 
 def test_every_cell_has_its_queries_in_the_same_rounds(folder: Path) -> None:
@@ -139,7 +134,7 @@ def test_cells_take_turns_in_the_order_that_the_record_tells(folder: Path) -> No
         record["cells"][index]["file"]
         for number, turn in enumerate(order)
         for index in turn
-        for _ in range(latency.LEAD_IN + len(record["cells"][index]["samples_ms"][number]))
+        for _ in range(turns.LEAD_IN + len(record["cells"][index]["samples_ms"][number]))
     ]
     assert [call[0] for call in calls(folder)][-len(expected) :] == expected
 
@@ -419,7 +414,9 @@ def test_the_device_is_described_or_null(folder: Path) -> None:
     assert record["noisy"] is bool(record["noise"])
 
 
-def test_command_line_takes_several_models_after_one_option(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_takes_several_models_after_one_option(
+    run: Any, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = [model(folder, name) for name in ("dense.onnx", "pruned.onnx", "pruned.pt")]
     assert run("--models", *files, "--imgsz", 32, "--output", folder / "out") == 0
     record = json.loads((folder / "out" / "latency.json").read_text())
@@ -435,7 +432,9 @@ def test_command_line_takes_several_models_after_one_option(folder: Path, capsys
     assert "finished before, unchanged" in capsys.readouterr().out
 
 
-def test_command_line_sweeps_batches_and_tells_them_apart(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_sweeps_batches_and_tells_them_apart(
+    run: Any, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (folder / "fake_layers.py").write_text(LAYERS)
     arguments = ["--models", model(folder, "a.onnx"), "--imgsz", 32, "--output", folder / "out", "--streams", 2]
     assert run(*arguments, "--batch", "1,2", "--layers") == 0
@@ -456,7 +455,7 @@ def test_command_line_sweeps_batches_and_tells_them_apart(folder: Path, capsys: 
     assert "images/s" in shown
 
 
-def test_models_of_one_name_keep_their_folders(folder: Path) -> None:
+def test_models_of_one_name_keep_their_folders(run: Any, folder: Path) -> None:
     for run_name in ("a", "b"):
         (folder / run_name).mkdir()
     first, second = model(folder, "a/best.onnx"), model(folder, "b/best.onnx")
@@ -477,7 +476,7 @@ def test_models_of_one_name_keep_their_folders(folder: Path) -> None:
     ],
 )
 def test_command_line_mistakes_are_one_line(
-    folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    run: Any, folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     for name in ("a.onnx", "a.txt"):
         model(folder, name)
@@ -507,7 +506,7 @@ def test_real_models_on_every_runtime(tmp_path: Path, monkeypatch: pytest.Monkey
         "onnxruntime": export_onnx(tmp_path / "tiny.pt", tmp_path / "tiny.onnx", imgsz=64),
         "ncnn": folder,
     }
-    monkeypatch.setitem(latency.MODES, "quick", latency.Mode(10, 0.05, 0.01, "for a test"))
+    monkeypatch.setitem(turns.MODES, "quick", turns.Mode(10, 0.05, 0.01, "for a test"))
     record = latency.measure({"tiny": files}, imgsz=64, threads=1, mode="quick")
     for cell in record["cells"]:
         assert cell["output_shapes"] == [[1, 7, 84]]  # 4 sides + 3 classes; 8² + 4² + 2² anchors

@@ -9,43 +9,27 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import torch
 
 from benchmark import worker
 from benchmark.runners import ncnn_layers, onnxruntime_layers, onnxruntime_runner, tensorrt_layers, torch_runner
-from compress.checkpoint import build_model, save_model
-from export.onnx import export_onnx
 
 
-@pytest.fixture(scope="module")
-def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("profiled")
-    torch.manual_seed(0)
-    save_model(build_model("yolov8n.yaml", nc=3).eval(), folder / "tiny.pt", {})
-    return export_onnx(folder / "tiny.pt", folder / "tiny.onnx", imgsz=64)
-
-
-@pytest.fixture
-def image() -> np.ndarray:
-    return np.random.default_rng(0).random((1, 3, 64, 64), dtype=np.float32)
-
-
-def test_onnxruntime_profiles_the_nodes_that_it_runs(artefact: Path, image: np.ndarray) -> None:
-    session = onnxruntime_runner.load(str(artefact), 1)
-    rows = onnxruntime_layers.layers(onnxruntime_runner, session, str(artefact), image, None)
+def test_onnxruntime_profiles_the_nodes_that_it_runs(onnx_file: Path, image: np.ndarray) -> None:
+    session = onnxruntime_runner.load(str(onnx_file), 1)
+    rows = onnxruntime_layers.layers(onnxruntime_runner, session, str(onnx_file), image, None)
     convolutions = [row for row in rows if row["type"] in ("Conv", "FusedConv")]
-    nodes = onnx.load(artefact).graph.node
+    nodes = onnx.load(onnx_file).graph.node
     assert len(convolutions) == sum(node.op_type == "Conv" for node in nodes)
     assert all(row["ms"] > 0 for row in convolutions)
     assert len({row["name"] for row in rows}) == len(rows)
 
 
 def test_onnxruntime_leaves_no_file_behind(
-    artefact: Path, image: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    onnx_file: Path, image: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    session = onnxruntime_runner.load(str(artefact), 1)
-    assert onnxruntime_layers.layers(onnxruntime_runner, session, str(artefact), image, None)
+    session = onnxruntime_runner.load(str(onnx_file), 1)
+    assert onnxruntime_layers.layers(onnxruntime_runner, session, str(onnx_file), image, None)
     assert list(tmp_path.iterdir()) == []
 
 

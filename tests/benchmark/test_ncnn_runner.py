@@ -14,30 +14,9 @@ import pytest
 import torch
 
 from benchmark.runners import ncnn_runner, torch_runner
-from compress.checkpoint import build_model, save_model
 from export.ncnn import export_ncnn
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "tiny.pt"
-    torch.manual_seed(0)
-    detector = build_model("yolov8n.yaml", nc=3)
-    torch.optim.swa_utils.update_bn([torch.rand(8, 3, 64, 64)], detector)  # keeps the activations alive
-    save_model(detector.eval(), path, {})
-    return path
-
-
-@pytest.fixture(scope="module")
-def artefact(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_ncnn(model, tmp_path_factory.mktemp("artefact") / "tiny_ncnn_model", imgsz=64)
-
-
-@pytest.fixture
-def image() -> np.ndarray:
-    return np.random.default_rng(0).random((1, 3, 64, 64), dtype=np.float32)
 
 
 def head(nc: int, reg_max: int, end2end: bool) -> Any:
@@ -136,15 +115,15 @@ def test_the_best_detections_may_share_an_anchor() -> None:
     np.testing.assert_allclose(found, [[2, 2, 6, 6, 0.9, 0], [2, 2, 6, 6, 0.8, 1]], rtol=1e-6)
 
 
-def test_ncnn_returns_the_tensor_that_pytorch_returns(model: Path, artefact: Path, image: np.ndarray) -> None:
-    expected = torch_runner.infer(torch_runner.load(str(model), 1), image)
-    actual = ncnn_runner.infer(ncnn_runner.load(str(artefact), 1), image)
+def test_ncnn_returns_the_tensor_that_pytorch_returns(checkpoint: Path, ncnn_folder: Path, image: np.ndarray) -> None:
+    expected = torch_runner.infer(torch_runner.load(str(checkpoint), 1), image)
+    actual = ncnn_runner.infer(ncnn_runner.load(str(ncnn_folder), 1), image)
     assert [output.shape for output in expected] == [output.shape for output in actual] == [(1, 7, 84)]
     np.testing.assert_allclose(actual[0], expected[0], rtol=1e-4, atol=1e-2)
 
 
-def test_a_batch_is_its_images_one_after_another(artefact: Path, image: np.ndarray) -> None:
-    session = ncnn_runner.load(str(artefact), 2)
+def test_a_batch_is_its_images_one_after_another(ncnn_folder: Path, image: np.ndarray) -> None:
+    session = ncnn_runner.load(str(ncnn_folder), 2)
     other = 1 - image
     batch = ncnn_runner.infer(session, np.concatenate([image, other]))[0]
     assert batch.shape == (2, 7, 84)
@@ -152,14 +131,14 @@ def test_a_batch_is_its_images_one_after_another(artefact: Path, image: np.ndarr
         np.testing.assert_array_equal(ncnn_runner.infer(session, single)[0][0], row)
 
 
-def test_the_image_is_not_changed(artefact: Path, image: np.ndarray) -> None:
+def test_the_image_is_not_changed(ncnn_folder: Path, image: np.ndarray) -> None:
     before = image.copy()
-    ncnn_runner.infer(ncnn_runner.load(str(artefact), 1), image)
+    ncnn_runner.infer(ncnn_runner.load(str(ncnn_folder), 1), image)
     np.testing.assert_array_equal(image, before)
 
 
-def test_ncnn_describes_itself(artefact: Path) -> None:
-    session = ncnn_runner.load(str(artefact), 2)
+def test_ncnn_describes_itself(ncnn_folder: Path) -> None:
+    session = ncnn_runner.load(str(ncnn_folder), 2)
     assert session.net.opt.num_threads == 2
     assert ncnn_runner.describe(session) == {
         "runtime": "ncnn",
@@ -179,9 +158,9 @@ def test_ncnn_describes_itself(artefact: Path) -> None:
 
 @pytest.mark.parametrize("rounds", [True, False])
 def test_fp16_is_asked_for_and_what_is_executed_is_said(
-    rounds: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rounds: bool, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = ncnn_runner.load(str(export_ncnn(model, tmp_path / "half_ncnn_model", imgsz=64, half=True)), 1)
+    session = ncnn_runner.load(str(export_ncnn(checkpoint, tmp_path / "half_ncnn_model", imgsz=64, half=True)), 1)
     assert session.net.opt.use_fp16_storage
     assert session.net.opt.use_fp16_arithmetic
     monkeypatch.setattr(ncnn_runner, "rounds_to_fp16", lambda: rounds)
@@ -189,8 +168,8 @@ def test_fp16_is_asked_for_and_what_is_executed_is_said(
     assert (facts["precision"], facts["precision_executed"]) == ("fp16", "fp16" if rounds else "fp32")
 
 
-def test_an_fp32_model_is_never_computed_in_less(artefact: Path) -> None:
-    options = ncnn_runner.load(str(artefact), 1).net.opt
+def test_an_fp32_model_is_never_computed_in_less(ncnn_folder: Path) -> None:
+    options = ncnn_runner.load(str(ncnn_folder), 1).net.opt
     assert not any((options.use_fp16_packed, options.use_fp16_storage, options.use_fp16_arithmetic))
     assert not options.use_bf16_storage
 
@@ -210,7 +189,7 @@ def test_the_probe_sees_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not ncnn_runner.rounds_to_fp16()
 
 
-def test_the_file_alone_runs_on_a_device(artefact: Path, tmp_path: Path) -> None:
+def test_the_file_alone_runs_on_a_device(ncnn_folder: Path, tmp_path: Path) -> None:
     shutil.copy(ncnn_runner.__file__, tmp_path / "runner.py")
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import numpy, runner\n"
@@ -218,14 +197,14 @@ def test_the_file_alone_runs_on_a_device(artefact: Path, tmp_path: Path) -> None
         "print(runner.infer(session, numpy.zeros((1, 3, 64, 64), 'f4'))[0].shape)\n"
         "print(sorted({'torch', 'compress', 'benchmark', 'yaml'} & set(sys.modules)))\n"
     )
-    command = [sys.executable, "-I", "-c", code, str(tmp_path), str(artefact)]
+    command = [sys.executable, "-I", "-c", code, str(tmp_path), str(ncnn_folder)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.splitlines() == ["(1, 7, 84)", "[]"]
 
 
-def test_another_image_size_is_named(artefact: Path) -> None:
+def test_another_image_size_is_named(ncnn_folder: Path) -> None:
     with pytest.raises(ValueError, match=r"takes images of 64×64 px, got 96×32"):
-        ncnn_runner.infer(ncnn_runner.load(str(artefact), 1), np.zeros((1, 3, 32, 96), np.float32))
+        ncnn_runner.infer(ncnn_runner.load(str(ncnn_folder), 1), np.zeros((1, 3, 32, 96), np.float32))
 
 
 def test_a_folder_that_is_no_model_is_named(tmp_path: Path) -> None:
@@ -237,8 +216,8 @@ def test_a_folder_that_is_no_model_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.ncnn.bin", "model.ncnn.param"])
-def test_a_cut_or_missing_file_is_named(name: str, artefact: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(artefact, tmp_path / "cut_ncnn_model")
+def test_a_cut_or_missing_file_is_named(name: str, ncnn_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(ncnn_folder, tmp_path / "cut_ncnn_model")
     size = (folder / name).stat().st_size
     (folder / name).write_bytes((folder / name).read_bytes()[:1000])
     with pytest.raises(ValueError, match=rf"{name} has 1000 bytes, it was written with {size}: copy the folder again"):
@@ -248,16 +227,16 @@ def test_a_cut_or_missing_file_is_named(name: str, artefact: Path, tmp_path: Pat
         ncnn_runner.load(str(folder), 1)
 
 
-def test_a_damaged_graph_is_named(artefact: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(artefact, tmp_path / "damaged_ncnn_model")
+def test_a_damaged_graph_is_named(ncnn_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(ncnn_folder, tmp_path / "damaged_ncnn_model")
     text = (folder / "model.ncnn.param").read_text()
     (folder / "model.ncnn.param").write_text("x" + text[1:])
     with pytest.raises(ValueError, match=r"model\.ncnn\.param cannot be opened by ncnn: export the model again"):
         ncnn_runner.load(str(folder), 1)
 
 
-def test_an_output_that_the_graph_lacks_is_an_error(artefact: Path, tmp_path: Path, image: np.ndarray) -> None:
-    folder = shutil.copytree(artefact, tmp_path / "other_ncnn_model")
+def test_an_output_that_the_graph_lacks_is_an_error(ncnn_folder: Path, tmp_path: Path, image: np.ndarray) -> None:
+    folder = shutil.copytree(ncnn_folder, tmp_path / "other_ncnn_model")
     metadata = json.loads((folder / "metadata.yaml").read_text())
     metadata["outputs"][0] = "out9"
     (folder / "metadata.yaml").write_text(json.dumps(metadata))
@@ -265,8 +244,8 @@ def test_an_output_that_the_graph_lacks_is_an_error(artefact: Path, tmp_path: Pa
         ncnn_runner.infer(ncnn_runner.load(str(folder), 1), image)
 
 
-def test_values_inside_the_network(artefact: Path, image: np.ndarray) -> None:
-    session = ncnn_runner.load(str(artefact), 1)
+def test_values_inside_the_network(ncnn_folder: Path, image: np.ndarray) -> None:
+    session = ncnn_runner.load(str(ncnn_folder), 1)
     found = dict(ncnn_runner.blobs(session, image[0], ["in0", "out0", "out1"]))
     assert np.array_equal(found["in0"], image[0])
     assert [found[name].shape for name in ("out0", "out1")] == [(64, 8, 8), (3, 8, 8)]
@@ -291,8 +270,8 @@ print([faults() for _ in range(5)][-1])
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is about the memory of glibc")
-def test_memory_that_an_inference_had_is_kept_for_the_next_one(artefact: Path) -> None:
+def test_memory_that_an_inference_had_is_kept_for_the_next_one(ncnn_folder: Path) -> None:
     """Without `keep_memory` glibc gives these 60 MB back, and getting them again takes about 1000 page faults."""
-    command = [sys.executable, "-c", FAULTS, str(artefact)]
+    command = [sys.executable, "-c", FAULTS, str(ncnn_folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 50

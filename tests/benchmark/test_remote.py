@@ -15,12 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import typer
 
-from benchmark import accuracy, cell, latency, runtimes, sites, transfer, transports
+from benchmark import accuracy, cell, latency, runtimes, sites, transfer, transports, turns
 from compress.checkpoint import build_model, save_model
 from compress.data.dataset import class_names
-from compress.errors import run_app
 from compress.settings import load_yaml
 from export.ncnn import export_ncnn
 
@@ -59,8 +57,8 @@ def artefact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(latency.MODES, "quick", latency.Mode(8, 0.01, 0.005, "for a test"))
-    monkeypatch.setattr(latency, "WARM_UP_CAP_S", 0.05)
+    monkeypatch.setitem(turns.MODES, "quick", turns.Mode(8, 0.01, 0.005, "for a test"))
+    monkeypatch.setattr(turns, "WARM_UP_CAP_S", 0.05)
 
 
 def board(folder: Path, transport: str = "ssh", **changes: str) -> Path:
@@ -71,15 +69,6 @@ def board(folder: Path, transport: str = "ssh", **changes: str) -> Path:
     text = textwrap.dedent(DEVICE).format(transport=transport, python=sys.executable, folder=folder)
     path.write_text(yaml.safe_dump({**yaml.safe_load(text), **changes}))
     return path
-
-
-def run(app: typer.Typer, *arguments: object) -> int:
-    command = typer.main.get_command(app)
-    try:
-        run_app(lambda: command.main([str(argument) for argument in arguments], prog_name="benchmark"))
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 def workers(folder: Path) -> list[int]:
@@ -116,7 +105,14 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.mark.parametrize("transport", ["ssh", "adb"])
 def test_latency_and_accuracy_on_a_device(
-    transport: str, request: Any, quick: None, artefact: Path, tiny_data: Path, tmp_path: Path, capsys: Any
+    run_command: Any,
+    transport: str,
+    request: Any,
+    quick: None,
+    artefact: Path,
+    tiny_data: Path,
+    tmp_path: Path,
+    capsys: Any,
 ) -> None:
     if transport == "ssh":
         server = request.getfixturevalue("sshd")
@@ -126,7 +122,7 @@ def test_latency_and_accuracy_on_a_device(
     nasty = shutil.copytree(artefact, tmp_path / "-x; touch pwned $(touch pwned) 'z'_ncnn_model")
     common = ("--models", artefact, nasty, "--imgsz", IMGSZ, "--data", tiny_data)
     place = ("--device", board(tmp_path, transport), "--host", host)
-    assert run(latency.app, *common, *place, "--lock-clocks", "--output", tmp_path / "out") == 0
+    assert run_command(latency.app, *common, *place, "--lock-clocks", "--output", tmp_path / "out") == 0
     assert "mAP50-95" in capsys.readouterr().out
     record = json.loads((tmp_path / "out" / "latency.json").read_text())
     assert record["device"]["name"] == record["protocol"]["device"] == "board"
@@ -149,12 +145,18 @@ def test_latency_and_accuracy_on_a_device(
 
 
 def test_a_checkpoint_is_exported_for_the_device(
-    sshd: Any, quick: None, checkpoint: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_command: Any,
+    sshd: Any,
+    quick: None,
+    checkpoint: Path,
+    tiny_data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     place = ("--device", board(tmp_path), "--host", sshd.host, "--imgsz", IMGSZ, "--output", tmp_path / "out")
-    assert run(latency.app, "--models", checkpoint, *place) == 2
+    assert run_command(latency.app, "--models", checkpoint, *place) == 2
     assert "--data is missing: real images prove the export of" in error_of(capsys)
-    assert run(accuracy.app, "--models", checkpoint, "--data", tiny_data, *place) == 0
+    assert run_command(accuracy.app, "--models", checkpoint, "--data", tiny_data, *place) == 0
     (score,) = json.loads((tmp_path / "out" / "accuracy.json").read_text())
     assert (score["model"], score["runtime"], score["device"]) == ("tiny.pt", "ncnn", "board")
     parity = json.loads((tmp_path / "out" / "exports" / "0-ncnn" / "parity.json").read_text())
@@ -162,7 +164,13 @@ def test_a_checkpoint_is_exported_for_the_device(
 
 
 def test_a_cut_connection_resumes_with_the_images_that_are_missing(
-    sshd: Any, artefact: Path, tiny_data: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    run_command: Any,
+    sshd: Any,
+    artefact: Path,
+    tiny_data: Path,
+    tmp_path: Path,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sent: list[int] = []
     ask = cell.Worker.ask
@@ -176,7 +184,7 @@ def test_a_cut_connection_resumes_with_the_images_that_are_missing(
     arguments = ("--models", artefact, "--data", tiny_data, "--imgsz", IMGSZ, "--output", tmp_path / "out")
     place = ("--device", board(tmp_path), "--host", sshd.host)
     monkeypatch.setattr(cell.Worker, "ask", cut)
-    assert run(accuracy.app, *arguments, *place) == 2
+    assert run_command(accuracy.app, *arguments, *place) == 2
     assert "tiny_ncnn_model on ncnn: the connection to loopback was lost" in error_of(capsys)
     assert wait_for(lambda: workers(sshd.tmp) == [])
     (kept,) = (tmp_path / "out" / "outputs").iterdir()
@@ -185,7 +193,7 @@ def test_a_cut_connection_resumes_with_the_images_that_are_missing(
     first.write_bytes(first.read_bytes()[:-9])  # damaged: sent again
 
     sent.append(0)  # nothing is cut any more
-    assert run(accuracy.app, *arguments, *place, "--keep-outputs") == 0
+    assert run_command(accuracy.app, *arguments, *place, "--keep-outputs") == 0
     assert len(sent) == 4 + 1 + (8 - 3 + 1)
     (score,) = json.loads((tmp_path / "out" / "accuracy.json").read_text())
     here = accuracy.evaluate(artefact, tiny_data, imgsz=IMGSZ, threads=1)
@@ -195,7 +203,7 @@ def test_a_cut_connection_resumes_with_the_images_that_are_missing(
 
 
 def test_a_device_that_vanishes_is_an_error_and_its_worker_ends(
-    sshd: Any, artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    run_command: Any, sshd: Any, artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr(transports, "ALIVE_S", 1)
     monkeypatch.setattr(transports, "ALIVE_COUNT", 1)
@@ -212,7 +220,7 @@ def test_a_device_that_vanishes_is_an_error_and_its_worker_ends(
     monkeypatch.setattr(cell.Worker, "request", vanish)
     place = ("--device", board(tmp_path), "--host", sshd.host, "--imgsz", IMGSZ, "--output", tmp_path / "out")
     try:
-        assert run(latency.app, "--models", artefact, *place) == 2
+        assert run_command(latency.app, "--models", artefact, *place) == 2
         assert "the connection to loopback was lost (Timeout, server 127.0.0.1 not responding.)" in error_of(capsys)
         assert wait_for(lambda: workers(sshd.tmp) == [])  # its watchdog: nobody else could have told it
     finally:
@@ -221,7 +229,7 @@ def test_a_device_that_vanishes_is_an_error_and_its_worker_ends(
 
 
 def test_ctrl_c_leaves_nothing_there(
-    sshd: Any, artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_command: Any, sshd: Any, artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*_: Any) -> Any:
         assert len(workers(sshd.tmp)) == 1
@@ -229,13 +237,13 @@ def test_ctrl_c_leaves_nothing_there(
 
     monkeypatch.setattr(cell.Worker, "request", interrupt)
     place = ("--device", board(tmp_path), "--host", sshd.host, "--imgsz", IMGSZ, "--output", tmp_path / "out")
-    assert run(latency.app, "--models", artefact, *place) == 130
+    assert run_command(latency.app, "--models", artefact, *place) == 130
     assert wait_for(lambda: workers(sshd.tmp) == [])
     assert list(sshd.tmp.iterdir()) == []
 
 
 def test_a_phone_that_is_unplugged_is_an_error(
-    adb: Path, artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    run_command: Any, adb: Path, artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr(cell, "PING_S", 0.2)
 
@@ -244,7 +252,7 @@ def test_a_phone_that_is_unplugged_is_an_error(
 
     monkeypatch.setattr(cell.Worker, "request", unplug)
     place = ("--device", board(tmp_path, "adb"), "--host", "phone-1", "--imgsz", IMGSZ, "--output", tmp_path / "out")
-    assert run(latency.app, "--models", artefact, *place) == 2
+    assert run_command(latency.app, "--models", artefact, *place) == 2
     assert "the connection to phone-1 was lost (it no longer answers)" in error_of(capsys)
     assert wait_for(lambda: workers(adb) == [])
 
@@ -269,7 +277,7 @@ COUNTING = """\
 
 
 def test_an_emulated_device_counts_instructions_and_never_milliseconds(
-    sshd: Any, artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_command: Any, sshd: Any, artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     counting = tmp_path / "python-count"
     counting.write_text(textwrap.dedent(COUNTING).format(python=sys.executable))
@@ -277,7 +285,7 @@ def test_an_emulated_device_counts_instructions_and_never_milliseconds(
     device = board(tmp_path, python=str(counting), counter="instructions")
     other = shutil.copytree(artefact, tmp_path / "other_ncnn_model")
     place = ("--device", device, "--host", sshd.host, "--imgsz", IMGSZ, "--output", tmp_path / "out")
-    assert run(latency.app, "--models", artefact, other, *place) == 0
+    assert run_command(latency.app, "--models", artefact, other, *place) == 0
     assert "M instructions" in (said := capsys.readouterr().out)
     assert " ms" not in said
     record = json.loads((tmp_path / "out" / "latency.json").read_text())
@@ -291,9 +299,11 @@ def test_an_emulated_device_counts_instructions_and_never_milliseconds(
     assert not record["noisy"]
 
 
-def test_without_a_counter_nothing_is_counted(sshd: Any, artefact: Path, tmp_path: Path, capsys: Any) -> None:
+def test_without_a_counter_nothing_is_counted(
+    run_command: Any, sshd: Any, artefact: Path, tmp_path: Path, capsys: Any
+) -> None:
     place = ("--device", board(tmp_path, counter="instructions"), "--host", sshd.host, "--imgsz", IMGSZ)
-    assert run(latency.app, "--models", artefact, *place, "--output", tmp_path / "out") == 2
+    assert run_command(latency.app, "--models", artefact, *place, "--output", tmp_path / "out") == 2
     assert "no instructions were counted in" in error_of(capsys)
 
 
@@ -314,7 +324,14 @@ def test_without_a_counter_nothing_is_counted(sshd: Any, artefact: Path, tmp_pat
     ],
 )
 def test_mistakes_are_one_line(
-    device: dict, arguments: list[str], message: str, sshd: Any, artefact: Path, tmp_path: Path, capsys: Any
+    run_command: Any,
+    device: dict,
+    arguments: list[str],
+    message: str,
+    sshd: Any,
+    artefact: Path,
+    tmp_path: Path,
+    capsys: Any,
 ) -> None:
     import platform
 
@@ -323,27 +340,29 @@ def test_mistakes_are_one_line(
     path = board(tmp_path, **device)
     options = ["--imgsz", str(IMGSZ)] if "--imgsz" not in arguments else []
     command = ("--models", artefact, "--device", path, *arguments, *options, "--output", tmp_path / "out")
-    assert run(latency.app, *command) == 2
+    assert run_command(latency.app, *command) == 2
     assert message in error_of(capsys)
     assert not Path("x").exists()
     assert list(sshd.tmp.iterdir()) == []
 
 
 def test_other_classes_than_the_data_has_are_an_error_before_anything_is_measured(
-    sshd: Any, artefact: Path, tiny_data: Path, tmp_path: Path, capsys: Any
+    run_command: Any, sshd: Any, artefact: Path, tiny_data: Path, tmp_path: Path, capsys: Any
 ) -> None:
     content = load_yaml(tiny_data)
     yaml = tmp_path / "data.yaml"
     yaml.write_text(json.dumps({**content, "path": str(tiny_data.parent), "names": [*"abcdefg"]}))
     place = ("--device", board(tmp_path), "--host", sshd.host, "--imgsz", IMGSZ, "--output", tmp_path / "out")
-    assert run(latency.app, "--models", artefact, "--data", yaml, *place) == 2
+    assert run_command(latency.app, "--models", artefact, "--data", yaml, *place) == 2
     assert "data.yaml has 7: give the data it learned" in error_of(capsys)
 
 
-def test_a_full_device_is_an_error(sshd: Any, artefact: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+def test_a_full_device_is_an_error(
+    run_command: Any, sshd: Any, artefact: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
     monkeypatch.setattr(transfer, "free_bytes", lambda *_: 3 << 20)
     place = ("--device", board(tmp_path), "--host", sshd.host, "--imgsz", IMGSZ, "--output", tmp_path / "out")
-    assert run(latency.app, "--models", artefact, *place) == 2
+    assert run_command(latency.app, "--models", artefact, *place) == 2
     assert "loopback has 3 MiB free in" in error_of(capsys)
 
 

@@ -5,16 +5,15 @@ import csv
 import json
 import re
 import struct
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 
 from benchmark import facts, report, sections
 from benchmark.pages import Code, Table, Text, to_html, to_markdown
-from compress.errors import run_app
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)">| `[red]*_$\\frac\n# x\x1b[31m %{x} &amp;'
 
@@ -146,13 +145,9 @@ def write(folder: Path, content: dict[str, Any], measured: dict[str, Any]) -> tu
     return Page((folder / "report.html").read_text()), (folder / "report.md").read_text()
 
 
-def run(*arguments: object) -> int:
-    command = typer.main.get_command(report.app)
-    try:
-        run_app(lambda: command.main([str(argument) for argument in arguments], prog_name="report"))
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+@pytest.fixture
+def run(run_command: Any) -> Any:
+    return partial(run_command, report.app)
 
 
 def run_folder(root: Path, name: str) -> Path:
@@ -359,14 +354,16 @@ def test_the_terminal_shows_the_table_and_no_escape_sequences(capsys: pytest.Cap
     assert "[red]" in "".join(out.split())  # not read as markup
 
 
-def test_command_line_rewrites_the_report_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_rewrites_the_report_of_a_run(
+    run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = run_folder(tmp_path, "demo")
     assert run(folder) == 0
     assert (folder / "report.html").is_file()
     assert "80 %" in capsys.readouterr().out
 
 
-def test_several_runs_share_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_runs_share_one_page(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [run_folder(tmp_path, name) for name in ("aligned", "unaligned")]
     assert run(*folders, "--output", tmp_path / "both") == 0
     markdown = (tmp_path / "both" / "report.md").read_text()
@@ -376,7 +373,9 @@ def test_several_runs_share_one_page(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not (folders[0] / "report.md").exists()
 
 
-def test_a_folder_without_a_finished_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_a_finished_run_is_one_line(
+    run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(tmp_path) == 2
     error = capsys.readouterr().err
     assert (
@@ -410,7 +409,7 @@ def benchmark_folder(folder: Path, cells: list[dict[str, Any]], scores: dict[str
     return folder
 
 
-def test_a_folder_of_latency_and_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_of_latency_and_accuracy(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     compared = [{"runtime": "onnxruntime", "baseline": "a", "model": "b", "speedup": 2.0, "interval": [1.9, 2.1]}]
     cells = [cell("a", 20.0), cell("b", 10.0), cell("c", 30.0)]
     folder = benchmark_folder(tmp_path / "zoo", cells, {"a": 0.5, "b": 0.5, "d": 0.1}, comparisons=compared)
@@ -429,7 +428,7 @@ def test_a_folder_of_latency_and_accuracy(tmp_path: Path, capsys: pytest.Capture
     assert lines[-1] == f"report: {folder / 'report.html'}"
 
 
-def test_a_score_of_another_folder_belongs_to_the_same_file(tmp_path: Path) -> None:
+def test_a_score_of_another_folder_belongs_to_the_same_file(run: Any, tmp_path: Path) -> None:
     timed = benchmark_folder(tmp_path / "timed", [cell("a", 20.0)], {})
     scored = benchmark_folder(tmp_path / "scored", [cell("b", 10.0)], {"a": 0.5, "b": 0.4})
     assert run(timed, scored) == 0
@@ -437,7 +436,7 @@ def test_a_score_of_another_folder_belongs_to_the_same_file(tmp_path: Path) -> N
     assert [(row["run"], row["model"], row["score"]) for row in rows] == [("timed", "a", "0.5"), ("scored", "b", "0.4")]
 
 
-def test_equal_names_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+def test_equal_names_are_told_apart_by_their_folders(run: Any, tmp_path: Path) -> None:
     folders = [benchmark_folder(tmp_path / name, [cell("model", 20.0)], {"model": 0.5}) for name in ("x", "y")]
     assert run(*folders, "--output", tmp_path / "out") == 0
     markdown = (tmp_path / "out" / "report.md").read_text()
@@ -448,7 +447,7 @@ def test_equal_names_are_told_apart_by_their_folders(tmp_path: Path) -> None:
     assert "## q/run" in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_all_of_a_folder_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_of_a_folder_of_runs(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As a shell writes runs/*: with the store, with folders of something else, and with the report of last time."""
     runs = [run_folder(tmp_path, "demo"), benchmark_folder(tmp_path / "zoo", [cell("a", 20.0)], {"a": 0.5})]
     (tmp_path / "espalier.sqlite").write_text("")
@@ -464,7 +463,7 @@ def test_all_of_a_folder_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert f"{tmp_path / 'report'} holds no record" not in capsys.readouterr().out
 
 
-def test_instructions_have_a_plot_and_columns_of_their_own(tmp_path: Path) -> None:
+def test_instructions_have_a_plot_and_columns_of_their_own(run: Any, tmp_path: Path) -> None:
     counted = {"unit": "instructions", "runtime": "ncnn", "instructions": [200e6, 202e6, 201e6]}
     kept = {key: value for key, value in cell("c", 1.0).items() if not key.endswith("_ms") and key != "intervals"}
     compared = {"runtime": "ncnn", "baseline": "b", "model": "c", "speedup": 2.0, "interval": [1.99, 2.01]}
@@ -506,7 +505,7 @@ def test_layers_are_shown_side_by_side(tmp_path: Path) -> None:
     assert re.findall(r'<i class="m[01]" style="width:([\d.]+)%">', content) == ["100.00", "25.00", "25.00", "12.50"]
 
 
-def test_a_sheet_reads_no_formula_in_a_name(tmp_path: Path) -> None:
+def test_a_sheet_reads_no_formula_in_a_name(run: Any, tmp_path: Path) -> None:
     names = ["=HYPERLINK(1)", " @a", 'a,b"c\nd', "-1+2"]
     folder = benchmark_folder(tmp_path / "x", [cell(name, 20.0) for name in names], {})
     assert run(folder) == 0
@@ -515,7 +514,7 @@ def test_a_sheet_reads_no_formula_in_a_name(tmp_path: Path) -> None:
     assert {row["p50_ms"] for row in rows} == {"20.0"}
 
 
-def test_a_record_of_another_device_shows_what_it_has(tmp_path: Path) -> None:
+def test_a_record_of_another_device_shows_what_it_has(run: Any, tmp_path: Path) -> None:
     folder = benchmark_folder(
         tmp_path / "x",
         [cell("a", 20.0)],

@@ -9,60 +9,39 @@ import torch
 
 from benchmark.runners import onnxruntime_runner, torch_runner
 from compress.checkpoint import CheckpointError, build_model, save_model
-from export.onnx import export_onnx
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "tiny.pt"
-    torch.manual_seed(0)
-    detector = build_model("yolov8n.yaml", nc=3)
-    torch.optim.swa_utils.update_bn([torch.rand(8, 3, 64, 64)], detector)  # keeps the activations alive
-    save_model(detector.eval(), path, {})
-    return path
-
-
-@pytest.fixture(scope="module")
-def artefact(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_onnx(model, tmp_path_factory.mktemp("artefact") / "tiny.onnx", imgsz=64)
-
-
-@pytest.fixture
-def image() -> np.ndarray:
-    return np.random.default_rng(0).random((1, 3, 64, 64), dtype=np.float32)
-
-
-def test_both_runtimes_return_the_same_tensor(model: Path, artefact: Path, image: np.ndarray) -> None:
-    expected = torch_runner.infer(torch_runner.load(str(model), 1), image)
-    actual = onnxruntime_runner.infer(onnxruntime_runner.load(str(artefact), 1), image)
+def test_both_runtimes_return_the_same_tensor(checkpoint: Path, onnx_file: Path, image: np.ndarray) -> None:
+    expected = torch_runner.infer(torch_runner.load(str(checkpoint), 1), image)
+    actual = onnxruntime_runner.infer(onnxruntime_runner.load(str(onnx_file), 1), image)
     assert [output.shape for output in expected] == [output.shape for output in actual] == [(1, 7, 84)]
     np.testing.assert_allclose(actual[0], expected[0], rtol=1e-4, atol=1e-3)
 
 
-def test_the_torch_runner_computes_what_the_unfused_model_computes(model: Path, image: np.ndarray) -> None:
+def test_the_torch_runner_computes_what_the_unfused_model_computes(checkpoint: Path, image: np.ndarray) -> None:
     from compress.checkpoint import load_model
 
     with torch.no_grad():
-        expected = load_model(model)(torch.from_numpy(image))[0].numpy()
-    actual = torch_runner.infer(torch_runner.load(str(model), 1), image)[0]
+        expected = load_model(checkpoint)(torch.from_numpy(image))[0].numpy()
+    actual = torch_runner.infer(torch_runner.load(str(checkpoint), 1), image)[0]
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-3)
 
 
-def test_the_deployed_network_is_fused_and_takes_any_batch(model: Path, image: np.ndarray) -> None:
-    session = torch_runner.load(str(model), 1)
+def test_the_deployed_network_is_fused_and_takes_any_batch(checkpoint: Path, image: np.ndarray) -> None:
+    session = torch_runner.load(str(checkpoint), 1)
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in session.network.modules())
     assert torch_runner.infer(session, np.repeat(image, 3, axis=0))[0].shape == (3, 7, 84)
 
 
-def test_torch_describes_itself(model: Path) -> None:
-    facts = torch_runner.describe(torch_runner.load(str(model), 2))
+def test_torch_describes_itself(checkpoint: Path) -> None:
+    facts = torch_runner.describe(torch_runner.load(str(checkpoint), 2))
     assert torch.get_num_threads() == 2
     assert (facts["runtime"], facts["version"], facts["threads"]) == ("torch", torch.__version__, 2)
     assert (facts["classes"], facts["end2end"], facts["input_shape"]) == (3, False, None)
 
 
-def test_onnxruntime_describes_itself(artefact: Path) -> None:
-    facts = onnxruntime_runner.describe(onnxruntime_runner.load(str(artefact), 2))
+def test_onnxruntime_describes_itself(onnx_file: Path) -> None:
+    facts = onnxruntime_runner.describe(onnxruntime_runner.load(str(onnx_file), 2))
     assert facts == {
         "runtime": "onnxruntime",
         "version": onnxruntime.__version__,
@@ -79,10 +58,10 @@ def test_onnxruntime_describes_itself(artefact: Path) -> None:
     }
 
 
-def test_what_a_foreign_file_does_not_tell_is_null(artefact: Path, tmp_path: Path) -> None:
+def test_what_a_foreign_file_does_not_tell_is_null(onnx_file: Path, tmp_path: Path) -> None:
     import onnx
 
-    graph = onnx.load(artefact)
+    graph = onnx.load(onnx_file)
     del graph.metadata_props[:]
     graph.metadata_props.add(key="names", value="not a literal (")
     onnx.save(graph, tmp_path / "foreign.onnx")

@@ -14,34 +14,27 @@ import torch
 
 from benchmark import accuracy, worker
 from benchmark.runners import ncnn_runner, onnxruntime_runner, torch_runner
-from compress.checkpoint import build_model, save_model
 from compress.errors import BenchmarkError
 
 NO_GPU = not torch.cuda.is_available()
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("variants") / "tiny.pt"
-    torch.manual_seed(0)
-    save_model(build_model("yolov8n.yaml", nc=3).eval(), path, {})
-    return path
-
-
 @pytest.mark.skipif(not NO_GPU, reason="this machine has an NVIDIA GPU")
 @pytest.mark.parametrize("variant", ["cuda", "cuda-fp16", "cudagraph", "cudagraph-fp16"])
-def test_torch_without_a_gpu_is_refused(model: Path, variant: str) -> None:
+def test_torch_without_a_gpu_is_refused(checkpoint: Path, variant: str) -> None:
     with pytest.raises(ValueError, match=r"tiny\.pt: this PyTorch \(.*\) sees no NVIDIA GPU: use the runtime torch$"):
-        worker.open_model(f"benchmark.runners.torch_runner:{variant}", str(model), 1)
+        worker.open_model(f"benchmark.runners.torch_runner:{variant}", str(checkpoint), 1)
 
 
 @pytest.mark.skipif(not NO_GPU, reason="this machine has an NVIDIA GPU")
-def test_the_evaluator_opens_the_variant_too(model: Path) -> None:
+def test_the_evaluator_opens_the_variant_too(checkpoint: Path) -> None:
     with pytest.raises(ValueError, match="sees no NVIDIA GPU"):
-        torch_runner.load(str(model), 1, "cuda")
+        torch_runner.load(str(checkpoint), 1, "cuda")
     with pytest.raises(BenchmarkError, match="sees no NVIDIA GPU"):
-        accuracy._open(model, "torch-cuda", 1)
-    assert accuracy._open(model, "torch", 1).facts["runtime"] == accuracy._open(model, None, 1).facts["runtime"]
+        accuracy._open(checkpoint, "torch-cuda", 1)
+    assert (
+        accuracy._open(checkpoint, "torch", 1).facts["runtime"] == accuracy._open(checkpoint, None, 1).facts["runtime"]
+    )
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
@@ -69,8 +62,8 @@ def test_compiled_torch_computes_the_same(tmp_path: Path, monkeypatch: pytest.Mo
     assert any(tmp_path.rglob("*.so"))  # it was compiled
 
 
-def test_torch_names_the_way_it_runs(model: Path) -> None:
-    session = torch_runner.load(str(model), 1)
+def test_torch_names_the_way_it_runs(checkpoint: Path) -> None:
+    session = torch_runner.load(str(checkpoint), 1)
     facts = torch_runner.describe(torch_runner.Session(session.network, 1, frozenset({"compiled"})))
     assert (facts["runtime"], facts["precision"], facts["providers"]) == ("torch-compiled", "fp32", None)
 

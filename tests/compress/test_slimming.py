@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from compress.checkpoint import build_model, load_model, metric_of, plans_of, read_architecture, structure_hash, task_of
+from compress.checkpoint import build_model, load_model, plans_of, read_architecture, structure_hash, task_of
 from compress.finetune import finetune
 from compress.manifest import read_json
 from compress.prune import plan_pruning, prune
@@ -19,6 +19,7 @@ from compress.rounds import check_schedule
 from compress.settings import Finetune, Run, Sparsity, Training, load_run
 from compress.shapes import Shapes, generate
 from compress.sparsify import sparsify
+from compress.tasks import metric_of
 from compress.train import Common, train
 from compress.training.launch import check_arguments
 from scripts.studies.slimming import PAPER, PAPER_MULTIPASS

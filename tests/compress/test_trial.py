@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from compress.channels import ultralytics_modules as known
 from compress.channels.graph import build_graph
+from compress.pruning import attributes
 from topologies import Block, randomised
 
 
@@ -139,3 +141,13 @@ def test_known_modules_are_not_tried(monkeypatch) -> None:
 
     build_graph(build_model("yolo26n.yaml", nc=3), 64)
     build_graph(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)).eval(), 16)
+
+
+def test_modules_that_are_known_by_name_are_known_everywhere() -> None:
+    from ultralytics.nn.modules import block, conv, head
+
+    by_attribute = known.EQUAL_SPLITS | known.FREE_SPLITS | known.WHOLE_ROWS
+    assert by_attribute <= known.TRIED
+    assert by_attribute <= set(attributes._REFRESH)  # else a cut would leave their numbers as they were
+    assert not known.EQUAL_SPLITS & known.FREE_SPLITS
+    assert [name for name in known.TRIED if not any(hasattr(module, name) for module in (block, conv, head))] == []

@@ -94,7 +94,15 @@ def ncnn_model(detector: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """An ncnn folder of the detector, at 64 px."""
     from export.ncnn import export_ncnn
 
-    return export_ncnn(detector, tmp_path_factory.mktemp("deploy") / "tiny_ncnn_model", imgsz=64)
+    return export_ncnn(detector, tmp_path_factory.mktemp("ncnn") / "tiny_ncnn_model", imgsz=64)
+
+
+@pytest.fixture(scope="session")
+def onnx_file(detector: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The detector as an ONNX file, at 64 px."""
+    from export.onnx import export_onnx
+
+    return export_onnx(detector, tmp_path_factory.mktemp("onnx") / "tiny.onnx", imgsz=64)
 
 
 @pytest.fixture(scope="session")

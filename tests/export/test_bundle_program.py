@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -189,8 +190,41 @@ def test_the_script_says_what_is_missing(root: Path, bundle: Path, tmp_path: Pat
         assert len(done.stderr.splitlines()) == 1
 
 
+FAKE_CMAKE = """#!/bin/sh
+case "$1" in
+-S) for word; do case "$word" in -DCMAKE_INSTALL_PREFIX=*) echo "${word#*=}" >"$4/prefix" ;; esac; done ;;
+--build)
+    printf '[ 5%%] Building a\\n[ 7%%] Building b\\n[2/4] Building c\\nsome text\\n[100%%] Built\\n'
+    [ -z "$BROKEN" ] || { echo "no such header"; exit 1; }
+    touch "$2/detect"
+    [ ! -f "$2/prefix" ] || mkdir -p "$(cat "$2/prefix")" ;;
+esac
+"""
+
+
+def test_the_script_tells_how_far_it_is_and_why_it_stopped(root: Path, bundle: Path, tmp_path: Path) -> None:
+    tools, machine = tmp_path / "tools", platform.machine()
+    tools.mkdir()
+    for name, text in {"cmake": FAKE_CMAKE, "g++": "#!/bin/sh\n"}.items():
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    archive = tmp_path / "ncnn.tar.gz"
+    archive.write_bytes(b"unpacked before")
+    version = hashlib.sha256(b"unpacked before").hexdigest()[:16]
+    (tmp_path / "espalier" / f"ncnn-{version}" / "source").mkdir(parents=True)
+    given = {"XDG_CACHE_HOME": str(tmp_path), "NCNN_SOURCE": str(archive), "PATH": f"{tools}:{os.environ['PATH']}"}
+    done = script(root, bundle, machine, BROKEN="yes", **given)
+    assert (done.returncode, done.stderr.splitlines()[-2:]) == (
+        2,
+        ["no such header", "error: the compiler failed: the last lines are above"],
+    )
+    done = script(root, bundle, machine, **given)
+    assert (done.returncode, (bundle / "bin" / machine / "detect").is_file()) == (0, True)
+    assert done.stderr.splitlines() == [f"build_bundle: {share} %" for share in (5, 50, 100)] * 2  # ncnn, the program
+    assert "Building" not in done.stdout
+
+
 def test_only_the_archive_that_the_index_names_is_unpacked(root: Path, tmp_path: Path) -> None:
-    import hashlib
     import importlib.util
     import io
     import tarfile

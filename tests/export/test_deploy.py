@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 
 from compress import manifest
 from compress.errors import ExportError, run_app
@@ -16,14 +16,9 @@ from export import deploy
 from export import ncnn as exporter
 
 
-def run(*arguments: object) -> int:
-    """Run the command line as `python -m export.ncnn` does and return its exit code."""
-    command = typer.main.get_command(exporter.app)
-    try:
-        run_app(lambda: command.main([str(argument) for argument in arguments], prog_name="export"))
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+@pytest.fixture
+def run(run_command: Any) -> Any:
+    return partial(run_command, exporter.app)
 
 
 def edit(model: Path, folder: Path, **changes: Any) -> Path:
@@ -132,7 +127,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
 
 
 def test_the_command_writes_a_bundle_of_what_it_proved(
-    detector: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Any, detector: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, bundle = tmp_path / "out", tmp_path / "deep" / "bundle"
     arguments = ("--model", detector, "--data", data, "--imgsz", 64, "--output", out, "--parity-images", 1)
@@ -145,6 +140,15 @@ def test_the_command_writes_a_bundle_of_what_it_proved(
     assert run(*arguments[:-4], "--output", tmp_path / "other", "--bundle", bundle) == 2
     assert capsys.readouterr().err == f"error: {bundle} exists: remove it, or choose another --bundle\n"
     assert not (tmp_path / "other").exists()
+
+
+def test_a_bundle_of_another_task_is_refused_before_the_export(
+    run: Any, models: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--model", models["segment"], "--data", data, "--imgsz", 64, "--output", tmp_path / "out")
+    assert run(*arguments, "--bundle", tmp_path / "bundle") == 2
+    assert capsys.readouterr().err == "error: segment.pt is a model for segment: a bundle can only run detectors\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_every_template_is_installed_with_the_package(root: Path) -> None:

@@ -14,14 +14,13 @@ from onnx import TensorProto, helper, numpy_helper
 from compress.errors import ExportError
 from export import qdq
 from export.half import convert, rounded, to_bfloat16
-from export.onnx import export_onnx
 
 IMGSZ = 64
 
 
 @pytest.fixture(scope="module")
-def graph(detector: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return onnx.load(export_onnx(detector, tmp_path_factory.mktemp("half") / "tiny.onnx", imgsz=IMGSZ))
+def graph(onnx_file: Path) -> Any:
+    return onnx.load(onnx_file)
 
 
 def small(nodes: list[Any], weights: dict[str, np.ndarray], outputs: list[str], opset: int = 17) -> Any:

@@ -4,18 +4,18 @@ import json
 import stat
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import typer
 
 from benchmark.runners import ncnn_runner
 from compress import manifest
 from compress.checkpoint import load_model, save_model
-from compress.errors import CheckpointError, ExportError, SettingsError, run_app
+from compress.errors import CheckpointError, ExportError, SettingsError
 from compress.settings import ExportNcnn
 from export import ncnn as exporter
 
@@ -23,14 +23,9 @@ SETTINGS = ExportNcnn(parity_images=2)
 FILES = ["metadata.yaml", "model.ncnn.bin", "model.ncnn.param"]
 
 
-def run(*arguments: object) -> int:
-    """Run the command line as `python -m export.ncnn` does and return its exit code."""
-    command = typer.main.get_command(exporter.app)
-    try:
-        run_app(lambda: command.main([str(argument) for argument in arguments], prog_name="export"))
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+@pytest.fixture
+def run(run_command: Any) -> Any:
+    return partial(run_command, exporter.app)
 
 
 def names(folder: Path) -> list[str]:
@@ -44,20 +39,15 @@ def program(path: Path, body: str) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def exported(detector: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exporter.export_ncnn(detector, tmp_path_factory.mktemp("export") / "tiny_ncnn_model", imgsz=64)
+def test_the_folder_holds_the_model_and_nothing_else(ncnn_model: Path) -> None:
+    assert names(ncnn_model) == FILES
+    assert names(ncnn_model.parent) == ["tiny_ncnn_model"]
 
 
-def test_the_folder_holds_the_model_and_nothing_else(exported: Path) -> None:
-    assert names(exported) == FILES
-    assert names(exported.parent) == ["tiny_ncnn_model"]
-
-
-def test_metadata_is_what_the_runner_and_a_person_need(detector: Path, exported: Path) -> None:
+def test_metadata_is_what_the_runner_and_a_person_need(detector: Path, ncnn_model: Path) -> None:
     import yaml
 
-    text = (exported / "metadata.yaml").read_text()
+    text = (ncnn_model / "metadata.yaml").read_text()
     found = json.loads(text)
     assert yaml.safe_load(text) == found  # what Ultralytics reads
     assert found["names"] == {"0": "circle", "1": "square", "2": "star"}
@@ -67,25 +57,25 @@ def test_metadata_is_what_the_runner_and_a_person_need(detector: Path, exported:
     assert found["espalier_model_sha256"] == manifest.sha256_file(detector)
     assert "espalier_plan_sha256" not in found
     assert found["files"]["model.ncnn.bin"] == {
-        "bytes": (exported / "model.ncnn.bin").stat().st_size,
-        "sha256": manifest.sha256_file(exported / "model.ncnn.bin"),
+        "bytes": (ncnn_model / "model.ncnn.bin").stat().st_size,
+        "sha256": manifest.sha256_file(ncnn_model / "model.ncnn.bin"),
     }
 
 
-def test_the_same_model_gives_the_same_bytes(detector: Path, exported: Path, tmp_path: Path) -> None:
+def test_the_same_model_gives_the_same_bytes(detector: Path, ncnn_model: Path, tmp_path: Path) -> None:
     again = exporter.export_ncnn(detector, tmp_path / "b_ncnn_model", imgsz=64)
     for name in FILES:
-        assert (again / name).read_bytes() == (exported / name).read_bytes()
+        assert (again / name).read_bytes() == (ncnn_model / name).read_bytes()
 
 
 def test_fp16_halves_the_file_and_stays_within_its_tolerance(
-    detector: Path, exported: Path, images: list[Path], tmp_path: Path
+    detector: Path, ncnn_model: Path, images: list[Path], tmp_path: Path
 ) -> None:
     half = tmp_path / "half_ncnn_model"
     record = exporter.export_checked(detector, half, images, 64, ExportNcnn(half=True))
     assert (record["passed"], record["precision"]) == (True, "fp16")
     assert record["outputs"][0]["max_box_error_px"] > 1e-3  # the weights really are rounded
-    full_size, half_size = ((folder / "model.ncnn.bin").stat().st_size for folder in (exported, half))
+    full_size, half_size = ((folder / "model.ncnn.bin").stat().st_size for folder in (ncnn_model, half))
     assert half_size / full_size == pytest.approx(0.5, abs=0.02)
     assert json.loads((half / "metadata.yaml").read_text())["precision"] == "fp16"
 
@@ -165,8 +155,8 @@ def test_an_open_size_is_proven_on_another_one(
         ncnn_runner.infer(session, np.zeros((1, 3, 64, 72), np.float32))
 
 
-def test_a_fixed_size_is_fixed(exported: Path) -> None:
-    session = ncnn_runner.load(str(exported), threads=1)
+def test_a_fixed_size_is_fixed(ncnn_model: Path) -> None:
+    session = ncnn_runner.load(str(ncnn_model), threads=1)
     with pytest.raises(ValueError, match=r"takes images of 64×64 px, got 128×64$"):
         ncnn_runner.infer(session, np.zeros((1, 3, 64, 128), np.float32))
 
@@ -291,8 +281,8 @@ def test_other_outputs_than_the_head_has_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("os.kill(os.getpid(), signal.SIGSEGV)", r"pnnx crashed \(SIGSEGV\) on tiny\.pt; .* use the ONNX export"),
-        ("sys.exit('no such pass')", r"pnnx failed with exit code 1 on tiny\.pt; its last line was: no such pass; "),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", r"pnnx failed on tiny\.pt \(SIGSEGV\); .* use the ONNX export"),
+        ("sys.exit('no such pass')", r"pnnx failed on tiny\.pt \(exit code 1\); its last line was: no such pass; "),
         ("print('done')", r"pnnx wrote no model\.ncnn\.param for tiny\.pt; its last line was: done"),
         ("time.sleep(60)", r"pnnx did not finish tiny\.pt in 0\.2 s"),
         (None, r"pnnx cannot be started \(No such file or directory\): install it again"),
@@ -319,9 +309,9 @@ def test_a_pnnx_that_fails_is_one_line_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("os.kill(os.getpid(), signal.SIGSEGV)", r"ncnn crashed \(SIGSEGV\) on tiny\.pt: try another version of pnnx"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", r"ncnn crashed on tiny\.pt \(SIGSEGV\): try another version of pnnx"),
         ('print(\'{"error": "no memory"}\')', r"ncnn cannot run tiny\.pt: no memory"),
-        ("sys.exit(3)", r"ncnn failed with exit code 3 on tiny\.pt"),
+        ("sys.exit(3)", r"ncnn crashed on tiny\.pt \(exit code 3\)"),
     ],
     ids=["crash", "error", "failure"],
 )
@@ -330,7 +320,7 @@ def test_a_graph_that_ncnn_cannot_run_is_refused(
 ) -> None:
     python, out = program(tmp_path / "python", body), tmp_path / "out"
     out.mkdir()
-    monkeypatch.setattr(exporter.sys, "executable", str(python))
+    monkeypatch.setattr(sys, "executable", str(python))
     with pytest.raises(ExportError, match=message):
         exporter.export_ncnn(detector, out / "tiny_ncnn_model", imgsz=64)
     assert names(out) == []
@@ -365,7 +355,7 @@ def test_a_failed_parity_keeps_the_folder_as_rejected(
 
 
 def test_the_command_exports_and_says_so(
-    detector: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Any, detector: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     arguments = ("--model", detector, "--data", data, "--imgsz", 64, "--output", out, "--parity-images", 1)
@@ -390,6 +380,7 @@ def test_the_command_exports_and_says_so(
     ],
 )
 def test_mistakes_are_one_line(
+    run: Any,
     changes: dict[str, str],
     message: str,
     detector: Path,

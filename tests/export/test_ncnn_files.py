@@ -14,11 +14,6 @@ PARAM, BIN = "model.ncnn.param", "model.ncnn.bin"
 GRAPH = "7767517\n2 2\nInput in0 0 1 in0\nConvolution conv 1 1 in0 out0 0=1 1=1 5=1 6=2\n"
 
 
-@pytest.fixture(scope="module")
-def exported(detector: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_ncnn(detector, tmp_path_factory.mktemp("export") / "tiny_ncnn_model", imgsz=64)
-
-
 @pytest.fixture
 def small(tmp_path: Path) -> tuple[Path, Path]:
     """A graph of one convolution with two weights (3, 4) and a bias (5)."""
@@ -30,9 +25,9 @@ def small(tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
 def test_what_is_read_and_written_again_has_the_same_bytes(
-    half: bool, detector: Path, exported: Path, tmp_path: Path
+    half: bool, detector: Path, ncnn_model: Path, tmp_path: Path
 ) -> None:
-    folder = export_ncnn(detector, tmp_path / "half_ncnn_model", imgsz=64, half=True) if half else exported
+    folder = export_ncnn(detector, tmp_path / "half_ncnn_model", imgsz=64, half=True) if half else ncnn_model
     layers = ncnn_files.read(folder / PARAM, folder / BIN)
     ncnn_files.write(layers, tmp_path / PARAM, tmp_path / BIN)
     for name in (PARAM, BIN):

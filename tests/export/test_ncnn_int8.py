@@ -3,15 +3,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import typer
 
 from benchmark.runners import ncnn_runner
 from compress import manifest
-from compress.errors import CheckpointError, run_app
+from compress.errors import CheckpointError
 from compress.settings import QuantizeNcnn
 from export import ncnn as exporter
 from export import ncnn_files, ncnn_int8, parity
@@ -20,14 +21,9 @@ from export.ncnn_files import Layer, Weights
 FILES = ["metadata.yaml", "model.ncnn.bin", "model.ncnn.param"]
 
 
-def run(*arguments: object) -> int:
-    """Run the command line as `python -m export.ncnn --int8` does and return its exit code."""
-    command = typer.main.get_command(exporter.app)
-    try:
-        run_app(lambda: command.main([str(argument) for argument in arguments], prog_name="export"))
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+@pytest.fixture
+def run(run_command: Any) -> Any:
+    return partial(run_command, exporter.app)
 
 
 def layer(kind: str, shape: tuple[int, ...], parameters: dict[str, str]) -> Layer:
@@ -253,11 +249,7 @@ def stubbed(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 
 
 def test_the_command_quantizes_and_says_what_it_did(
-    detector: Path,
-    data: Path,
-    tmp_path: Path,
-    stubbed: dict[str, float],
-    capsys: pytest.CaptureFixture[str],
+    run: Any, detector: Path, data: Path, tmp_path: Path, stubbed: dict[str, float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     labels(data)
@@ -287,6 +279,7 @@ def test_the_command_quantizes_and_says_what_it_did(
 
 
 def test_a_search_that_was_interrupted_goes_on(
+    run: Any,
     detector: Path,
     data: Path,
     tmp_path: Path,
@@ -330,6 +323,7 @@ def test_a_search_that_was_interrupted_goes_on(
 
 
 def test_a_budget_that_is_missed_leaves_no_folder(
+    run: Any,
     detector: Path,
     data: Path,
     tmp_path: Path,
@@ -361,6 +355,7 @@ def test_a_budget_that_is_missed_leaves_no_folder(
     ],
 )
 def test_mistakes_are_one_line(
+    run: Any,
     changes: dict[str, str | None],
     message: str,
     detector: Path,

@@ -2,30 +2,25 @@ from __future__ import annotations
 
 import errno
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import typer
 
 from compress import manifest
 from compress.checkpoint import load_model, save_model
-from compress.errors import CheckpointError, DataError, EspalierError, ExportError, SettingsError, run_app
+from compress.errors import CheckpointError, DataError, EspalierError, ExportError, SettingsError
 from compress.settings import Export
 from export import onnx as exporter
 
 SETTINGS = Export(opset=17, parity_images=2)
 
 
-def run(*arguments: object) -> int:
-    """Run the command line as `python -m export.onnx` does and return its exit code."""
-    command = typer.main.get_command(exporter.app)
-    try:
-        run_app(lambda: command.main([str(argument) for argument in arguments], prog_name="export"))
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+@pytest.fixture
+def run(run_command: Any) -> Any:
+    return partial(run_command, exporter.app)
 
 
 def metadata(path: Path) -> dict[str, str]:
@@ -291,7 +286,7 @@ def test_a_stage_exports_every_model_and_is_not_repeated(
 
 
 def test_the_command_exports_and_says_so(
-    detector: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Any, detector: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ("--model", detector, "--data", data, "--imgsz", 64, "--output", tmp_path / "out", "--parity-images", 1)
     assert run(*arguments) == 0
@@ -315,6 +310,7 @@ def test_the_command_exports_and_says_so(
     ],
 )
 def test_mistakes_are_one_line(
+    run: Any,
     changes: dict[str, str],
     message: str,
     detector: Path,
@@ -331,7 +327,7 @@ def test_mistakes_are_one_line(
 
 
 def test_damaged_files_are_one_line(
-    detector: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Any, detector: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "cut.pt").write_bytes(detector.read_bytes()[:10_000])
     assert run("--model", tmp_path / "cut.pt", "--data", data, "--imgsz", 64, "--output", tmp_path / "out") == 2
@@ -348,6 +344,7 @@ def test_data_without_images_is_an_error(detector: Path, tmp_path: Path) -> None
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_part(
+    run: Any,
     detector: Path,
     data: Path,
     tmp_path: Path,

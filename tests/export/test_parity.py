@@ -16,11 +16,6 @@ SHARED = Path(__file__).parents[2].parent / "shared"
 A, B = [0, 0, 10, 10], [50, 50, 60, 60]
 
 
-@pytest.fixture(scope="module")
-def artefact(detector: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_onnx(detector, tmp_path_factory.mktemp("artefact") / "tiny.onnx", imgsz=64)
-
-
 def rows(*detections: list[float]) -> np.ndarray:
     return np.array(detections, dtype=np.float32).reshape(-1, 6)
 
@@ -59,8 +54,8 @@ def test_match_reports_the_overlap() -> None:
     assert pairs == [(0, 1, pytest.approx(80 / 120))]
 
 
-def test_an_export_equals_its_model(detector: Path, artefact: Path, images: list[Path]) -> None:
-    record = parity.compare(detector, artefact, images, 64)
+def test_an_export_equals_its_model(detector: Path, onnx_file: Path, images: list[Path]) -> None:
+    record = parity.compare(detector, onnx_file, images, 64)
     assert record["passed"]
     assert record["images"] == 3
     assert record["outputs"][0]["shape"] == [1, 7, 84]  # 4 + 3 classes; 64 + 16 + 4 anchors
@@ -68,8 +63,8 @@ def test_an_export_equals_its_model(detector: Path, artefact: Path, images: list
     assert record["detections"]["min_iou"] > 0.99
 
 
-def test_the_summary_names_errors_and_counts(detector: Path, artefact: Path, images: list[Path]) -> None:
-    record = parity.compare(detector, artefact, images, 64)
+def test_the_summary_names_errors_and_counts(detector: Path, onnx_file: Path, images: list[Path]) -> None:
+    record = parity.compare(detector, onnx_file, images, 64)
     line = parity.summary(record)
     assert line.startswith("3 images: boxes within ")
     count = record["detections"]["torch"]
@@ -82,12 +77,12 @@ def test_the_summary_names_errors_and_counts(detector: Path, artefact: Path, ima
     ids=["a box bias", "a class bias"],
 )
 def test_a_changed_weight_fails(
-    detector: Path, artefact: Path, images: list[Path], tmp_path: Path, prefix: str, measure: str
+    detector: Path, onnx_file: Path, images: list[Path], tmp_path: Path, prefix: str, measure: str
 ) -> None:
     import onnx
     from onnx import numpy_helper
 
-    graph = onnx.load(artefact)
+    graph = onnx.load(onnx_file)
     bias = next(weight for weight in graph.graph.initializer if weight.name == prefix)
     values = numpy_helper.to_array(bias).copy()
     values[0] += 0.1
@@ -142,8 +137,8 @@ def test_every_kind_of_value_is_judged(
     last = head.proto.cv3.conv if part == "proto" else head.cv4[0][-1]
     last.weight.data *= 1.1
     save_model(changed, tmp_path / "changed.pt", {})
-    artefact = export_onnx(tmp_path / "changed.pt", tmp_path / "changed.onnx", imgsz=64)
-    found = parity.compare(models[task], artefact, images, 64)
+    onnx_file = export_onnx(tmp_path / "changed.pt", tmp_path / "changed.onnx", imgsz=64)
+    found = parity.compare(models[task], onnx_file, images, 64)
     assert not found["passed"]
     assert any(words.startswith(f"one of the {kind} moves by") for words in parity.failures(found))
     errors = {output["name"]: output["max_value_error"] for output in found["outputs"] if "name" in output}
@@ -227,18 +222,18 @@ def test_ncnn_in_fp32_is_judged_as_a_whole_and_by_its_worst_number() -> None:
 
 
 def test_map_is_compared_where_data_is_given(
-    detector: Path, artefact: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch
+    detector: Path, onnx_file: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from benchmark import accuracy
 
-    scores = {detector: 0.4, artefact: 0.398}
+    scores = {detector: 0.4, onnx_file: 0.398}
     monkeypatch.setattr(accuracy, "evaluate", lambda path, data, imgsz: {"map50_95": scores[path]})
-    found = parity.compare(detector, artefact, images, 64, data=Path("data.yaml"))
+    found = parity.compare(detector, onnx_file, images, 64, data=Path("data.yaml"))
     assert found["map50_95"] == {"torch": 0.4, "onnxruntime": 0.398, "difference": pytest.approx(-0.002)}
     assert not found["passed"]
     assert parity.summary(found).endswith("0 unmatched, mAP50-95 0.3980 (-0.0020)")
-    scores[artefact] = 0.3995
-    assert parity.compare(detector, artefact, images, 64, data=Path("data.yaml"))["passed"]
+    scores[onnx_file] = 0.3995
+    assert parity.compare(detector, onnx_file, images, 64, data=Path("data.yaml"))["passed"]
 
 
 def test_root_mean_squares_by_hand() -> None:
@@ -264,19 +259,19 @@ def test_an_end2end_head_that_detects_nothing_is_still_compared(
             layers[-1].weight.data.zero_()
             layers[-1].bias.data.fill_(bias)
         save_model(model, tmp_path / f"{name}.pt", {})
-    artefact = export_onnx(tmp_path / "b.pt", tmp_path / "b.onnx", imgsz=64)
-    record = parity.compare(tmp_path / "a.pt", artefact, images, 64)
+    onnx_file = export_onnx(tmp_path / "b.pt", tmp_path / "b.onnx", imgsz=64)
+    record = parity.compare(tmp_path / "a.pt", onnx_file, images, 64)
     assert record["detections"]["torch"] == record["detections"]["onnxruntime"] == 0
     moved = 1 / (1 + np.exp(2.9)) - 1 / (1 + np.exp(3.0))
     assert record["outputs"][0]["max_score_error"] == pytest.approx(moved, rel=0.02)
     assert not record["passed"]
 
 
-def test_values_that_are_not_finite_fail(detector: Path, artefact: Path, images: list[Path], tmp_path: Path) -> None:
+def test_values_that_are_not_finite_fail(detector: Path, onnx_file: Path, images: list[Path], tmp_path: Path) -> None:
     import onnx
     from onnx import numpy_helper
 
-    graph = onnx.load(artefact)
+    graph = onnx.load(onnx_file)
     weight = graph.graph.initializer[0]
     weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(np.nan), weight.name))
     onnx.save(graph, tmp_path / "nan.onnx")
@@ -285,20 +280,20 @@ def test_values_that_are_not_finite_fail(detector: Path, artefact: Path, images:
 
 
 def test_another_shape_fails(detector: Path, end2end: Path, images: list[Path], tmp_path: Path) -> None:
-    artefact = export_onnx(end2end, tmp_path / "end2end.onnx", imgsz=64)
+    onnx_file = export_onnx(end2end, tmp_path / "end2end.onnx", imgsz=64)
     with pytest.raises(ExportError, match=r"returns \[\[1, 84, 6\]\], PyTorch returns \[\[1, 7, 84\]\]"):
-        parity.compare(detector, artefact, images, 64)
+        parity.compare(detector, onnx_file, images, 64)
 
 
-def test_images_are_required(detector: Path, artefact: Path) -> None:
+def test_images_are_required(detector: Path, onnx_file: Path) -> None:
     with pytest.raises(DataError, match="needs at least one image"):
-        parity.compare(detector, artefact, [], 64)
+        parity.compare(detector, onnx_file, [], 64)
 
 
-def test_a_file_that_is_no_image_is_named(detector: Path, artefact: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_no_image_is_named(detector: Path, onnx_file: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.png").write_text("not an image")
     with pytest.raises(DataError, match=r"notes\.png cannot be read as an image"):
-        parity.compare(detector, artefact, [tmp_path / "notes.png"], 64)
+        parity.compare(detector, onnx_file, [tmp_path / "notes.png"], 64)
 
 
 def test_letterbox_pads_with_grey_and_turns_bgr_into_rgb(tmp_path: Path) -> None:

@@ -2,17 +2,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-import typer
 
 from benchmark.runners import onnxruntime_runner
 from compress import manifest
-from compress.errors import CheckpointError, run_app
+from compress.errors import CheckpointError
 from compress.settings import Quantize
 from export import mixed, parity, qdq
 from export import quantize as exporter
@@ -21,24 +21,14 @@ from export.onnx import export_onnx
 ONNXRUNTIME, TENSORRT = qdq.SCHEMES["onnxruntime"], qdq.SCHEMES["tensorrt"]
 
 
-def run(*arguments: object) -> int:
-    """Run the command line as `python -m export.quantize` does and return its exit code."""
-    command = typer.main.get_command(exporter.app)
-    try:
-        run_app(lambda: command.main([str(argument) for argument in arguments], prog_name="quantize"))
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+@pytest.fixture
+def run(run_command: Any) -> Any:
+    return partial(run_command, exporter.app)
 
 
 @pytest.fixture(scope="module")
-def dense(detector: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_onnx(detector, tmp_path_factory.mktemp("dense") / "tiny.onnx", imgsz=64)
-
-
-@pytest.fixture(scope="module")
-def graph(dense: Path) -> Any:
-    return qdq.load(dense)
+def graph(onnx_file: Path) -> Any:
+    return qdq.load(onnx_file)
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +37,8 @@ def samples(images: list[Path]) -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def ranges(dense: Path, samples: list[np.ndarray]) -> Any:
-    return qdq.calibrate(dense, samples, "minmax", ONNXRUNTIME)
+def ranges(onnx_file: Path, samples: list[np.ndarray]) -> Any:
+    return qdq.calibrate(onnx_file, samples, "minmax", ONNXRUNTIME)
 
 
 def infer(model: Any, folder: Path, images: list[np.ndarray]) -> list[np.ndarray]:
@@ -109,9 +99,9 @@ def test_biases_stay_in_float_and_weights_have_a_scale_per_channel(graph: Any, r
     ("scheme", "dtype"), [(ONNXRUNTIME, np.uint8), (TENSORRT, np.int8)], ids=["onnxruntime", "tensorrt"]
 )
 def test_activations_are_what_the_target_takes(
-    scheme: qdq.Scheme, dtype: type, graph: Any, dense: Path, samples: list[np.ndarray]
+    scheme: qdq.Scheme, dtype: type, graph: Any, onnx_file: Path, samples: list[np.ndarray]
 ) -> None:
-    found = qdq.calibrate(dense, samples, "minmax", scheme)
+    found = qdq.calibrate(onnx_file, samples, "minmax", scheme)
     quantized = qdq.quantize(graph, found, scheme, list(qdq.layers_of(graph)))
     weights = {initializer.name: onnx.numpy_helper.to_array(initializer) for initializer in quantized.graph.initializer}
     zero_points = [weights[node.input[2]] for node in quantized.graph.node if node.op_type == "QuantizeLinear"]
@@ -161,9 +151,9 @@ def silu(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("method", ["minmax", "percentile"])
 def test_every_method_finds_ranges_that_hold_the_image(
-    method: qdq.Method, graph: Any, dense: Path, samples: list[np.ndarray], tmp_path: Path
+    method: qdq.Method, graph: Any, onnx_file: Path, samples: list[np.ndarray], tmp_path: Path
 ) -> None:
-    found = qdq.calibrate(dense, iter(samples), method, ONNXRUNTIME)
+    found = qdq.calibrate(onnx_file, iter(samples), method, ONNXRUNTIME)
     low, high = (float(np.ravel(value)[0]) for value in found["images"].range_value)
     assert -1.001 <= low <= 0.05
     assert 0.9 <= high <= 1.001
@@ -195,7 +185,7 @@ def test_the_range_before_silu_ends_at_its_tail(silu: Path) -> None:
 
 
 def test_the_layer_that_hurts_most_is_the_most_sensitive(
-    graph: Any, dense: Path, samples: list[np.ndarray], ranges: Any, tmp_path: Path
+    graph: Any, onnx_file: Path, samples: list[np.ndarray], ranges: Any, tmp_path: Path
 ) -> None:
     layers = ["/model.0/conv/Conv", "/model.22/cv2.0/cv2.0.2/Conv", "/model.4/cv1/conv/Conv"]
 
@@ -211,11 +201,11 @@ def test_the_layer_that_hurts_most_is_the_most_sensitive(
         return tmp_path / "alone.onnx"
 
     journal = mixed.Journal(tmp_path / "search.json", {})
-    found = mixed.sensitivity(dense, layers, samples[:2], alone, journal)
+    found = mixed.sensitivity(onnx_file, layers, samples[:2], alone, journal)
     assert max(found, key=lambda layer: found[layer]) == layers[2]
     assert sum(found.values()) == pytest.approx(1.0, abs=1e-4)
     assert min(found.values()) > 0
-    assert mixed.sensitivity(dense, layers, samples[:2], pytest.fail, journal) == found  # nothing is asked twice
+    assert mixed.sensitivity(onnx_file, layers, samples[:2], pytest.fail, journal) == found  # nothing is asked twice
 
 
 @pytest.fixture
@@ -242,6 +232,7 @@ def stubbed(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 
 @pytest.mark.parametrize("name", ["detector", "end2end"])
 def test_the_command_quantizes_and_says_what_it_did(
+    run: Any,
     name: str,
     data: Path,
     tmp_path: Path,
@@ -271,6 +262,7 @@ def test_the_command_quantizes_and_says_what_it_did(
 
 
 def test_a_budget_that_is_missed_leaves_no_file(
+    run: Any,
     detector: Path,
     data: Path,
     tmp_path: Path,
@@ -280,7 +272,7 @@ def test_a_budget_that_is_missed_leaves_no_file(
 ) -> None:
     stubbed[".onnx"] = 0.3
     labels(data)
-    monkeypatch.setattr(mixed, "sensitivity", lambda dense, layers, *rest: dict.fromkeys(layers, 0.1))
+    monkeypatch.setattr(mixed, "sensitivity", lambda onnx_file, layers, *rest: dict.fromkeys(layers, 0.1))
     arguments = ("--model", detector, "--data", data, "--imgsz", 64, "--output", tmp_path / "out")
     assert run(*arguments, "--method", "minmax", "--calibration-images", 1) == 2
     error = capsys.readouterr().err
@@ -300,6 +292,7 @@ def test_a_budget_that_is_missed_leaves_no_file(
     ],
 )
 def test_mistakes_are_one_line(
+    run: Any,
     changes: dict[str, str],
     message: str,
     detector: Path,

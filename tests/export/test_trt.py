@@ -47,11 +47,6 @@ def rtx() -> None:
 
 
 @pytest.fixture(scope="module")
-def graph(detector: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_onnx(detector, tmp_path_factory.mktemp("onnx") / "tiny.onnx", imgsz=IMGSZ)
-
-
-@pytest.fixture(scope="module")
 def dynamic(detector: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dynamic(detector, tmp_path_factory.mktemp("dynamic") / "dynamic.onnx")
 
@@ -153,16 +148,16 @@ def test_a_pruned_model_is_built_and_is_smaller(in_process: None, tmp_path: Path
     [("fp32", "fp32", "fp16"), ("tf32", "fp32", "fp16"), ("fp16", "fp16", "bf16"), ("bf16", "bf16", "fp16")],
 )
 def test_layers_get_the_precision_that_was_asked_for(
-    precision: str, counted: str, absent: str, graph: Path, rtx: None, tmp_path: Path
+    precision: str, counted: str, absent: str, onnx_file: Path, rtx: None, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    record = trt.export_stage(graph, settings(precision=precision), Local(), output)
+    record = trt.export_stage(onnx_file, settings(precision=precision), Local(), output)
     assert max(record["precisions"], key=record["precisions"].get) == counted
     assert absent not in record["precisions"]
     assert json.loads((output / "tiny.engine.json").read_text()) == record
     assert record["engine_sha256"] == manifest.sha256_file(output / "tiny.engine")
     assert record["onnx_sha256"] == manifest.sha256_file(output / "tiny.onnx")
-    assert record["model_sha256"] == manifest.sha256_file(graph)
+    assert record["model_sha256"] == manifest.sha256_file(onnx_file)
     layers = json.loads((output / "tiny.layers.json").read_text())
     assert sum(layer["precision"] == counted for layer in layers) == record["precisions"][counted]
     assert {path.name for path in output.iterdir()} == {
@@ -204,10 +199,10 @@ def test_a_graph_that_tensorrt_cannot_build_leaves_a_log_and_no_engine(rtx: None
     assert not list((tmp_path / "out").glob("*.engine*"))
 
 
-def test_the_runner_says_why_an_engine_does_not_fit_here(graph: Path, rtx: None, tmp_path: Path) -> None:
+def test_the_runner_says_why_an_engine_does_not_fit_here(onnx_file: Path, rtx: None, tmp_path: Path) -> None:
     from benchmark.runners import tensorrt_runner
 
-    trt.export_stage(graph, settings(), Local(), tmp_path / "out")
+    trt.export_stage(onnx_file, settings(), Local(), tmp_path / "out")
     engine = tmp_path / "out" / "tiny.engine"
     sidecar = tensorrt_runner.read_sidecar(engine)
     assert tensorrt_runner.reasons_against(sidecar, sidecar["facts"]) == []
@@ -256,8 +251,10 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]
     return change
 
 
-def test_a_weakly_typed_target_gets_fp32_and_the_nodes_that_stay_so(device: Any, graph: Path, tmp_path: Path) -> None:
-    record = trt.export_stage(graph, settings(), Ssh("jetson"), tmp_path / "out", cache=tmp_path / "cache")
+def test_a_weakly_typed_target_gets_fp32_and_the_nodes_that_stay_so(
+    device: Any, onnx_file: Path, tmp_path: Path
+) -> None:
+    record = trt.export_stage(onnx_file, settings(), Ssh("jetson"), tmp_path / "out", cache=tmp_path / "cache")
     request = device()[-1]
     sent = onnx.load_model_from_string(request["job"]["model.onnx"])
     assert {item.data_type for item in sent.graph.initializer} <= {TensorProto.FLOAT, TensorProto.INT64}
@@ -268,23 +265,23 @@ def test_a_weakly_typed_target_gets_fp32_and_the_nodes_that_stay_so(device: Any,
     assert trt.summary(record) == "tensorrt 10.3.0, Orin, fp16; layers by precision: 1 fp16; loaded and inspected"
 
 
-def test_a_strongly_typed_target_gets_the_types_in_the_file(device: Any, graph: Path, tmp_path: Path) -> None:
+def test_a_strongly_typed_target_gets_the_types_in_the_file(device: Any, onnx_file: Path, tmp_path: Path) -> None:
     device(version="11.4.0", strongly_typed=True)
-    trt.export_stage(graph, settings(), Ssh("jetson"), tmp_path / "out")
+    trt.export_stage(onnx_file, settings(), Ssh("jetson"), tmp_path / "out")
     request = device()[-1]
     sent = onnx.load_model_from_string(request["job"]["model.onnx"])
     assert TensorProto.FLOAT16 in {item.data_type for item in sent.graph.initializer}
     assert request["float_nodes"] == []
 
 
-def test_a_timing_cache_is_kept_for_each_version_and_gpu(device: Any, graph: Path, tmp_path: Path) -> None:
+def test_a_timing_cache_is_kept_for_each_version_and_gpu(device: Any, onnx_file: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    trt.export_stage(graph, settings(), Ssh("jetson"), tmp_path / "a", cache=cache)
+    trt.export_stage(onnx_file, settings(), Ssh("jetson"), tmp_path / "a", cache=cache)
     assert "timing.cache" not in device()[-1]["job"]
-    trt.export_stage(graph, settings(precision="fp32"), Ssh("jetson"), tmp_path / "b", cache=cache)
+    trt.export_stage(onnx_file, settings(precision="fp32"), Ssh("jetson"), tmp_path / "b", cache=cache)
     assert device()[-1]["job"]["timing.cache"] == b"timed"
     device(gpu="NVIDIA RTX 4090", compute_capability="8.9")
-    trt.export_stage(graph, settings(), Ssh("jetson"), tmp_path / "c", cache=cache)
+    trt.export_stage(onnx_file, settings(), Ssh("jetson"), tmp_path / "c", cache=cache)
     assert "timing.cache" not in device()[-1]["job"]
     assert sorted(path.name for path in cache.iterdir()) == [
         "10.3.0-NVIDIA-RTX-4090-8.9.timing",
@@ -293,22 +290,22 @@ def test_a_timing_cache_is_kept_for_each_version_and_gpu(device: Any, graph: Pat
 
 
 def test_an_unchanged_engine_is_kept_and_a_stale_one_built_again(
-    device: Any, graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    device: Any, onnx_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
-    first = trt.export_stage(graph, settings(), Ssh("jetson"), output)
-    assert trt.export_stage(graph, settings(), Ssh("jetson"), output) == first
+    first = trt.export_stage(onnx_file, settings(), Ssh("jetson"), output)
+    assert trt.export_stage(onnx_file, settings(), Ssh("jetson"), output) == first
     assert "finished before, unchanged" in capsys.readouterr().out
     builds = [request for request in device() if request["action"] == "build"]
     assert len(builds) == 1
     device(version="10.7.0", jetpack="6.2")
-    again = trt.export_stage(graph, settings(), Ssh("jetson"), output)
+    again = trt.export_stage(onnx_file, settings(), Ssh("jetson"), output)
     said = capsys.readouterr().out
     assert "tiny.engine is stale, it is built again: version was 10.3.0, now it is 10.7.0" in said
     assert "jetpack was 6.1, now it is 6.2" in said
     assert again["facts"]["version"] == "10.7.0"
     (output / "tiny.engine").write_bytes(b"other")
-    trt.export_stage(graph, settings(), Ssh("jetson"), output)
+    trt.export_stage(onnx_file, settings(), Ssh("jetson"), output)
     assert "a file of it is missing or has changed" in capsys.readouterr().out
 
 
@@ -324,11 +321,11 @@ def test_an_unchanged_engine_is_kept_and_a_stale_one_built_again(
     ],
 )
 def test_what_a_version_cannot_do_is_refused_before_anything_is_made(
-    changes: dict[str, Any], wanted: dict[str, Any], message: str, device: Any, graph: Path, tmp_path: Path
+    changes: dict[str, Any], wanted: dict[str, Any], message: str, device: Any, onnx_file: Path, tmp_path: Path
 ) -> None:
     device(**changes)
     with pytest.raises(ExportError, match=message):
-        trt.export_stage(graph, settings(**wanted), Ssh("jetson"), tmp_path / "out")
+        trt.export_stage(onnx_file, settings(**wanted), Ssh("jetson"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -340,7 +337,7 @@ def test_a_dla_takes_fixed_shapes_only(device: Any, dynamic: Path, tmp_path: Pat
 
 
 def test_a_build_that_fails_leaves_the_log_alone(
-    device: Any, graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    device: Any, onnx_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known = trt_target.run
 
@@ -353,7 +350,7 @@ def test_a_build_that_fails_leaves_the_log_alone(
 
     monkeypatch.setattr(trt_target, "run", fail)
     with pytest.raises(ExportError, match="out of memory"):
-        trt.export_stage(graph, settings(), Ssh("jetson"), tmp_path / "out")
+        trt.export_stage(onnx_file, settings(), Ssh("jetson"), tmp_path / "out")
     assert (tmp_path / "out" / "tiny.build.log").read_text() == "what TensorRT said"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"tiny.build.log", "tiny.onnx", manifest.STARTED}
 
@@ -422,8 +419,8 @@ def test_a_checkpoint_is_quantized_for_tensorrt(
     assert half is strongly_typed
 
 
-def test_what_a_killed_start_left_is_cleared(device: Any, graph: Path, tmp_path: Path) -> None:
-    trt_onnx.make_onnx(graph, tmp_path / "m.onnx", settings(), True, None, None)
+def test_what_a_killed_start_left_is_cleared(device: Any, onnx_file: Path, tmp_path: Path) -> None:
+    trt_onnx.make_onnx(onnx_file, tmp_path / "m.onnx", settings(), True, None, None)
     (tmp_path / ".job.old").mkdir()
     (tmp_path / ".job.old" / "model.engine").write_bytes(b"half")
     trt.build(tmp_path / "m.onnx", tmp_path / "m.engine", settings(), Ssh("jetson"), DEVICE)
@@ -460,8 +457,8 @@ def test_a_pipeline_that_measures_tensorrt_needs_a_gpu_and_builds_engines(
 # --- input -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_that_is_no_onnx_is_named(graph: Path, tmp_path: Path) -> None:
-    (tmp_path / "cut.onnx").write_bytes(graph.read_bytes()[:100_000])
+def test_a_file_that_is_no_onnx_is_named(onnx_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "cut.onnx").write_bytes(onnx_file.read_bytes()[:100_000])
     (tmp_path / "text.onnx").write_text("not a model")
     (tmp_path / "empty.onnx").write_bytes(b"")
     for name in ("cut", "text", "empty"):
@@ -469,7 +466,7 @@ def test_a_file_that_is_no_onnx_is_named(graph: Path, tmp_path: Path) -> None:
             trt_onnx.load_onnx(tmp_path / f"{name}.onnx")
     with pytest.raises(ExportError, match="does not exist"):
         trt_onnx.load_onnx(tmp_path / "none.onnx")
-    onnx.save(onnx.load(graph), tmp_path / "far.onnx", save_as_external_data=True, location="weights")
+    onnx.save(onnx.load(onnx_file), tmp_path / "far.onnx", save_as_external_data=True, location="weights")
     with pytest.raises(ExportError, match="keeps its weights in other files: save it as one file"):
         trt_onnx.load_onnx(tmp_path / "far.onnx")
 
@@ -490,8 +487,8 @@ def test_a_dynamic_graph_needs_its_ranges(batch: str | None, imgsz: str | None, 
         trt_onnx.profiles_of("d.onnx", onnx.load(dynamic), batch, imgsz)
 
 
-def test_a_static_graph_takes_its_own_shape_only(graph: Path) -> None:
-    loaded = onnx.load(graph)
+def test_a_static_graph_takes_its_own_shape_only(onnx_file: Path) -> None:
+    loaded = onnx.load(onnx_file)
     assert trt_onnx.profiles_of("s.onnx", loaded, None, None) == {}
     assert trt_onnx.profiles_of("s.onnx", loaded, "1", str(IMGSZ)) == {}
     with pytest.raises(ExportError, match=rf"s.onnx was exported for imgsz {IMGSZ}, --imgsz is 640: leave it out"):
@@ -500,18 +497,18 @@ def test_a_static_graph_takes_its_own_shape_only(graph: Path) -> None:
         trt_onnx.profiles_of("s.onnx", loaded, "1:2:4", None)
 
 
-def test_types_that_contradict_the_precision_are_named(graph: Path, tmp_path: Path) -> None:
+def test_types_that_contradict_the_precision_are_named(onnx_file: Path, tmp_path: Path) -> None:
     def make(source: Path, **wanted: Any) -> None:
         trt_onnx.make_onnx(source, tmp_path / "made.onnx", settings(**wanted), True, None, None)
 
     with pytest.raises(ExportError, match=r"has no Q/DQ nodes, which int8 needs: make it with export.quantize"):
-        make(graph, precision="int8")
-    quantized = write_quantized(graph, tmp_path / "q.onnx")
+        make(onnx_file, precision="int8")
+    quantized = write_quantized(onnx_file, tmp_path / "q.onnx")
     with pytest.raises(ExportError, match=r"q.onnx is quantized: use --precision int8"):
         make(quantized, precision="fp16")
     with pytest.raises(ExportError, match="16-bit scales of Q/DQ nodes need opset 19, the graph has 17"):
         make(quantized, precision="int8", rest="fp16")
-    make(graph, precision="bf16")
+    make(onnx_file, precision="bf16")
     (tmp_path / "made.onnx").rename(tmp_path / "half.onnx")
     with pytest.raises(ExportError, match=r"half.onnx has bf16 weights: use --precision bf16, or give the fp32 file"):
         make(tmp_path / "half.onnx", precision="fp16")
@@ -522,8 +519,13 @@ def test_types_that_contradict_the_precision_are_named(graph: Path, tmp_path: Pa
 def test_checkpoints_and_other_files(device: Any, detector: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"--data is missing: real images prove the ONNX file of tiny.pt"):
         trt.export_stage(detector, settings(), Ssh("jetson"), tmp_path / "out")
-    with pytest.raises(ExportError, match=r"for others give the dynamic .onnx file"):
-        trt.export_stage(detector, settings(imgsz="64:96:128"), Ssh("jetson"), tmp_path / "out", data=data)
+    for shape, dynamic in (
+        ({"imgsz": "64:96:128"}, "size"),
+        ({"batch": "4"}, "batch"),
+        ({"imgsz": "64:96:128", "batch": "1:2:4"}, "both"),
+    ):
+        with pytest.raises(ExportError, match=rf"for others give the .onnx file that export.onnx --dynamic {dynamic}"):
+            trt.export_stage(detector, settings(**shape), Ssh("jetson"), tmp_path / "out", data=data)
     with pytest.raises(ExportError, match=r"must be a checkpoint \(.pt\) or an ONNX file"):
         trt.export_stage(data, settings(), Ssh("jetson"), tmp_path / "out")
 
@@ -542,9 +544,9 @@ def test_settings_that_contradict_each_other_are_named(content: dict[str, Any], 
         parse(ExportTrt, content, "trt")
 
 
-def test_the_script_for_a_version_builds_nothing(graph: Path, tmp_path: Path) -> None:
+def test_the_script_for_a_version_builds_nothing(onnx_file: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    path = trt.write_script(graph, settings(), trt._facts_of("auto", "8.6.1"), output)
+    path = trt.write_script(onnx_file, settings(), trt._facts_of("auto", "8.6.1"), output)
     text = path.read_text()
     assert "--onnx=tiny.onnx" in text
     assert "--saveEngine=tiny.engine" in text
@@ -557,10 +559,10 @@ def test_the_script_for_a_version_builds_nothing(graph: Path, tmp_path: Path) ->
         trt._facts_of("auto", "new")
 
 
-def test_the_command_says_what_does_not_go_together(graph: Path, tmp_path: Path) -> None:
+def test_the_command_says_what_does_not_go_together(onnx_file: Path, tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
-    arguments = ["--model", str(graph), "--output", str(tmp_path / "out"), "--trt-version", "10.3"]
+    arguments = ["--model", str(onnx_file), "--output", str(tmp_path / "out"), "--trt-version", "10.3"]
     result = CliRunner().invoke(trt.app, arguments)
     assert str(result.exception) == (
         "--trt-version goes with --script: an engine is built by the version that the target has"

@@ -1,0 +1,138 @@
+"""The sections of training and pruning."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from compress.settings.budget import Budget
+from compress.settings.names import TARGETS, Importance, Runtime, Share, Variant
+from compress.settings.strict import Grown, Strict
+
+
+class Training(Strict):
+    """One training: Ultralytics' names, Ultralytics' meanings."""
+
+    epochs: int = Field(ge=0)
+    batch: int = Field(default=16, ge=1)
+    optimizer: str = "auto"
+    lr0: float = Field(default=0.01, gt=0.0)
+    lrf: float = Field(default=0.01, gt=0.0)
+    cos_lr: bool = False
+    warmup_epochs: float = Field(default=3.0, ge=0.0)
+    close_mosaic: int = Field(default=10, ge=0)
+    amp: bool = True
+    args: dict[str, Any] = Field(default_factory=dict, description="any other Ultralytics training argument")
+
+
+class Sparsity(Training):
+    """Sparsity training: a training with an L1 penalty on the batch-norm scales γ of prunable channels."""
+
+    # Adam would divide the constant pull of the penalty by its own magnitude, and λ would mean nothing.
+    optimizer: str = "SGD"
+
+    sr: Annotated[float, Field(ge=0.0)] | Literal["auto"] = Field(
+        default=1e-4, description="penalty λ, added to the gradient of γ as λ·γ/‖γ‖ per coupled unit; or auto"
+    )
+    share: Share | None = Field(
+        default=None, description="share of γ that auto brings near zero; what `prune` will remove when not given"
+    )
+    sr_decay: float = Field(
+        default=0.1, gt=0.0, le=1.0, description="share of λ that is left at the last epoch (linear)"
+    )
+    fade: bool = Field(default=False, description="choose the channels that `prune` removes early, and fade them out")
+    start: Literal["train", "model"] = Field(
+        default="train", description="start from the trained model or from `model` itself"
+    )
+
+
+class Finetune(Training, Grown):
+    """Fine-tuning of the pruned model, with the dense model as the teacher unless told otherwise."""
+
+    later = ("teacher", "cwd", "cwd_temperature", "ld", "ld_temperature", "distil_off_epochs")
+
+    distill: bool = Field(default=True, description="distil from the dense model, or from `teacher`")
+    teacher: str | None = Field(default=None, description="a checkpoint to distil from in place of the dense model")
+    dis: float = Field(default=6.0, ge=0.0, description="weight of Ultralytics' feature distillation")
+    cwd: float = Field(default=0.0, ge=0.0, description="weight of channel-wise distillation of the same features")
+    cwd_temperature: float = Field(default=4.0, gt=0.0)
+    ld: float = Field(default=0.0, ge=0.0, description="weight of the distillation of box distributions")
+    ld_temperature: float = Field(default=10.0, gt=0.0)
+    distil_off_epochs: int = Field(default=0, ge=0, description="last epochs, in which the teacher is not asked")
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> Finetune:
+        if self.distill and not (self.dis or self.cwd or self.ld):
+            raise ValueError("dis, cwd and ld are all 0: leave out the teacher (distill: false)")
+        return self
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """Return what a trainer must know beside Ultralytics' arguments; empty where that is nothing."""
+        if not (self.cwd or self.ld or self.distil_off_epochs):
+            return {}
+        return {name: getattr(self, name) for name in self.later if name != "teacher"}
+
+
+def _times(value: Any) -> Any:
+    """Read "2x" as 2.0."""
+    import re
+
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*[x×]?", value) if isinstance(value, str) else None
+    return float(found[1]) if found else value
+
+
+class Prune(Strict):
+    """How much to remove (one of `TARGETS`), by which importance, under which budget.
+
+    `latency` and `speedup` are predicted by a latency table of `benchmark.profile` and measured after the cut.
+    """
+
+    percent: float | None = Field(default=None, ge=0.0, lt=1.0, description="share of the prunable channels to remove")
+    macs: Share | None = Field(default=None, description="MACs of the pruned model as a share of the dense model's")
+    params: Share | None = Field(
+        default=None, description="parameters of the pruned model as a share of the dense model's"
+    )
+    latency: str | None = Field(
+        default=None, pattern=r"^\d+(\.\d+)?\s*(ms|M)$", description="such as 12ms, or 120M instructions"
+    )
+    speedup: Annotated[float, BeforeValidator(_times), Field(gt=1.0)] | None = Field(
+        default=None, description="dense latency over that of the pruned model, such as 2x"
+    )
+    memory: str | None = Field(
+        default=None,
+        pattern=r"^\d+(\.\d+)?\s*[kMG]i?B$",
+        description="with latency or speedup: weights and peak, such as 8MB",
+    )
+    device: str = Field(default="cpu", description="of latency and speedup: where the model will run")
+    host: str | None = Field(default=None, description="of latency and speedup: how the device is reached")
+    runtime: Runtime | Variant | None = Field(
+        default=None, description="of latency and speedup; the device's first one"
+    )
+    threads: int | None = Field(default=None, ge=1, description="of latency and speedup; the device's own")
+    table: str | None = Field(
+        default=None, description="latency table; not given: the one that benchmark.profile wrote"
+    )
+    importance: Importance = "bn"
+    sensitivity: str | None = Field(
+        default=None, description="sensitivity.json of compress.sensitivity: what a group may lose was measured"
+    )
+    budget: Budget = Budget()
+    recalibrate_images: int = Field(
+        default=256, ge=0, description="training images that re-estimate batch-norm statistics"
+    )
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Prune:
+        given = [name for name in TARGETS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"exactly one of {', '.join(TARGETS)} is needed, got {', '.join(given) or 'none'}")
+        if self.memory is not None and not self.by_latency:
+            raise ValueError("memory goes with latency or speedup")
+        return self
+
+    @property
+    def by_latency(self) -> bool:
+        """Tell whether a measured latency is the target."""
+        return self.latency is not None or self.speedup is not None
