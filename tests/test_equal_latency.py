@@ -137,6 +137,9 @@ def test_one_seed_has_no_spread_and_nobody_is_ahead_of_what_is_not_there() -> No
     _, uniform, random = outcome.summarise(rows, "espalier")
     assert (uniform["sd"], uniform["spread"], uniform["ahead"]) == (None, None, False)
     assert "margin" not in random  # of another seed
+    text = outcome.table([uniform, random], {"uniform": "one share", "random": "by chance"}).splitlines()
+    assert text[2] == "| ncnn | one share | 10.00 | 1.80× | 500 M | 0.5000 |  | +0.1000 |  |"
+    assert text[3] == "| ncnn | by chance | 10.00 | 1.80× | 500 M | 0.4000 |  |  |  |"
 
 
 def test_the_table_has_a_line_for_each_way_and_says_what_is_within_the_spread() -> None:

@@ -63,11 +63,18 @@ def table(lines: list[dict[str, Any]], labels: dict[str, str]) -> str:
             f"{line['macs'] / 1e6:.0f} M",
             f"{line['map50_95']:.4f}",
             _number(line["sd"]),
-            f"{line['margin']:+.4f}{'' if line['ahead'] else ' (within the spread)'}" if "margin" in line else "",
+            _margin(line),
             _number(line.get("spread")),
         ]
         text.append(f"| {' | '.join(cells)} |")
     return "\n".join(text)
+
+
+def _margin(line: dict[str, Any]) -> str:
+    if "margin" not in line:
+        return ""
+    doubtful = line["spread"] is not None and not line["ahead"]
+    return f"{line['margin']:+.4f}{' (within the spread)' if doubtful and line['margin'] > 0 else ''}"
 
 
 def _number(value: float | None) -> str:
