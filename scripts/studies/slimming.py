@@ -113,7 +113,7 @@ def stage(folder: Path, data: Path, imgsz: int, dense: dict[str, Any] | None = N
         "stage": "/".join([*place, folder.name]),
         "epochs": config.get("epochs", 0),
         "test_images": found["images"],
-        "top1": found["top1"],
+        "top1": round(found["top1"], 4),
         "error_percent": round(100 * (1 - found["top1"]), 2),
         "params": params,
         "macs": macs,

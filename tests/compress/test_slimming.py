@@ -14,6 +14,7 @@ from compress.finetune import finetune
 from compress.manifest import read_json
 from compress.prune import plan_pruning, prune
 from compress.pruning.oracle import check_oracle
+from compress.pruning.repair import centre_cropped
 from compress.pruning.surgery import apply_plan
 from compress.rounds import check_schedule
 from compress.settings import Finetune, Run, Sparsity, Training, load_run
@@ -164,6 +165,8 @@ def small(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_they_go_through_all_stages(name: str, crops: Path, tmp_path: Path) -> None:
+    from ultralytics import YOLO
+
     from export.onnx import export_onnx
     from export.parity import compare
 
@@ -182,7 +185,11 @@ def test_they_go_through_all_stages(name: str, crops: Path, tmp_path: Path) -> N
     assert len(plans_of(model)) == 1
     before, after = read_json(tmp_path / "prune" / "manifest.json")["metrics"]["channels"]
     assert after - 6 == pytest.approx((before - 6) * (1 - (cut.percent or 0)), abs=1)
+    pictures = sorted(crops.glob("val/*/*.jpg"))[:2]
+    likeliest = [int(model(centre_cropped([picture], 32)).argmax()) for picture in pictures]
+    stock: Any = YOLO(str(tuned)).predict(pictures, imgsz=32, device="cpu", verbose=False)
+    assert [found.probs.top1 for found in stock] == likeliest
     artefact = export_onnx(tuned, tmp_path / "a.onnx", imgsz=32, settings=settings.export)
-    record = compare(tuned, artefact, sorted(crops.glob("val/*/*.jpg"))[:2], 32)
+    record = compare(tuned, artefact, pictures, 32)
     assert record["passed"]
     assert record["classes"] == {"images": 2, "other_class": 0}
