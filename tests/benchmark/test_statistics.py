@@ -41,6 +41,23 @@ def test_the_interval_has_the_width_that_theory_gives() -> None:
     assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.12)  # standard error 1/√400
 
 
+@pytest.mark.parametrize(("correlation", "wider"), [(0.0, 1.0), (0.6, 1.4)])
+def test_a_machine_that_wanders_widens_the_interval(correlation: float, wider: float) -> None:
+    # Of rounds that correlate by 0.6 the mean has twice the standard error of independent ones (√((1+ρ)/(1-ρ))); blocks
+    # of 120^(1/3) rounds see three quarters of that.
+    generator = np.random.default_rng(2)
+    steps, level, widths = generator.normal(0.0, (1 - correlation**2) ** 0.5, (40, 120)), 0.0, []
+    for run in steps:
+        rounds = []
+        for step in run:
+            level = correlation * level + step
+            rounds.append([10.0 + level])
+        low, high = statistics.summarise(rounds, seed=0)[1]["mean_ms"]
+        widths.append(high - low)
+    independent = 2 * 1.96 / 120**0.5
+    assert np.mean(widths) / independent == pytest.approx(wider, rel=0.1)
+
+
 def test_the_seed_decides_the_interval() -> None:
     rounds = np.random.default_rng(1).random((10, 4)).tolist()
     assert statistics.summarise(rounds, seed=3) == statistics.summarise(rounds, seed=3)
