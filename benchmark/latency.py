@@ -146,7 +146,7 @@ def measure(
             "threads": threads,
             "seed": seed,
             "input": "uniform noise in [0, 1), float32 NCHW, the same for every query",
-            "interval": f"{100 * statistics.LEVEL:g} %, bootstrap over blocks of rounds, {statistics.RESAMPLES} resamples",
+            "interval": f"{100 * statistics.LEVEL:g} %, {statistics.RESAMPLES} resamples of blocks of rounds",
             "seconds": round(elapsed_s, 1),
         },
         "noisy": bool(doubts),

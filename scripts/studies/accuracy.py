@@ -3,9 +3,9 @@
 usage: python -m scripts.studies.accuracy --model yolov8n.pt --data bccd.yaml --imgsz 320 --seeds 0 1 2 nbs=16
 
 For every seed and each share of the MACs that is left: the cut model without any fine-tuning, with and without new
-batch-norm statistics, then the model that is fine-tuned with the dense model as its teacher. Where --compare is among
-the shares, the same cut is fine-tuned without a teacher too, and the share is approached in rounds. The dense model and
-every pruned one start from --model and are trained for as many epochs in all. Scores are those of --split.
+batch-norm statistics. But for --cut-only it is then fine-tuned with the dense model as its teacher. At --compare the
+same cut is fine-tuned without a teacher too, and the share is approached in rounds. The dense model and every tuned one
+start from --model and are trained for as many epochs in all. Scores are those of --split.
 
 Stages below --work that are finished are not trained again, so that several processes may share the seeds among them
 (each with an --output of its own); the same command with all seeds then only scores and writes the record.
@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--sr", type=float, default=0.003)
     parser.add_argument("--budget", type=Path, default=Path("configs/budgets/onnxruntime-cpu.yaml"))
     parser.add_argument("--shares", type=float, nargs="+", default=[0.7, 0.5, 0.3], help="of the MACs, that are left")
+    parser.add_argument("--cut-only", type=float, nargs="*", default=[0.7], help="those that are not fine-tuned")
     parser.add_argument("--compare", type=float, default=0.5, help="the share that is also reached in other ways")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--work", type=Path, default=Path("runs/studies/accuracy"))
@@ -120,6 +121,8 @@ def rows_of(given: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
         raw = prune(sparse, data, as_it_was, given.imgsz, seed, folder / "raw")
         add("cut, statistics as they were", share, raw, macs)
         add("cut", share, cut, macs)
+        if share in given.cut_only:
+            continue
         add("fine-tuned", share, finetune(cut, dense, data, wanted.finetune, common, folder / "tuned"), macs)
         if share == given.compare:
             alone = wanted.finetune.model_copy(update={"distill": False})
