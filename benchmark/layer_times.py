@@ -140,9 +140,10 @@ def _onnx_shapes(path: str) -> dict[str, tuple[str, list[int]]]:
         for tensor in node.input:
             consumers.setdefault(tensor, []).append(node)
     found = {}
+    convolutions = {n.name: weights[n.input[1]] for n in graph.node if n.op_type == "Conv" and n.input[1] in weights}
     for node in graph.node:
-        if node.op_type == "Conv" and node.input[1] in weights:
-            entry = (node.name, weights[node.input[1]])
+        if node.name in convolutions:
+            entry = whole(node.name, convolutions)
             names = [node.name, node.output[0]]
             for follower in consumers.get(node.output[0], []):
                 if follower.op_type in _FUSED:
@@ -150,6 +151,20 @@ def _onnx_shapes(path: str) -> dict[str, tuple[str, list[int]]]:
             for name in names:
                 found.setdefault(name, entry)
     return found
+
+
+def whole(name: str, convolutions: dict[str, list[int]]) -> tuple[str, list[int]]:
+    """Return name and weight shape of the model's convolution, of which `export.layout` may have written two halves.
+
+    >>> whole("/cv1/second/Conv", {"/cv1/first/Conv": [16, 8, 1, 1], "/cv1/second/Conv": [32, 8, 1, 1]})
+    ('/cv1/Conv', [48, 8, 1, 1])
+    """
+    stem = name.removesuffix("/first/Conv").removesuffix("/second/Conv")
+    halves = [convolutions.get(f"{stem}/{half}/Conv") for half in ("first", "second")]
+    if stem == name or None in halves:
+        return name, convolutions[name]
+    first, second = halves
+    return f"{stem}/Conv", [first[0] + second[0], *first[1:]]  # type: ignore[index]
 
 
 class _Ncnn(_Network):
@@ -184,14 +199,16 @@ def ncnn_shapes(param: Path) -> dict[str, list[int]]:
 
 
 def join(layers: list[tuple[str, list[int] | None, float]]) -> list[Segment]:
-    """Add layers up to the convolution that follows them."""
-    segments, waiting = [], 0.0
-    for name, shape, cost in layers:
+    """Add layers up to the convolution that follows them, and what bears the same name."""
+    segments: dict[str, Segment] = {}
+    waiting = 0.0
+    for name, shape, cost in [*layers, (TAIL, [], 0.0)]:
         waiting += cost
         if shape is not None:
-            segments.append(Segment(name, shape, waiting))
+            before = segments[name].cost if name in segments else 0.0
+            segments[name] = Segment(name, shape, before + waiting)
             waiting = 0.0
-    return [*segments, Segment(TAIL, [], waiting)]
+    return list(segments.values())
 
 
 _KINDS: dict[str, type[_Network]] = {"onnxruntime": _Onnxruntime, "ncnn": _Ncnn}

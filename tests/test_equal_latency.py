@@ -102,7 +102,7 @@ def fake_measurement(calls: list[dict[str, Any]], noisy: int = 0) -> Any:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
 
-    def export(model: Any, name: str, wanted: Any, folder: Path) -> Path:
+    def export(model: Any, name: str, wanted: Any, folder: Path, place: Any) -> Path:
         path = folder / f"{name}.onnx"
         path.write_text(str(sum(p.numel() for p in model.parameters())))
         return path

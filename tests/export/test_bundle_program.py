@@ -204,6 +204,7 @@ esac
 
 def test_the_script_tells_how_far_it_is_and_why_it_stopped(root: Path, bundle: Path, tmp_path: Path) -> None:
     tools, machine = tmp_path / "tools", platform.machine()
+    bundle = shutil.copytree(bundle, tmp_path / "bundle")
     tools.mkdir()
     for name, text in {"cmake": FAKE_CMAKE, "g++": "#!/bin/sh\n"}.items():
         (tools / name).write_text(text)

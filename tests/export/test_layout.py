@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 
 import onnx
 import pytest
 import torch
 from ultralytics.nn.modules.block import DFL
+from ultralytics.nn.modules.conv import Conv
+from ultralytics.utils.torch_utils import fuse_conv_and_bn
 
-from export.layout import expected_distance
+from export.layout import Halves, expected_distance
 from export.onnx import export_onnx
 
 
@@ -34,4 +37,16 @@ def test_the_graph_of_a_detector_has_no_softmax_across_strides(detector: Path, t
     operations = [node.op_type for node in graph.node]
     assert "Softmax" not in operations
     assert operations.count("ReduceMax") == 1
-    assert "Slice" not in operations[: operations.index("ReduceMax")]  # of C2f
+    assert not {"Slice", "Split"} & set(operations[: operations.index("ReduceMax")])  # of C2f
+
+
+def test_halves_are_the_two_parts_of_a_convolution() -> None:
+    whole = Conv(8, 40, 3, s=2, d=2).eval()
+    with torch.no_grad():
+        for values in whole.bn.parameters():
+            values.uniform_(0.5, 1.5)
+    fused = deepcopy(whole)
+    fused.conv = fuse_conv_and_bn(fused.conv, fused.bn)
+    first, second = Halves(fused, 24)(images := torch.randn(2, 8, 9, 9))
+    assert (first.shape[1], second.shape[1]) == (24, 16)
+    torch.testing.assert_close(torch.cat([first, second], 1), whole(images))
