@@ -2,10 +2,11 @@
 
 usage: python -m scripts.studies.accuracy --model yolov8n.pt --data bccd.yaml --imgsz 320 --seeds 0 1 2 nbs=16
 
-For every seed and each share of the MACs that is left: the cut model without any fine-tuning, with and without new
-batch-norm statistics. But for --cut-only it is then fine-tuned with the dense model as its teacher. At --compare the
-same cut is fine-tuned without a teacher too, and the share is approached in rounds. The dense model and every tuned one
-start from --model and are trained for as many epochs in all. Scores are those of --split.
+For every seed: a dense model; for each share of --cut-only a model that is trained sparse for as many epochs and cut,
+with new batch-norm statistics and with those that the training left; for each of --shares one that is trained sparse,
+cut, and fine-tuned with the dense model as its teacher. At --compare the same cut is fine-tuned without a teacher too,
+and the share is approached in rounds. All start from --model and are trained for as many epochs in all. Scores are
+those of --split.
 
 Stages below --work that are finished are not trained again, so that several processes may share the seeds among them
 (each with an --output of its own); the same command with all seeds then only scores and writes the record.
@@ -45,8 +46,8 @@ def main() -> None:
     parser.add_argument("--finetune-epochs", type=int, default=27, help="likewise")
     parser.add_argument("--sr", type=float, default=0.003)
     parser.add_argument("--budget", type=Path, default=Path("configs/budgets/onnxruntime-cpu.yaml"))
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.7, 0.5, 0.3], help="of the MACs, that are left")
-    parser.add_argument("--cut-only", type=float, nargs="*", default=[0.7], help="those that are not fine-tuned")
+    parser.add_argument("--cut-only", type=float, nargs="*", default=[0.7, 0.5], help="shares of the MACs")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.3], help="likewise, to be fine-tuned")
     parser.add_argument("--compare", type=float, default=0.5, help="the share that is also reached in other ways")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--work", type=Path, default=Path("runs/studies/accuracy"))
@@ -74,9 +75,14 @@ def main() -> None:
         print({name: round(value, 4) if isinstance(value, float) else value for name, value in line.items()})
 
 
-def settings_of(given: argparse.Namespace, share: float, seed: int, rounds: int = 1) -> Run:
-    """Return the pipeline that leaves a share of the MACs; its epochs are shared out among its rounds."""
-    more = training_args(given.more)
+def settings_of(given: argparse.Namespace, share: float, seed: int, rounds: int = 1, *, cut_only: bool = False) -> Run:
+    """Return the pipeline that leaves a share of the MACs; its epochs are shared out among its rounds.
+
+    Args:
+        cut_only: spend all epochs before the cut.
+    """
+    more, tuned = training_args(given.more), 0 if cut_only else given.finetune_epochs
+    sparse = given.sparsify_epochs + given.finetune_epochs - tuned
     return Run(
         name=f"{share}-{seed}",
         model=given.model,
@@ -86,7 +92,7 @@ def settings_of(given: argparse.Namespace, share: float, seed: int, rounds: int 
         iterations=rounds,
         train=Training(epochs=given.sparsify_epochs + given.finetune_epochs, batch=given.batch, args=more),
         sparsify=Sparsity(
-            epochs=given.sparsify_epochs // rounds,
+            epochs=sparse // rounds,
             batch=given.batch,
             sr=given.sr,
             fade=True,
@@ -94,7 +100,7 @@ def settings_of(given: argparse.Namespace, share: float, seed: int, rounds: int 
             args=more,
         ),
         prune=Prune(macs=share, importance="taylor", budget=load_budget(given.budget)),
-        finetune=Finetune(epochs=given.finetune_epochs // rounds, batch=given.batch, args=more),
+        finetune=Finetune(epochs=tuned // rounds, batch=given.batch, args=more),
     )
 
 
@@ -112,21 +118,26 @@ def rows_of(given: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
 
     dense = train(given.model, data, settings_of(given, given.compare, seed).train, common, home / "dense")
     add("dense", 1.0, dense)
+
+    def cut(asked: Prune, sparse: Path, folder: Path) -> tuple[Path, tuple[int, int]]:
+        model = prune(sparse, data, asked, given.imgsz, seed, folder)
+        return model, manifest.read_json(folder / manifest.MANIFEST)["metrics"]["macs"]
+
+    for share in given.cut_only:
+        wanted, folder = settings_of(given, share, seed, cut_only=True), home / f"only{share}"
+        sparse = sparsify(given.model, data, wanted.sparsify, common, folder / "sparse", wanted.prune)
+        add("cut", share, *cut(wanted.prune, sparse, folder / "cut"))
+        as_left = wanted.prune.model_copy(update={"recalibrate_images": 0})
+        left = folder / "sparse" / "training" / "weights" / "last.pt"
+        add("cut, statistics of the training", share, *cut(as_left, left, folder / "raw"))
     for share in given.shares:
         wanted, folder = settings_of(given, share, seed), home / f"macs{share}"
         sparse = sparsify(given.model, data, wanted.sparsify, common, folder / "sparse", wanted.prune)
-        cut = prune(sparse, data, wanted.prune, given.imgsz, seed, folder / "cut")
-        macs = manifest.read_json(cut.parent / manifest.MANIFEST)["metrics"]["macs"]
-        as_it_was = wanted.prune.model_copy(update={"recalibrate_images": 0})
-        raw = prune(sparse, data, as_it_was, given.imgsz, seed, folder / "raw")
-        add("cut, statistics as they were", share, raw, macs)
-        add("cut", share, cut, macs)
-        if share in given.cut_only:
-            continue
-        add("fine-tuned", share, finetune(cut, dense, data, wanted.finetune, common, folder / "tuned"), macs)
+        pruned, macs = cut(wanted.prune, sparse, folder / "cut")
+        add("fine-tuned", share, finetune(pruned, dense, data, wanted.finetune, common, folder / "tuned"), macs)
         if share == given.compare:
             alone = wanted.finetune.model_copy(update={"distill": False})
-            add("without a teacher", share, finetune(cut, dense, data, alone, common, folder / "alone"), macs)
+            add("without a teacher", share, finetune(pruned, dense, data, alone, common, folder / "alone"), macs)
             rounds = settings_of(given, share, seed, ROUNDS)
             val = partial(score_val, data=data, imgsz=given.imgsz)
             last = run_rounds(given.model, dense, data, rounds, common, folder / "rounds", val)
