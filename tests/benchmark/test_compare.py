@@ -175,12 +175,15 @@ def test_a_published_run_dense_against_pruned(
     assert run(f"{published}:dense", published, "--json", path, "--map-tolerance", "0.012") == 0
     out = capsys.readouterr().out
     assert "onnxruntime on AMD EPYC, x86_64, 2 cores" in out
-    assert "9.66 ms → 5.22 ms, 1.850× (95 %: 1.843–1.858; measured in turns, paired interval)" in out
+    summary = json.loads((published / "summary.json").read_text())
+    before, after = (summary[name]["latency_ms"]["onnxruntime"]["p50"] for name in ("dense", "pruned"))
+    low, high = summary["speedup_interval"]["onnxruntime"]
+    speedup = f"{before / after:.3f}× (95 %: {low:.3f}–{high:.3f}; measured in turns, paired interval)"
+    assert f"{before:.2f} ms → {after:.2f} ms, {speedup}" in out
     assert "mAP50-95 0.6018 → 0.5901, −0.0117" in out
     assert out.splitlines()[-1] == "verdict  B is better: it is faster and as accurate"
     verdict = json.loads(path.read_text())
     assert (verdict["better"], verdict["paired"], verdict["b"]["model"]) == (True, True, "pruned")
-    summary = json.loads((published / "summary.json").read_text())
     assert verdict["interval"] == pytest.approx(summary["speedup_interval"]["onnxruntime"], abs=5e-5)
     assert run(f"{published}:dense", published) == 1
     assert "B is not better: it is faster but less accurate" in capsys.readouterr().out
