@@ -13,13 +13,26 @@ def number(value: float | None, digits: int) -> str:
 
 
 def size(value: float | None, unit: str = "") -> str:
-    """Return a count or a size in G, M or k of its unit."""
+    """Return a count or a size in G, M or k of its unit.
+
+    >>> size(999_600), size(1_234_000, "B"), size(538)
+    ('1 M', '1.23 MB', '538')
+    """
     if value is None:
         return UNKNOWN
     for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= factor:
+        if value >= 0.9995 * factor:  # what would be 1000 of the smaller prefix in three digits
             return f"{value / factor:.3g} {prefix}{unit}"
     return f"{value:g} {unit}".rstrip()
+
+
+def significant(value: float) -> str:
+    """Return a number in two significant digits, whole from 10 on.
+
+    >>> significant(0.00447), significant(123.4), significant(8.1e-06)
+    ('0.0045', '123', '8.1e-06')
+    """
+    return f"{value:.2g}" if abs(value) < 10 else f"{value:.0f}"
 
 
 def ratio(value: float | None) -> str:
