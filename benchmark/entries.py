@@ -136,7 +136,7 @@ def _point(row: Entry) -> Point:
     cost, score = row.cost, row.score
     assert cost
     assert score
-    span = f" ({wording.interval(cost.interval)})" if cost.unit == "ms" and cost.interval else ""
+    span = f" ({wording.interval_ms(cost.interval)})" if cost.unit == "ms" and cost.interval else ""
     p90 = f", p90 {wording.cost(cost.p90, cost.unit)}" if cost.p90 is not None else ""
     settings = [cost.precision, None if cost.threads is None else f"threads: {cost.threads}", f"{cost.imgsz or '?'} px"]
     lines = [
@@ -183,9 +183,10 @@ def _cells(
         known |= {_SETTINGS[name]: _setting(getattr(cost, name)) for name in settings}
         if "device" in settings:
             known["device"] = devices.get(cost.device, wording.UNKNOWN)
-        known |= {f"p{n} ms": Number.of(getattr(cost, f"p{n}") if in_ms else None, "{:.2f}") for n in (50, 90, 99)}
+        values = {n: getattr(cost, f"p{n}") if in_ms else None for n in (50, 90, 99)}
+        known |= {f"p{n} ms": Number(wording.ms(value), value) for n, value in values.items()}
         span = cost.interval if in_ms else None
-        known["95 % interval"] = Number(wording.interval(span), span[0] if span else None)
+        known["95 % interval"] = Number(wording.interval_ms(span), span[0] if span else None)
         known["instructions"] = Number(
             wording.UNKNOWN if in_ms else wording.size(cost.p50), None if in_ms else cost.p50
         )

@@ -340,6 +340,14 @@ def test_a_size_never_needs_an_exponent(count: int | None, text: str) -> None:
     assert wording.size(count) == text
 
 
+def test_below_a_millisecond_the_third_digit_is_shown(run: Any, tmp_path: Path) -> None:
+    folder = benchmark_folder(tmp_path / "x", [cell("a", 0.3456), cell("b", 1.0)], {"a": 0.5, "b": 0.6})
+    assert run(folder) == 0
+    markdown = (folder / "report.md").read_text().splitlines()
+    assert "| a | onnxruntime | 0.5000 | 0.346 | 0.342–0.349 | 0.346 | 0.346 | – | – | – | front |" in markdown
+    assert "| b | onnxruntime | 0.6000 | 1.00 | 0.990–1.010 | 1.00 | 1.00 | – | – | – | front |" in markdown
+
+
 def test_unknown_values_are_a_dash_not_a_guess(tmp_path: Path) -> None:
     content, measured = summary(), record()
     content["pruned"]["latency_ms"]["torch"] = {"p50": None, "p90": None}
