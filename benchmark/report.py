@@ -145,7 +145,9 @@ def _print(block: Table) -> None:
     texts = text_columns(block)
     shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for index, name in enumerate(block.columns):
-        shown.add_column(name, justify="left" if index in texts else "right")
+        # Where the terminal is too narrow, names are folded and numbers stay whole.
+        is_number = index not in texts
+        shown.add_column(name, justify="right" if is_number else "left", no_wrap=is_number, overflow="fold")
     for row in block.rows:
         shown.add_row(*(RichText(printable(plain(cell))) for cell in row))
     Console().print(shown)

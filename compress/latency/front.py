@@ -74,8 +74,8 @@ def _print(rows: list[dict[str, Any]], unit: str, dense_macs: float) -> None:
     from compress.latency.table import amount
 
     shown = Table(title="the most importance at each latency, as predicted")
-    for heading in ("latency", "speed-up", "kept importance", "gap to the bound", "MACs kept"):
-        shown.add_column(heading, justify="right")
+    for heading in ("latency", "speed-up", "importance\nkept", "gap to\nthe bound", "MACs\nkept"):
+        shown.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         shown.add_row(
             amount(row["latency"], unit),
