@@ -238,11 +238,11 @@ def _print_table(records: list[dict[str, Any]], names: list[str], split: str, im
     from rich.table import Table
 
     table = Table(title=f"accuracy on the {split} split, {records[0]['images']} images at {imgsz} px")
-    table.add_column("model")
+    table.add_column("model", overflow="fold")
     table.add_column("runtime")
     shown = [key for key in METRICS if key in records[0]]
     for key in shown:
-        table.add_column(METRICS[key], justify="right")
+        table.add_column(METRICS[key], justify="right", no_wrap=True)
     for name, record in zip(names, records, strict=True):
         table.add_row(escape(name), record["runtime"], *(f"{record[key]:.4f}" for key in shown))
     Console().print(table)

@@ -1,4 +1,4 @@
-"""Charts of the page, drawn as SVG and HTML without a library: cost against score, and layers side by side.
+"""Charts of the page, drawn as SVG and HTML without a library: score against cost, and layers side by side.
 
 Places inside a plot are percentages of it, so that it fills any width while its letters keep their size.
 """
@@ -10,22 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmark import wording
-from benchmark.pages import Chart, Number, Table, escaped
-from benchmark.plots import (
-    SWATCH,
-    Axis,
-    Panel,
-    Point,
-    axes,
-    caption,
-    colour,
-    legend,
-    pairs,
-    shape,
-    stairs,
-    tick_text,
-    x_title,
-)
+from benchmark.axes import Axis, tick_text
+from benchmark.pages import Chart, Number, Table, breakable, escaped
+from benchmark.plots import SWATCH, Panel, Point, axes, caption, colours, legend, pairs, shape, stairs, x_title
 from benchmark.records import Layer
 
 _SHAPES = {
@@ -42,7 +29,7 @@ _MOST_LAYERS = 30
 def pareto(panel: Panel) -> str:
     """Return the plot as trusted HTML: every text of the panel is escaped in it."""
     across, up = axes(panel)
-    points = panel.points
+    points, own_colours = panel.points, colours(panel.points)
     parts = [_grid(across, up)]
     corners = stairs(points, across, up)
     for start, end in itertools.pairwise(corners):
@@ -50,8 +37,8 @@ def pareto(panel: Panel) -> str:
     for group in pairs(points):
         for one, other in itertools.pairwise(group):
             places = (_x(across, one.cost), _y(up, one.score), _x(across, other.cost), _y(up, other.score))
-            parts.append(_line("pair", *places, colour(points, one.series)))
-    parts += [_mark(point, colour(points, point.series), across, up) for point in points]
+            parts.append(_line("pair", *places, own_colours[one.series]))
+    parts += [_mark(point, own_colours[point.series], across, up) for point in points]
     entries = [("Pareto front", '<path class="front" d="M-9 0H9"/>', ""), *_entries(points)]
     keys = "".join(
         f'<li><svg class="key" style="--c:{own}" aria-hidden="true"><svg x="50%" y="50%" overflow="visible">'
@@ -68,11 +55,15 @@ def pareto(panel: Panel) -> str:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """What one layer costs in each of the models; None where a model has no such layer."""
+    """What one layer costs in each of the models; None where a model has no such layer.
+
+    A row that `is_sum` holds the many cheap ones: it gets no bar, beside which all others would look small.
+    """
 
     name: str
     type: str
     costs: tuple[float | None, ...]
+    is_sum: bool = False
 
 
 def layer_rows(models: Sequence[Sequence[Layer]]) -> list[LayerRow]:
@@ -93,7 +84,7 @@ def layer_rows(models: Sequence[Sequence[Layer]]) -> list[LayerRow]:
         return rows
     rest = rows[_MOST_LAYERS:]
     sums = tuple(sum(row.costs[index] or 0.0 for row in rest) for index in range(len(models)))
-    return [*rows[:_MOST_LAYERS], LayerRow(f"{len(rest)} others", "", sums)]
+    return [*rows[:_MOST_LAYERS], LayerRow(f"{len(rest)} others", "", sums, is_sum=True)]
 
 
 def bars(names: Sequence[str], models: Sequence[Sequence[Layer]], unit: str) -> Chart:
@@ -105,23 +96,23 @@ def bars(names: Sequence[str], models: Sequence[Sequence[Layer]], unit: str) -> 
         unit: ms or instructions.
     """
     rows = layer_rows(models)
-    most = max((cost or 0.0 for row in rows for cost in row.costs), default=0.0) or 1.0
+    most = max((cost or 0.0 for row in rows if not row.is_sum for cost in row.costs), default=0.0) or 1.0
     columns = ["layer", *(f"{name}, {unit}" for name in names), *(["ratio"] if len(names) == 2 else [])]
     cells = [[row.name, *(Number(_amount(cost, unit), cost) for cost in row.costs), *_ratio(row)] for row in rows]
     lines = []
     for row in rows:
         drawn = "".join(
             f'<i class="m{index}" style="width:{100 * (cost or 0.0) / most:.2f}%"></i>'
-            for index, cost in enumerate(row.costs)
+            for index, cost in enumerate(() if row.is_sum else row.costs)
         )
         values = "".join(f"<td>{_amount(cost, unit)}</td>" for cost in row.costs)
         ratio = "".join(f"<td>{number.text}</td>" for number in _ratio(row))
         kind = f" <small>{escaped(row.type)}</small>" if row.type else ""
         lines.append(
-            f'<tr><th scope="row">{escaped(row.name)}{kind}</th><td class="bar">{drawn}</td>{values}{ratio}</tr>'
+            f'<tr><th scope="row">{breakable(row.name)}{kind}</th><td class="bar">{drawn}</td>{values}{ratio}</tr>'
         )
     head = "".join(
-        f'<th scope="col"><i class="m{index} swatch"></i>{escaped(name)}<br>{unit}</th>'
+        f'<th scope="col"><span class="s{index}" aria-hidden="true">■</span>&nbsp;{breakable(name)}<br>{unit}</th>'
         for index, name in enumerate(names)
     )
     ratio = '<th scope="col">ratio</th>' if len(names) == 2 else ""

@@ -77,7 +77,8 @@ def table(rows: Sequence[Entry]) -> Table:
     columns += ["queries", "cold start ms", "peak memory"] if units else []
     columns += ["Pareto"] if any(row.on_front for row in rows) else []
     columns += ["device"] if "device" in settings else []
-    return Table(columns, [_cells(row, columns, settings, metrics) for row in rows], sortable=True)
+    devices = _short_devices(rows)
+    return Table(columns, [_cells(row, columns, settings, metrics, devices) for row in rows], sortable=True)
 
 
 def short_table(rows: Sequence[Entry]) -> Table:
@@ -119,7 +120,7 @@ def _groups(rows: Sequence[Entry]) -> list[list[int]]:
 def _place(row: Entry) -> tuple[float, float]:
     assert row.cost
     assert row.score
-    return row.cost.p50, row.score.value
+    return row.cost.p50, round(row.score.value, 4)  # a difference that no table shows puts nothing on a front
 
 
 def _panel(rows: Sequence[Entry], alone: bool) -> Panel:
@@ -135,7 +136,7 @@ def _point(row: Entry) -> Point:
     cost, score = row.cost, row.score
     assert cost
     assert score
-    span = f" ({wording.interval(cost.interval)})" if cost.unit == "ms" and cost.interval else ""
+    span = f" ({wording.interval_ms(cost.interval)})" if cost.unit == "ms" and cost.interval else ""
     p90 = f", p90 {wording.cost(cost.p90, cost.unit)}" if cost.p90 is not None else ""
     settings = [cost.precision, None if cost.threads is None else f"threads: {cost.threads}", f"{cost.imgsz or '?'} px"]
     lines = [
@@ -158,7 +159,20 @@ def _point(row: Entry) -> Point:
     )
 
 
-def _cells(row: Entry, columns: Sequence[str], settings: Sequence[str], metrics: Sequence[str]) -> list[str | Number]:
+def _short_devices(rows: Sequence[Entry]) -> dict[str | None, str]:
+    """Return what a cell calls each device: its first word group, where that tells it from all others."""
+    names = {row.cost.device for row in rows if row.cost and row.cost.device}
+    firsts = [name.partition(",")[0] for name in names]
+    return {name: first if firsts.count(first) == 1 else name for name, first in zip(names, firsts, strict=True)}
+
+
+def _cells(
+    row: Entry,
+    columns: Sequence[str],
+    settings: Sequence[str],
+    metrics: Sequence[str],
+    devices: dict[str | None, str],
+) -> list[str | Number]:
     cost, score = row.cost, row.score
     known: dict[str, str | Number] = {"model": row.name, "Pareto": "front" if row.on_front else ""}
     known["runtime"] = " ".join(filter(None, (row.runtime, cost.runtime_version if cost else None)))
@@ -167,9 +181,12 @@ def _cells(row: Entry, columns: Sequence[str], settings: Sequence[str], metrics:
     if cost:
         in_ms = cost.unit == "ms"
         known |= {_SETTINGS[name]: _setting(getattr(cost, name)) for name in settings}
-        known |= {f"p{n} ms": Number.of(getattr(cost, f"p{n}") if in_ms else None, "{:.2f}") for n in (50, 90, 99)}
+        if "device" in settings:
+            known["device"] = devices.get(cost.device, wording.UNKNOWN)
+        values = {n: getattr(cost, f"p{n}") if in_ms else None for n in (50, 90, 99)}
+        known |= {f"p{n} ms": Number(wording.ms(value), value) for n, value in values.items()}
         span = cost.interval if in_ms else None
-        known["95 % interval"] = Number(wording.interval(span), span[0] if span else None)
+        known["95 % interval"] = Number(wording.interval_ms(span), span[0] if span else None)
         known["instructions"] = Number(
             wording.UNKNOWN if in_ms else wording.size(cost.p50), None if in_ms else cost.p50
         )

@@ -26,8 +26,15 @@ _DEVICE: dict[str, str] = {
     "container": "container",
     "virtual_machine": "virtual machine",
     "others_cores": "busy with other work",
+    "start_power_mw": "power at the start, mW",
+    "end_power_mw": "power at the end, mW",
 }
-_CHANGING = {"frequency_mhz": "clock, MHz", "temperature_c": "temperature, °C", "throttle_count": "throttled, times"}
+_CHANGING = {
+    "frequency_mhz": "clock, MHz",
+    "temperature_c": "temperature, °C",
+    "throttle_count": "throttled, times",
+    "load_average": "load of the last 1, 5 and 15 minutes",
+}
 _PROTOCOL = {
     "imgsz": "image side, px",
     "min_queries": "least queries per cell",
@@ -41,7 +48,8 @@ _PROTOCOL = {
 def warnings(record: dict[str, Any]) -> list[Block]:
     """Return what to beware of."""
     blocks: list[Block] = []
-    if (record.get("protocol") or {}).get("mode") == "quick":
+    protocol = record.get("protocol") or {}
+    if protocol.get("mode") == "quick" and "counted" not in protocol:  # instructions are the same on every day
         blocks.append(Text("Quick measurement: for development, not for publication.", "warning"))
     if record.get("noisy"):
         blocks.append(Text(f"Noisy measurement: {'; '.join(record.get('noise') or ['no reason given'])}.", "warning"))
@@ -59,7 +67,9 @@ def device(record: dict[str, Any]) -> Facts:
         if value is None or isinstance(value, _SCALARS)
     ]
     items += [(_CHANGING.get(key, _words(key)), _change(start[key], end.get(key))) for key in start]
-    return Facts(items)
+    known = [(name, value) for name, value in items if value != wording.UNKNOWN]
+    unknown = ", ".join(name for name, value in items if value == wording.UNKNOWN)
+    return Facts([*known, ("not known", unknown)] if unknown else known)
 
 
 def protocol(record: dict[str, Any]) -> Facts:
@@ -86,7 +96,7 @@ def comparisons(record: dict[str, Any]) -> list[Block]:
         for item in found
     ]
     counted = any(item.get("unit") == "instructions" for item in found)
-    return [Table(["", "runtime", "fewer instructions" if counted else "speed-up", "95 % interval"], rows)]
+    return [Table(["models", "runtime", "fewer instructions" if counted else "speed-up", "95 % interval"], rows)]
 
 
 def layers(rows: Sequence[Entry], level: int) -> list[Block]:
@@ -133,13 +143,21 @@ def parity(records: dict[str, Any], level: int) -> list[Block]:
                 name,
                 "passed" if item["passed"] else "FAILED",
                 wording.known(item.get("images")),
-                f"{output['max_box_error_px']:.2g}" if "max_box_error_px" in output else "",
-                f"{output['max_score_error']:.2g}" if "max_score_error" in output else "",
+                wording.significant(output["max_box_error_px"]) if "max_box_error_px" in output else "",
+                wording.significant(output["max_score_error"]) if "max_score_error" in output else "",
                 f"{found['torch']} / {found[runtime]}" if found else "",
                 str(found["unmatched"]) if found else "",
             ]
         )
-    columns = ["", "parity", "images", "box error px", "score error", "detections torch / export", "unmatched"]
+    columns = [
+        "export",
+        "parity",
+        "images",
+        "box error, px",
+        "score error",
+        "detections, PyTorch / export",
+        "unmatched",
+    ]
     return [Heading(level, "Parity with PyTorch"), Table(columns, rows)]
 
 
@@ -167,6 +185,8 @@ def _device_value(key: str, value: Any) -> str:
 def _change(start: Any, end: Any) -> str:
     if start is None:
         return wording.UNKNOWN
+    if start == end:
+        return wording.known(start)
     return f"{wording.known(start)} at the start, {wording.known(end)} at the end"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmark import runtimes, statistics
+from benchmark import runtimes, statistics, wording
 from benchmark.cell import Worker
 
 MAX_DRIFT = 0.1
@@ -237,7 +237,7 @@ def print_table(record: dict[str, Any]) -> None:
 
     protocol, cells = record["protocol"], record["cells"]
     ratios = {
-        (c["model"], c["runtime"], c.get("batch", 1)): f"{c['speedup']:.2f}× {_span(c['interval'])}"
+        (c["model"], c["runtime"], c.get("batch", 1)): f"{c['speedup']:.2f}× ({wording.interval(c['interval'])})"
         for c in record["comparisons"]
     }
     counted = cells[0]["unit"] == INSTRUCTIONS
@@ -249,13 +249,13 @@ def print_table(record: dict[str, Any]) -> None:
     with_batch = any(cell["batch"] != 1 for cell in cells)
     with_rate = not counted and (with_batch or protocol.get("streams", 1) != 1)
     for name in ("model", "runtime", *(["batch"] if with_batch else [])):
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     scored = [name for name in SCORES if any(name in (cell["accuracy"] or {}) for cell in cells)]
     columns = (
         ("M instructions",) if counted else ("p50 ms (95 %)", "p90 ms", "p99 ms", *(["images/s"] if with_rate else []))
     )
     for name in (*columns, better, *(SCORES[name] for name in scored)):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for cell in cells:
         table.add_row(
             escape(cell["model"]),
@@ -276,11 +276,7 @@ def _values(cell: dict[str, Any]) -> list[str]:
     if cell["unit"] == INSTRUCTIONS:
         return [f"{median(cell['instructions']) / 1e6:.2f}"]
     return [
-        f"{cell['p50_ms']:.2f} {_span(cell['intervals']['p50_ms'])}",
-        f"{cell['p90_ms']:.2f}",
-        f"{cell['p99_ms']:.2f}",
+        f"{wording.ms(cell['p50_ms'])} ({wording.interval_ms(cell['intervals']['p50_ms'])})",
+        wording.ms(cell["p90_ms"]),
+        wording.ms(cell["p99_ms"]),
     ]
-
-
-def _span(interval: list[float]) -> str:
-    return f"({interval[0]:.2f}–{interval[1]:.2f})"

@@ -50,6 +50,8 @@ figcaption { margin-top: .5rem; max-width: 44rem; }
 .tools { display: flex; flex-wrap: wrap; align-items: center; gap: .3rem .9rem; margin: .75rem 0; }
 .tools input { font: inherit; font-size: .93rem; width: min(100%, 22rem); padding: .35rem .6rem; color: inherit;
   background: var(--wash); border: 1px solid var(--line); border-radius: 4px; }
+.table:has(> .sortable) { position: relative; left: 50%; transform: translateX(-50%); width: max-content;
+  min-width: 100%; max-width: min(100vw - 3rem, 90rem); }
 .table { overflow-x: auto; margin: .75rem 0; background:
   linear-gradient(90deg, var(--paper) 40%, transparent) 0 0 / 2.5rem 100% no-repeat local,
   linear-gradient(270deg, var(--paper) 40%, transparent) 100% 0 / 2.5rem 100% no-repeat local,
@@ -61,9 +63,11 @@ th, td { padding: .42rem 0 .42rem .95rem; text-align: right; border-bottom: 1px 
 th:first-child, td:first-child { padding-left: 0; text-align: left; }
 thead th { color: var(--soft); font-weight: 600; font-size: .85rem; border-bottom-color: var(--soft);
   vertical-align: bottom; }
-tbody th { font-weight: 400; min-width: 7rem; }
+tbody th { font-weight: 400; min-width: 7rem; max-width: 22rem; overflow-wrap: anywhere; }
 td { white-space: nowrap; }
-.sortable .text { text-align: left; white-space: normal; min-width: 9rem; }
+.text { text-align: left; }
+.sortable .text { white-space: normal; }
+.whole { white-space: nowrap; }
 .hidden { position: absolute; clip-path: inset(50%); }
 thead button { all: unset; cursor: pointer; }
 thead button:hover, thead button:focus-visible { color: var(--ink); text-decoration: underline; }
@@ -71,12 +75,12 @@ thead button:focus-visible, .tools input:focus-visible { outline: 2px solid var(
 [aria-sort] button::after { content: "\\2195"; opacity: .45; padding-left: .25em; }
 [aria-sort=ascending] button::after { content: "\\2191"; opacity: 1; }
 [aria-sort=descending] button::after { content: "\\2193"; opacity: 1; }
-.layers tbody th { overflow-wrap: anywhere; }
 .layers .bar { width: 45%; min-width: 7rem; vertical-align: middle; }
 .layers i { display: block; height: .5rem; border-radius: 0 2px 2px 0; min-width: 1px; }
 .layers .m0 { background: var(--first); }
 .layers .m1 { background: var(--second); }
-.layers .swatch { display: inline-block; width: .8rem; height: .6rem; margin-right: .35rem; border-radius: 1px; }
+.layers .s0 { color: var(--first); }
+.layers .s1 { color: var(--second); }
 small { color: var(--soft); }
 dl { display: grid; grid-template-columns: minmax(8rem, 13rem) 1fr; gap: .35rem 1.1rem; margin: .75rem 0;
   font-size: .93rem; }
@@ -91,9 +95,13 @@ pre { background: var(--wash); border-radius: 4px; padding: .8rem 1rem; font-siz
   thead th { font-size: .78rem; }
   th, td { padding-left: .6rem; }
   tbody th { min-width: 5.5rem; }
-  .sortable .text { min-width: 6.5rem; }
-  .layers tbody th { overflow-wrap: anywhere; }
-.layers .bar { width: 35%; min-width: 4.5rem; }
+  .layers, .layers thead, .layers tbody { display: block; }
+  .layers tr { display: flex; flex-wrap: wrap; align-items: end; border-bottom: 1px solid var(--line); }
+  .layers tr > * { flex: 0 0 4.4rem; padding-left: .3rem; border-bottom: 0; }
+  .layers tbody th { flex-basis: 100%; max-width: none; padding: .42rem 0 0; }
+  .layers .bar, .layers thead th:first-child { flex: 1 1 4rem; min-width: 0; padding-left: 0; }
+  .layers .bar { align-self: center; }
+  .layers thead th:nth-child(2) { display: none; }
   dl { grid-template-columns: 1fr; gap: 0; }
   dd { margin-bottom: .5rem; }
 }
@@ -104,13 +112,14 @@ pre { background: var(--wash); border-radius: 4px; padding: .8rem 1rem; font-siz
   .tools, #tip { display: none; }
   [aria-sort=none] button::after { content: none; }
   .plot { height: 95mm; }
-  .table { background: none; overflow: visible; }
+  .table, .table:has(> .sortable) { background: none; overflow: visible; position: static; transform: none; width: auto;
+    max-width: none; }
   table { font-size: 8.5pt; }
   th, td { padding-left: .6rem; }
   .sortable { font-size: 7.5pt; }
   .sortable th, .sortable td { padding-left: .45rem; }
   .sortable thead th { font-size: 7pt; }
-  .sortable .text, tbody th { min-width: 0; }
+  tbody th { min-width: 4.5rem; }
   .sortable button { display: contents; }
   h2 { margin-top: 1.5rem; padding-top: .9rem; }
   h2, h3 { break-after: avoid; }

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from html import escape
 
 from benchmark.page_style import CSS, JS
+from benchmark.wording import UNKNOWN
 
 # Nothing may be fetched and no other script may run, whatever slipped through: the page is complete in itself.
 _DIGEST = base64.b64encode(hashlib.sha256(JS.encode()).digest()).decode()
@@ -137,16 +138,12 @@ def _html(block: Block) -> str:
 
 
 def _table(block: Table) -> str:
-    columns = range(len(block.columns) if block.sortable else 0)
-    texts = {index for index in columns if all(isinstance(row[index], str) for row in block.rows)}
-    if block.sortable:
-        head = "".join(
-            f'<th scope="col"{_kind(index in texts)} aria-sort="none">'
-            f'<button type="button">{escaped(name)}</button></th>'
-            for index, name in enumerate(block.columns)
-        )
-    else:
-        head = "".join(f'<th scope="col">{escaped(name)}</th>' for name in block.columns)
+    texts = text_columns(block)
+    names = [
+        f'<button type="button">{_whole(name)}</button>' if block.sortable else _whole(name) for name in block.columns
+    ]
+    order = ' aria-sort="none"' if block.sortable else ""
+    head = "".join(f'<th scope="col"{_kind(index in texts)}{order}>{name}</th>' for index, name in enumerate(names))
     rows = "\n".join(
         f"<tr>{_cell('th', first)}"
         + "".join(_cell("td", cell, index in texts) for index, cell in enumerate(rest, 1))
@@ -154,13 +151,38 @@ def _table(block: Table) -> str:
         for first, *rest in block.rows
     )
     tools = (
-        '<div class="tools" hidden><input type="search" placeholder="Filter: words, such as a model or a runtime" '
+        '<div class="tools" hidden><input type="search" placeholder="Filter: a model, a runtime …" '
         'aria-label="Filter the rows" autocomplete="off"><span class="note" aria-live="polite"></span></div>'
     )
     classes = ' class="sortable"' if block.sortable else ""
     return (
         tools if block.sortable else ""
     ) + f'<div class="table"><table{classes}>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>'
+
+
+def text_columns(block: Table) -> set[int]:
+    """Return the columns of words, which are read from the left: the first, and those in which no number stands.
+
+    >>> text_columns(Table(["model", "runtime", "p50 ms"], [["a", "ncnn 1.0", "5.20"], ["b", "", "–"]]))
+    {0, 1}
+    """
+    found = {0}
+    for index in range(1, len(block.columns)):
+        cells = [row[index] for row in block.rows]
+        said = [cell for cell in cells if cell not in ("", UNKNOWN)]
+        if said and all(isinstance(cell, str) and not re.match(r"[+−-]?\d", cell) for cell in said):
+            found.add(index)
+    return found
+
+
+def breakable(text: str) -> str:
+    """Return a name for HTML that a narrow column breaks where the name has a joint, not in the middle of a word."""
+    return "<wbr>".join(escaped(part) for part in re.split(r"(?<=[/_.])(?=[^/_.])", text))
+
+
+def _whole(name: str) -> str:
+    """Return the heading of a column for HTML, in which mAP50-95 stays on one line."""
+    return re.sub(r"[^\s<>]*-[^\s<>]*", r'<span class="whole">\g<0></span>', escaped(name))
 
 
 def _kind(is_text: bool) -> str:
@@ -170,7 +192,7 @@ def _kind(is_text: bool) -> str:
 def _cell(tag: str, cell: Cell, is_text: bool = False) -> str:
     scope = ' scope="row"' if tag == "th" else _kind(is_text)
     if isinstance(cell, str):
-        return f"<{tag}{scope}>{escaped(cell)}</{tag}>"
+        return f"<{tag}{scope}>{breakable(cell) if tag == 'th' else escaped(cell)}</{tag}>"
     value = "" if cell.value is None else f"{cell.value:.10g}"
     return f'<{tag}{scope} data-value="{value}">{escaped(cell.text)}</{tag}>'
 
@@ -181,7 +203,8 @@ def _markdown(block: Block) -> str:
     if isinstance(block, Text):
         return ("> " if block.kind == "warning" else "") + _mark(block.text)
     if isinstance(block, Table):
-        ruler = [":--", *["--:"] * (len(block.columns) - 1)]
+        texts = text_columns(block)
+        ruler = [":--" if index in texts else "--:" for index in range(len(block.columns))]
         rows = [[_mark(plain(cell)) for cell in row] for row in (block.columns, *block.rows)]
         return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], ruler, *rows[1:]))
     if isinstance(block, Facts):

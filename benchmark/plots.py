@@ -1,11 +1,12 @@
-"""Cost against score: what a plot shows, its Pareto front, its axes, and the plot as an image."""
+"""Score against cost: what a plot shows, its Pareto front, and the plot as an image."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from benchmark.axes import Axis, cost_axis, score_axis, tick_text
 
 # Told apart by colour-blind readers, and at least 3:1 against both the light and the dark page.
 COLOURS = ("#2a7fd4", "#d2691e", "#17956b", "#b85aa8", "#9a7d0a", "#6f6ae0")
@@ -19,10 +20,12 @@ _SHAPES = {
 }
 _OTHER_SHAPE = ("hexagon", "h")
 SWATCH = "swatch"  # the colour of a series, whatever the shape
-_MIN_SCORE_SPAN = 0.1
 _LONGEST_NAME = 36
-_X_TITLES = {"ms": "p50 latency, ms (left is faster)", "instructions": "instructions of one query (left is cheaper)"}
-_STEPS = (1, 2, 5, 10)
+_LEGEND_SIGNS = 96  # that fit beside each other in the picture
+_X_TITLES = {
+    "ms": ("p50 latency, ms", "left is faster"),
+    "instructions": ("instructions of one query", "left is cheaper"),
+}
 
 
 @dataclass(frozen=True)
@@ -52,19 +55,6 @@ class Panel:
     points: Sequence[Point]
 
 
-@dataclass(frozen=True)
-class Axis:
-    """The limits of an axis and where its marks are."""
-
-    low: float
-    high: float
-    ticks: tuple[float, ...]
-
-    def share(self, value: float) -> float:
-        """Return how far along the axis a value lies, from 0 to 1."""
-        return (value - self.low) / (self.high - self.low)
-
-
 def front(places: Sequence[tuple[float, float]]) -> list[int]:
     """Return which (cost, score) no other one beats: none is as cheap and more right, or cheaper and as right.
 
@@ -92,27 +82,23 @@ def stairs(points: Sequence[Point], across: Axis, up: Axis) -> list[tuple[float,
 
 
 def axes(panel: Panel) -> tuple[Axis, Axis]:
-    """Return the axis of costs, from zero, and that of scores, wide enough not to blow up small changes."""
-    costs = [value for point in panel.points for value in (point.cost, *(point.interval or ()))]
-    scores = [point.score for point in panel.points]
-    span = max(max(scores) - min(scores), _MIN_SCORE_SPAN)
-    middle = (max(scores) + min(scores)) / 2
-    low, high = max(0.0, middle - 0.8 * span), min(1.0, middle + 0.8 * span)
-    return _axis(0.0, 1.12 * max(costs)), _axis(low, high)
+    """Return the axis of costs and that of scores."""
+    ends = [end for point in panel.points for end in point.interval or ()]
+    return cost_axis([point.cost for point in panel.points], ends), score_axis([point.score for point in panel.points])
 
 
-def tick_text(value: float, axis: Axis) -> str:
-    """Return a mark's text: with as many digits as the step needs, or in k, M, G where numbers are large."""
-    if axis.high >= 1e4:
-        factor, prefix = next((f, p) for f, p in ((1e9, " G"), (1e6, " M"), (1e3, " k")) if axis.high >= f)
-        return "0" if value == 0 else f"{value / factor:g}{prefix}"
-    step = axis.ticks[1] - axis.ticks[0] if len(axis.ticks) > 1 else axis.high
-    return f"{value:.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
+def colours(points: Sequence[Point]) -> dict[str, str]:
+    """Return the colour of each series; where there are more than colours, those on the front have one of their own.
 
-
-def colour(points: Sequence[Point], series: str) -> str:
-    """Return the colour of a series; that of many repeat, names do not."""
-    return COLOURS[list(dict.fromkeys(point.series for point in points)).index(series) % len(COLOURS)]
+    The others are grey: two series of one colour would say that they belong together.
+    """
+    series = list(dict.fromkeys(point.series for point in points))
+    if len(series) <= len(COLOURS):
+        chosen = series
+    else:
+        best = sorted((point for point in points if point.on_front), key=lambda point: point.cost)
+        chosen = list(dict.fromkeys(point.series for point in best))[: len(COLOURS)]
+    return dict.fromkeys(series, NEUTRAL) | dict(zip(chosen, COLOURS, strict=False))
 
 
 def shape(runtime: str) -> tuple[str, str]:
@@ -123,10 +109,13 @@ def shape(runtime: str) -> tuple[str, str]:
 def legend(points: Sequence[Point]) -> list[tuple[str, tuple[str, str], str]]:
     """Return (name, shape, colour) of each entry: the runtimes, then the series if there are several."""
     entries = [(name, shape(name), NEUTRAL) for name in dict.fromkeys(point.runtime for point in points)]
-    series = list(dict.fromkeys(point.series for point in points))
-    if len(series) > 1:
-        entries += [(name, (SWATCH, ""), colour(points, name)) for name in series]
-    return [(name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…", *rest) for name, *rest in entries]  # type: ignore[misc]
+    own = colours(points)
+    if len(own) > 1:
+        coloured = {name: colour for name, colour in own.items() if colour != NEUTRAL}
+        entries += [(name, (SWATCH, ""), colour) for name, colour in coloured.items()]
+        if others := len(own) - len(coloured):
+            entries.append((f"{others} others", (SWATCH, ""), NEUTRAL))
+    return [(_shortened(name), kind, colour) for name, kind, colour in entries]
 
 
 def pairs(points: Sequence[Point]) -> list[list[Point]]:
@@ -138,21 +127,27 @@ def pairs(points: Sequence[Point]) -> list[list[Point]]:
 
 def x_title(panel: Panel) -> str:
     """Return what the axis of costs shows, with its unit."""
-    return _X_TITLES[panel.unit]
+    name, better = _X_TITLES[panel.unit]
+    return f"{name}{', logarithmic' if axes(panel)[0].logarithmic else ''} ({better})"
 
 
 def caption(panel: Panel) -> str:
     """Return how to read a plot."""
     points = panel.points
-    parts = ["Latency against " if panel.unit == "ms" else "Instructions against ", panel.metric, "."]
+    what = {"ms": "latency", "instructions": "instructions"}[panel.unit]
+    parts = [f"{panel.metric} against {what}."]
     if any(point.is_baseline for point in points):
-        parts.append(" Hollow marks are dense, filled ones pruned.")
-    if len({point.series for point in points}) > 1:
-        parts.append(" Colours tell the models apart." if not pairs(points) else " Colours tell the runs apart.")
-    parts.append(" The green line is the Pareto front: nothing is both cheaper and more accurate than what lies on it.")
+        parts.append("Hollow marks are dense, filled ones pruned.")
+    own = colours(points)
+    kind = "runs" if pairs(points) else "models"
+    if NEUTRAL in own.values():
+        parts.append(f"Of {len(own)} {kind} some on the front have a colour of their own; the table has all.")
+    elif len(own) > 1:
+        parts.append(f"Colours tell the {kind} apart.")
+    parts.append("The green line is the Pareto front: nothing is both cheaper and more accurate than what lies on it.")
     if any(point.interval for point in points):
-        parts.append(" Bars are 95 % intervals of the p50.")
-    return "".join(parts)
+        parts.append("Horizontal bars are 95 % intervals of the median.")
+    return " ".join(parts)
 
 
 def image(panel: Panel, path: Path) -> None:
@@ -169,13 +164,14 @@ def image(panel: Panel, path: Path) -> None:
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     plot = figure.add_subplot()
+    own_colours = colours(points)
     corners = stairs(points, across, up)
     plot.plot(*zip(*corners, strict=True), color="#5cc690", linewidth=2.5, alpha=0.6, label="Pareto front")
     for group in pairs(points):
         line = ([point.cost for point in group], [point.score for point in group])
-        plot.plot(*line, color=colour(points, group[0].series), linestyle=":", linewidth=1.2)
+        plot.plot(*line, color=own_colours[group[0].series], linestyle=":", linewidth=1.2)
     for point in points:
-        own = colour(points, point.series)
+        own = own_colours[point.series]
         low, high = point.interval or (point.cost, point.cost)
         plot.errorbar(
             [point.cost],
@@ -188,11 +184,15 @@ def image(panel: Panel, path: Path) -> None:
             markerfacecolor="white" if point.is_baseline else own,
             clip_on=False,
         )
+    if across.logarithmic:
+        plot.set_xscale("log")
+        plot.minorticks_off()
     plot.set(xlim=(across.low, across.high), ylim=(up.low, up.high), xlabel=x_title(panel), ylabel=panel.metric)
     plot.set_xticks(across.ticks, [tick_text(value, across) for value in across.ticks])
     plot.set_yticks(up.ticks, [tick_text(value, up) for value in up.ticks])
-    hint = "hollow: dense, filled: pruned" if any(point.is_baseline for point in points) else ""
-    plot.set_title(_plain(", ".join(filter(None, (panel.title, hint)))), loc="left", fontsize=9)
+    hint = "Hollow: dense, filled: pruned." if any(point.is_baseline for point in points) else ""
+    title = "\n".join(filter(None, (panel.title, hint)))
+    plot.set_title(_plain(title), loc="left", fontsize=9)
     plot.grid(color="#dde3df", linewidth=0.8)
     plot.set_axisbelow(True)
     plot.spines[["top", "right"]].set_visible(False)
@@ -202,19 +202,18 @@ def image(panel: Panel, path: Path) -> None:
             handles.append(Patch(color=own, label=_plain(name)))
         else:
             handles.append(Line2D([], [], color=own, linestyle="", marker=sign, label=_plain(name)))
-    figure.legend(handles=handles, frameon=False, fontsize=9, loc="outside lower center", ncols=min(4, len(handles)))
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    beside = max(1, min(4, len(handles), _LEGEND_SIGNS // (longest + 8)))
+    figure.legend(handles=handles, frameon=False, fontsize=9, loc="outside lower center", ncols=beside)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a name may hold signs that the font lacks
         figure.savefig(path, dpi=150, metadata={"Software": None})
 
 
-def _axis(low: float, high: float) -> Axis:
-    """Return an axis with about five round marks."""
-    rough = (high - low) / 5
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in _STEPS if factor * power >= rough * (1 - 1e-9))
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return Axis(low, high, tuple(round(number * step, 12) for number in range(first, last + 1)))
+def _shortened(name: str) -> str:
+    """Return a name as it fits into a legend: names differ at either end, so that the middle is left out."""
+    half = _LONGEST_NAME // 2
+    return name if len(name) <= _LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
 
 
 def _plain(name: str) -> str:

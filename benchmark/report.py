@@ -15,7 +15,19 @@ import typer
 
 from benchmark import charts, facts, plots, sections, sources
 from benchmark.entries import Entry, entries, panels, short_table, table, to_csv
-from benchmark.pages import Block, Code, Heading, Plot, Table, Text, plain, printable, to_html, to_markdown
+from benchmark.pages import (
+    Block,
+    Code,
+    Heading,
+    Plot,
+    Table,
+    Text,
+    plain,
+    printable,
+    text_columns,
+    to_html,
+    to_markdown,
+)
 from benchmark.runtimes import distinct_names
 from benchmark.sources import Source
 from compress import manifest
@@ -89,8 +101,8 @@ def _all_rows(rows: Sequence[Entry], level: int) -> list[Block]:
     if missing:
         blocks.append(
             Text(
-                f"Of {missing} of {len(rows)} the accuracy is not known, and they are in no plot: run "
-                "benchmark.accuracy on the very files that were timed.",
+                f"Without a score, and so in no plot: {missing} of {len(rows)} rows. Run benchmark.accuracy on the "
+                "very files that were timed.",
                 "note",
             )
         )
@@ -130,9 +142,12 @@ def _print(block: Table) -> None:
     from rich.table import Table as RichTable
     from rich.text import Text as RichText
 
+    texts = text_columns(block)
     shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for index, name in enumerate(block.columns):
-        shown.add_column(name, justify="right" if index else "left")
+        # Where the terminal is too narrow, names are folded and numbers stay whole.
+        is_number = index not in texts
+        shown.add_column(name, justify="right" if is_number else "left", no_wrap=is_number, overflow="fold")
     for row in block.rows:
         shown.add_row(*(RichText(printable(plain(cell))) for cell in row))
     Console().print(shown)
@@ -174,6 +189,8 @@ def main(
     if any(source.summary is None for source in found):
         _print(short_table(rows))
     for source in found:
+        if source.summary and len(found) > 1:
+            print(f"\n{printable(source.name)}")
         if source.summary:
             print_table(source.summary)
     print(f"report: {folder / FILES[0]}")

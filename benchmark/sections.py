@@ -26,7 +26,7 @@ def verdict(summary: dict[str, Any]) -> str:
     ratio = summary["speedup"][runtime]
     low, high = summary["speedup_interval"].get(runtime) or (ratio, ratio)
     dense, pruned = (summary[side]["latency_ms"][runtime]["p50"] for side in SIDES)
-    times = f"p50 {wording.number(pruned, 2)} ms instead of {wording.number(dense, 2)} ms"
+    times = f"p50 {wording.ms(pruned)} ms instead of {wording.ms(dense)} ms"
     if low > 1.0:
         speed = f"In {runtime} the pruned model is {ratio:.2f} times as fast as the dense one ({times})"
     elif high < 1.0:
@@ -105,9 +105,7 @@ def comparison(summary: dict[str, Any]) -> Table:
     for runtime in dense["latency_ms"]:
         for key in ("p50", "p90"):
             values = [side["latency_ms"].get(runtime, {}).get(key) for side in (dense, pruned)]
-            rows.append(
-                [f"{runtime} {key}, ms", *(wording.number(value, 2) for value in values), wording.quotient(*values)]
-            )
+            rows.append([f"{runtime} {key}, ms", *map(wording.ms, values), wording.quotient(*values)])
     return Table(["", "dense", "pruned", "ratio"], rows)
 
 

@@ -12,14 +12,36 @@ def number(value: float | None, digits: int) -> str:
     return UNKNOWN if value is None else f"{value:.{digits}f}"
 
 
+def ms(value: float | None) -> str:
+    """Return milliseconds with two digits after the point, three below 1 ms, where GPUs differ in the third.
+
+    >>> ms(12.345), ms(0.3456), ms(None)
+    ('12.35', '0.346', '–')
+    """
+    return number(value, 2 if value is None or value >= 1.0 else 3)
+
+
 def size(value: float | None, unit: str = "") -> str:
-    """Return a count or a size in G, M or k of its unit."""
+    """Return a count or a size in G, M or k of its unit.
+
+    >>> size(999_600), size(1_234_000, "B"), size(538)
+    ('1 M', '1.23 MB', '538')
+    """
     if value is None:
         return UNKNOWN
     for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= factor:
+        if value >= 0.9995 * factor:  # what would be 1000 of the smaller prefix in three digits
             return f"{value / factor:.3g} {prefix}{unit}"
     return f"{value:g} {unit}".rstrip()
+
+
+def significant(value: float) -> str:
+    """Return a number in two significant digits, whole from 10 on.
+
+    >>> significant(0.00447), significant(123.4), significant(8.1e-06)
+    ('0.0045', '123', '8.1e-06')
+    """
+    return f"{value:.2g}" if abs(value) < 10 else f"{value:.0f}"
 
 
 def ratio(value: float | None) -> str:
@@ -47,6 +69,12 @@ def interval(value: Sequence[float] | None) -> str:
     return UNKNOWN if value is None else f"{value[0]:.2f}–{value[1]:.2f}"
 
 
+def interval_ms(value: Sequence[float] | None) -> str:
+    """Return the ends of an interval of milliseconds, both with as many digits."""
+    digits = 3 if value and value[0] < 1.0 else 2
+    return UNKNOWN if value is None else f"{value[0]:.{digits}f}–{value[1]:.{digits}f}"
+
+
 def known(value: object) -> str:
     """Return a value, or the items of a list, as text."""
     if isinstance(value, list):
@@ -58,4 +86,4 @@ def cost(value: float | None, unit: str | None) -> str:
     """Return a latency in ms, or a number of instructions, which are never called ms."""
     if value is None:
         return UNKNOWN
-    return f"{value:.2f} ms" if unit == "ms" else f"{size(value)} {unit}".replace("  ", " ")
+    return f"{ms(value)} ms" if unit == "ms" else f"{size(value)} {unit}".replace("  ", " ")

@@ -139,7 +139,7 @@ def main(
     found = read_objects(resolve(data), split)
     rows = table(found, lowest, highest)
     shown = Table(title=f"{len(found.sides)} objects in {found.images} images of {found.native} px")
-    for heading in ("imgsz", *(f"below {limit} px" for limit in LIMITS_PX), f"cost of {highest} px"):
+    for heading in ("imgsz", *(f"below {limit} px" for limit in LIMITS_PX), f"cost, {highest} px = 100%"):
         shown.add_column(heading, justify="right")
     for row in rows:
         shown.add_row(str(row.imgsz), *(f"{share:.1%}" for share in row.below), f"{row.cost:.0%}")

@@ -142,6 +142,15 @@ def _printable(text: str) -> str:
     return "".join(sign if sign.isprintable() or sign == "\n" else " " for sign in text)
 
 
+def _title(model: Path) -> str:
+    """Return what a model is called; every stage calls its own model.pt, so that the folder says which it is.
+
+    >>> _title(Path("runs/slim/prune/model.pt")), _title(Path("weights/yolov8n.pt")), _title(Path("model.pt"))
+    ('prune/model.pt', 'yolov8n.pt', 'model.pt')
+    """
+    return "/".join(model.parts[-2:]) if model.name == "model.pt" else model.name
+
+
 def _check_output(path: Path | None, suffix: str, option: str) -> None:
     """Meet mistakes before the model is opened, and never write over a file of another kind, such as the model.
 
@@ -195,7 +204,7 @@ def main(
 
     with Console(stderr=True).status(f"tracing {Path(model).name!r}"):  # silent where that is not a terminal
         opened, graph, found = inspect(model, imgsz, rules)
-    name = Path(model).name
+    name = _title(Path(model))
     print_overview(found, f"{name}, {imgsz} px", all_layers=layers)
     if json:
         import json as encoder

@@ -59,6 +59,7 @@ def sensitivity(model: Path, data: Path, wanted: Wanted, output: Path | None = N
         SettingsError: no group of the model may be cut.
     """
     from compress.data.dataset import fingerprint
+    from compress.inspection.sensitivities import draw
 
     config = wanted.model_dump(mode="json")
     parents = manifest.input_hashes({"model": model}) | {"data": fingerprint(data)}
@@ -205,46 +206,13 @@ def _cut(network: nn.Module, graph: Graph, scores: list[np.ndarray], tie: Budget
     return apply_plan(network, make_plan(graph, choice, checkpoint.structure_hash(network), STAGE, STAGE))
 
 
-def draw(found: Sensitivity, path: Path) -> None:
-    """Draw ties × removed shares as a heat map of the share of mAP that is lost."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-    import numpy as np
-
-    columns = max(len(tie.removed) for tie in found.ties)
-    lost = np.full((len(found.ties), columns), np.nan)
-    for row, tie in enumerate(found.ties):
-        lost[row, columns - len(tie.removed) :] = 1.0 - np.array(tie.map50_95) / found.map50_95
-    names = [_label(tie) for tie in found.ties]
-    figure, axes = plt.subplots(figsize=(3.2 + 0.9 * columns, 1.4 + 0.24 * len(names)), dpi=120, layout="constrained")
-    image = axes.imshow(np.clip(lost, 0.0, 1.0), cmap="magma_r", vmin=0.0, vmax=1.0, aspect="auto")
-    for (row, column), value in np.ndenumerate(lost):
-        if np.isfinite(value):
-            colour = "white" if value > 0.5 else "black"
-            axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=colour)
-    widest = max(found.ties, key=lambda tie: len(tie.removed))
-    axes.set_xticks(range(columns), [f"{100 * share:.0f} %" for share in widest.removed], fontsize=8)
-    axes.set_yticks(range(len(names)), names, fontsize=7)
-    axes.set_xlabel("channels removed", fontsize=8)
-    how = "batch norm mended" if found.repaired else "batch norm left"
-    axes.set_title(f"mAP50-95 lost, % of {found.map50_95:.3f}\n{found.images} images, {how}", fontsize=9)
-    figure.colorbar(image, ax=axes, shrink=0.5, pad=0.02).ax.tick_params(labelsize=7)
-    figure.savefig(path)
-    plt.close(figure)
-
-
-def _label(tie: Tie) -> str:
-    first, *others = tie.groups
-    return f"{first} +{len(others)}" if others else first
-
-
 def print_table(found: Sensitivity, count: int = 8) -> None:
     """Print the ties that lose most and least mAP at the largest share."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
+
+    from compress.inspection.sensitivities import label
 
     ranked = sorted(found.ties, key=lambda tie: tie.map50_95[-1])
     shown = ranked if len(ranked) <= 2 * count else [*ranked[:count], *ranked[-count:]]
@@ -253,7 +221,7 @@ def print_table(found: Sensitivity, count: int = 8) -> None:
     table.add_column("removed → mAP50-95")
     for tie in shown:
         steps = zip(tie.removed, tie.map50_95, strict=True)
-        table.add_row(escape(_label(tie)), ", ".join(f"{share:.0%} → {left:.4f}" for share, left in steps))
+        table.add_row(escape(label(tie)), ", ".join(f"{share:.0%} → {left:.4f}" for share, left in steps))
     Console().print(table)
 
 

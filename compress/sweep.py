@@ -151,11 +151,12 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
     runtimes = {_latency(row["summary"])[0] for row in rows if "summary" in row}
     table = Table(title="the sweep; * is on the front of mAP and latency")
-    table.add_column("pipeline", no_wrap=True)
-    headings = ("MACs, M", "mAP50-95 after the cut", "mAP50-95", f"p50, ms ({', '.join(sorted(runtimes)) or '-'})")
+    table.add_column("pipeline", overflow="fold")
+    cost = "\n".join(["p50, ms", *(f"({runtime})" for runtime in sorted(runtimes))])
+    headings = ("MACs, M", "mAP50-95\nafter the cut", "mAP50-95", cost)
     for heading in headings:
-        table.add_column(heading, justify="right")
-    table.add_column("")
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("", overflow="fold")
     for row in rows:
         cells = [row["name"], *["-"] * len(headings), ""]
         if "cut" in row:

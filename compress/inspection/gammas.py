@@ -94,7 +94,7 @@ def gamma_png(gammas: Gammas, title: str) -> bytes:
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     every = gammas.all
-    edges = np.linspace(0.0, _upper(every), _BINS + 1)
+    upper = _upper(every)
     near = f"near zero: {gammas.near_zero(every):.1%} of {every.size:,} γ"
     note = f"{near} (|γ| < {gammas.threshold:.3g}, {gammas.measure}); the last bin holds all that is larger"
     figure.text(0.15 / width, 1 - 0.32 / height, _plain(title), fontsize=12, color=_INK)
@@ -108,15 +108,16 @@ def gamma_png(gammas: Gammas, title: str) -> bytes:
     for half, scale in enumerate(("linear", "log")):
         left = half * width / 2
         axes = place(left + 0.85, _TOP_INCH - 0.55, left + width / 2 - 0.2, 0.8)
-        _histogram(axes, every, edges, gammas.threshold)
-        axes.set(yscale=scale, xlabel="|γ|", ylabel=f"γ ({scale})", xlim=(0.0, edges[-1]))
+        _histogram(axes, every, bin_edges(gammas.threshold, upper, _BINS), gammas.threshold)
+        count = "number of γ" if scale == "linear" else "number of γ, logarithmic"
+        axes.set(yscale=scale, xlabel="|γ|", ylabel=count, xlim=(0.0, upper))
         axes.grid(color="#dde3df", linewidth=0.7)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     for column in range(columns):
         left = column * cell
         axes = place(left + 1.3, height - 0.5, left + cell - 0.85, _TOP_INCH)
-        _ridges(axes, gammas, names[column * rows : (column + 1) * rows], rows, edges)
+        _ridges(axes, gammas, names[column * rows : (column + 1) * rows], rows, upper)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a name may hold signs that the font lacks
@@ -145,27 +146,51 @@ def _upper(values: np.ndarray) -> float:
     return float(np.quantile(values, 0.998)) * 1.02 or 1.0
 
 
+def bin_edges(threshold: float, upper: float, bins: int) -> np.ndarray:
+    """Return the edges of about `bins` bins from 0 to `upper`; the threshold is one: no bin lies on both sides.
+
+    >>> bin_edges(0.1, 1.0, 4).round(3).tolist(), bin_edges(2.0, 1.0, 4).tolist()
+    ([0.0, 0.1, 0.325, 0.55, 0.775, 1.0], [0.0, 0.25, 0.5, 0.75, 1.0])
+    """
+    if threshold >= upper:
+        return np.linspace(0.0, upper, bins + 1)
+    near = max(1, round(bins * threshold / upper))
+    rest = max(1, round(bins * (1.0 - threshold / upper)))
+    return np.concatenate([np.linspace(0.0, threshold, near, endpoint=False), np.linspace(threshold, upper, rest + 1)])
+
+
 def _histogram(axes: Any, values: np.ndarray, edges: np.ndarray, threshold: float) -> None:
     clipped = np.minimum(values, edges[-1])
     for part, colour in ((clipped[values >= threshold], _BULK), (clipped[values < threshold], _NEAR)):
-        axes.hist(part, edges, color=colour, linewidth=0)
+        # A bin of γ near zero may be narrower than a pixel: its outline is not.
+        axes.hist(part, edges, color=colour, linewidth=0.8 if colour == _NEAR else 0, edgecolor=colour)
     axes.axvline(threshold, color=_NEAR, linewidth=0.9, linestyle="--")
 
 
-def _ridges(axes: Any, gammas: Gammas, names: list[str], rows: int, edges: np.ndarray) -> None:
+def _ridges(axes: Any, gammas: Gammas, names: list[str], rows: int, upper: float) -> None:
     """Draw one filled histogram for each layer, the first on top.
 
     Heights are square roots of counts, relative to the layer's maximum, so that a peak at zero hides nothing beside it.
     """
-    edges = edges[::2]
-    x = np.repeat(edges, 2)[1:-1]
+    edges = bin_edges(gammas.threshold, upper, _BINS // 2)
+    is_near = edges[:-1] < gammas.threshold
+    axes.text(1.02, rows + 0.1, "near zero", transform=axes.get_yaxis_transform(), fontsize=7, color=_SOFT)
     for row, name in enumerate(names):
         values = gammas.layers[name]
         base = rows - 1 - row
         counts = np.histogram(np.minimum(values, edges[-1]), edges)[0]
-        y = base + np.repeat(np.sqrt(counts / counts.max()), 2) * 0.86
-        axes.fill_between(x, base, y, color=_BULK, linewidth=0)
-        axes.fill_between(x, base, y, where=x <= gammas.threshold, color=_NEAR, linewidth=0)
+        heights = np.sqrt(counts / counts.max()) * 0.86
+        for shown, colour in ((~is_near, _BULK), (is_near, _NEAR)):
+            axes.bar(
+                edges[:-1][shown],
+                heights[shown],
+                np.diff(edges)[shown],
+                base,
+                align="edge",
+                color=colour,
+                linewidth=0.8 if colour == _NEAR else 0,
+                edgecolor=colour,
+            )
         axes.axhline(base, color="#c9d1cc", linewidth=0.5)
         share = gammas.near_zero(values)
         label = {"fontsize": 7, "va": "bottom", "color": _NEAR if share >= 0.005 else _SOFT}
@@ -174,7 +199,7 @@ def _ridges(axes: Any, gammas: Gammas, names: list[str], rows: int, edges: np.nd
     axes.set_yticks([rows - 1 - row + 0.3 for row in range(len(names))], shown, fontsize=7)
     axes.tick_params(axis="y", length=0, pad=3)
     axes.tick_params(axis="x", labelsize=8)
-    axes.set(xlim=(0.0, edges[-1]), ylim=(-0.15, rows + 0.1))
+    axes.set(xlim=(0.0, upper), ylim=(-0.15, rows + 0.1))
     axes.set_xlabel("|γ|; heights are square roots of counts", fontsize=8)
     axes.axvline(gammas.threshold, color=_NEAR, linewidth=0.8, linestyle="--")
     axes.spines[["top", "right", "left"]].set_visible(False)

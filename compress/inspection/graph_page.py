@@ -12,199 +12,23 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from compress.inspection.graph_style import CSS, JS
 from compress.inspection.overview import GroupRow, Overview, short_widths
 
 if TYPE_CHECKING:
     from compress.inspection.blocks import Block, Layer, Part
 
-_CSS = """
-:root { color-scheme: light; --ink: #1b2420; --soft: #5a6660; --line: #dde3df; --paper: #fff; --card: #fff;
-  --wash: #f4f7f5; --accent: #1f7a4d; --frozen: repeating-linear-gradient(135deg, #8b948f 0 3px, #b9c1bc 3px 6px); }
-@media screen and (prefers-color-scheme: dark) { :root { color-scheme: dark; --ink: #e6ece8; --soft: #9aa8a0;
-  --line: #313a35; --paper: #141916; --card: #1a201d; --wash: #1c2320; --accent: #5cc690; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 90rem; background: var(--paper); color: var(--ink);
-  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
-  overflow-wrap: anywhere; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-h1 { font-size: clamp(1.5rem, 5vw, 2.1rem); line-height: 1.2; margin: 0 0 .3rem; letter-spacing: -.01em; }
-h2 { font-size: 1.25rem; margin: 2.5rem 0 .6rem; padding-top: 1.1rem; border-top: 1px solid var(--line); }
-p { margin: .4rem 0; max-width: 60rem; }
-.note { color: var(--soft); font-size: .88rem; }
-button { font: inherit; color: inherit; text-align: inherit; cursor: pointer; }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-.tools { position: sticky; top: 0; z-index: 3; display: flex; flex-wrap: wrap; gap: .4rem .8rem; align-items: center;
-  background: var(--paper); padding: .6rem 0; border-bottom: 1px solid var(--line); margin: 1rem 0; }
-.tools input { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--soft);
-  border-radius: 6px; padding: .35rem .6rem; flex: 1 1 12rem; max-width: 26rem; min-width: 0; }
-.tools button, .panel > button { background: var(--wash); border: 1px solid var(--line); border-radius: 6px;
-  padding: .35rem .7rem; }
-.stage { display: grid; grid-template-columns: minmax(0, 1fr) 21rem; gap: 1.5rem; align-items: start; }
-.blocks { list-style: none; margin: 0; padding: 0; }
-.block { position: relative; padding: .45rem 0 .75rem calc(var(--lanes) + .6rem); min-height: 2.6rem; }
-.lanes { position: absolute; left: 0; top: 0; width: var(--lanes); height: 100%; overflow: visible; }
-.lanes * { fill: none; stroke: var(--soft); stroke-width: 1.5; }
-.lanes circle { fill: var(--ink); stroke: none; }
-.head { display: flex; flex-wrap: wrap; gap: .1rem .7rem; align-items: baseline; line-height: 1.4; }
-.head b { font-weight: 650; }
-.head .share { margin-left: auto; color: var(--soft); font-size: .82rem; font-variant-numeric: tabular-nums;
-  white-space: nowrap; }
-.head .share::before { content: ""; display: inline-block; height: .5rem; width: calc(var(--share) * 9rem + 1px);
-  max-width: 9rem; background: var(--soft); margin-right: .5rem; border-radius: 1px; }
-.chips { display: flex; flex-wrap: wrap; gap: .45rem; margin-top: .3rem; align-items: stretch; }
-.part { display: flex; flex-wrap: wrap; gap: .3rem; border: 1px solid var(--line); border-radius: 8px;
-  padding: 1.15rem .3rem .3rem; position: relative; }
-.part > span { position: absolute; top: .05rem; left: .45rem; font-size: .72rem; color: var(--soft); }
-.chip { position: relative; isolation: isolate; display: grid; gap: 0 .6rem; grid-template-columns: auto auto;
-  min-width: 6.4rem; max-width: 100%; padding: .45rem .5rem .55rem; border: 1px solid var(--line); border-radius: 6px;
-  overflow: hidden; font-size: .8rem; line-height: 1.35; font-variant-numeric: tabular-nums; align-content: start;
-  background: var(--reads) top / 100% 4px no-repeat, var(--frozen) top / 100% 4px no-repeat,
-    var(--makes) bottom / 100% 7px no-repeat, var(--frozen) bottom / 100% 7px no-repeat, var(--card); }
-.chip::before { content: ""; position: absolute; inset: 4px 0 7px; z-index: -1; background: var(--makes);
-  opacity: .2; }
-.chip > :nth-child(even) { text-align: right; }
-.chip i { font-style: normal; color: var(--soft); }
-.selecting .chip:not(.makes, .reads), .searching .chip:not(.hit) { opacity: .28; }
-.selecting .chip.makes { outline: 3px solid var(--ink); outline-offset: 0; }
-.selecting .chip.reads:not(.makes) { outline: 2px dashed var(--ink); outline-offset: 0; }
-.panel { position: sticky; top: 4.2rem; max-height: calc(100vh - 5rem); overflow: auto; font-size: .88rem;
-  background: var(--wash); border-radius: 8px; padding: .8rem 1rem; }
-.panel > button { float: right; padding: .1rem .5rem; }
-.panel pre { font: inherit; white-space: pre-wrap; margin: 0 0 .6rem; }
-.panel dl { display: grid; grid-template-columns: 6.6rem 1fr; gap: .15rem .6rem; margin: .7rem 0 0; padding-top: .7rem;
-  border-top: 1px solid var(--line); }
-dt { color: var(--soft); }
-dd { margin: 0; }
-.swatch { display: inline-block; width: .8rem; height: .8rem; border-radius: 3px; margin-right: .4rem;
-  vertical-align: -.08rem; }
-.pick { border: 0; background: none; padding: 0; text-decoration: underline dotted; text-underline-offset: 3px;
-  white-space: nowrap; }
-.table { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .84rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .8rem .35rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top;
-  overflow-wrap: normal; }
-thead th { color: var(--soft); font-weight: 600; border-bottom-color: var(--soft); vertical-align: bottom; }
-td.n, th.n { text-align: right; white-space: nowrap; }
-td.l { min-width: 11rem; overflow-wrap: anywhere; }
-td:first-child { white-space: nowrap; }
-tr.on { background: var(--wash); box-shadow: inset 3px 0 var(--ink); }
-@media (max-width: 60rem) {
-  .stage { grid-template-columns: minmax(0, 1fr); }
-  .panel { position: fixed; inset: auto 0 0 0; z-index: 4; max-height: 42vh; border-radius: 12px 12px 0 0;
-    border-top: 1px solid var(--soft); padding-bottom: 1.2rem; }
-  body:not(.selecting) .panel { display: none; }
-  .selecting { padding-bottom: 45vh; }
-}
-@media (max-width: 32rem) {
-  body { padding: 1.2rem .8rem 3rem; }
-  .chip { font-size: .76rem; min-width: 5.6rem; }
-  .head .share::before { width: calc(var(--share) * 4rem + 1px); }
-}
-@media print {
-  :root { font-size: 9pt; }
-  body { max-width: none; padding: 0; }
-  .tools, .panel { display: none; }
-  .stage { display: block; }
-  .block, tr { break-inside: avoid; }
-  .block { padding-bottom: .4rem; }
-  .chip { font-size: 7.5pt; min-width: 5rem; padding: .3rem .35rem .5rem; }
-  .table { overflow: visible; }
-  table { font-size: 6.5pt; line-height: 1.25; }
-  th, td { padding: .15rem .5rem .15rem 0; }
-  td.l { min-width: 0; }
-  .pick { text-decoration: none; }
-}
-"""
-
-# It only sets classes and clones what is on the page: no text ever becomes HTML here.
-_JS = """
-'use strict';
-const all = (query) => [...document.querySelectorAll(query)];
-const chips = all('.chip'), rows = all('tr[data-group]'), box = document.getElementById('search');
-const found = document.getElementById('found'), panel = document.getElementById('panel');
-const heads = all('#groups th').map((cell) => cell.textContent);
-const has = (chip, key, groups) => chip.dataset[key].split(' ').some((group) => groups.includes(group));
-
-function card(row) {
-  const list = document.createElement('dl');
-  [...row.cells].forEach((cell, column) => {
-    if (!cell.textContent.trim()) return;
-    const name = document.createElement('dt'), value = document.createElement('dd');
-    name.textContent = heads[column];
-    value.append(...cell.cloneNode(true).childNodes);
-    list.append(name, value);
-  });
-  return list;
-}
-
-function select(groups, chip) {
-  document.body.classList.toggle('selecting', groups.length > 0 || Boolean(chip));
-  chips.forEach((each) => {
-    each.classList.toggle('makes', each === chip || has(each, 'makes', groups));
-    each.classList.toggle('reads', has(each, 'reads', groups));
-  });
-  const chosen = rows.filter((row) => groups.includes(row.dataset.group));
-  rows.forEach((row) => row.classList.toggle('on', chosen.includes(row)));
-  const text = document.createElement('pre');
-  text.textContent = chip ? chip.title : 'Solid outline: makes or carries the group. Dashed: reads it.';
-  panel.querySelector('div').replaceChildren(text, ...chosen.map(card));
-  panel.scrollTop = 0;
-  history.replaceState(null, '', groups.length ? '#g' + groups.join('+') : '#');
-}
-
-function search(text) {
-  const wanted = text.trim().toLowerCase();
-  const hits = chips.filter((chip) => {
-    const hit = wanted !== '' && chip.dataset.text.includes(wanted);
-    chip.classList.toggle('hit', hit);
-    return hit;
-  });
-  document.body.classList.toggle('searching', wanted !== '');
-  found.textContent = wanted === '' ? '' : hits.length + ' of ' + chips.length + ' layers';
-  return hits;
-}
-
-function scroll(chosen) {
-  if (chosen.length) chosen[0].scrollIntoView({ block: 'center' });
-}
-
-function show(groups) {
-  select(groups);
-  scroll(chips.filter((chip) => chip.classList.contains('makes')));
-}
-
-function clear() {
-  box.value = '';
-  search('');
-  select([]);
-}
-
-document.addEventListener('click', (event) => {
-  const chip = event.target.closest('.chip'), pick = event.target.closest('.pick');
-  if (chip) select(chip.dataset.makes.split(' ').filter(Boolean), chip);
-  if (pick) show([pick.dataset.group]);
-  if (event.target.closest('.clear')) clear();
-});
-document.addEventListener('keydown', (event) => { if (event.key === 'Escape') clear(); });
-box.addEventListener('input', () => search(box.value));
-box.addEventListener('keydown', (event) => {
-  if (event.key === 'Enter') scroll(search(box.value));
-});
-const asked = decodeURIComponent(location.hash);
-if (asked.startsWith('#g')) show(asked.slice(2).split('+').filter((group) => /^[0-9]+$/.test(group)));
-if (asked.startsWith('#q=')) { box.value = asked.slice(3); scroll(search(box.value)); }
-"""
-
 _LANE, _JOINT = 11, 20  # px between lanes; px from the top of a block to its dot
 _GOLDEN_ANGLE = 137.508  # degrees: hues of neighbours, in forward order, lie far apart
 _GROUP_COLUMNS = (
-    *(("group", ""), ("name", ""), ("width", "n"), ("allowed", ""), ("MACs", "n"), ("params", "n"), ("tie", "n")),
+    *(("group", ""), ("name", ""), ("width", "n"), ("allowed", "w"), ("MACs", "n"), ("params", "n"), ("tie", "n")),
     *(("also in", "l"), ("read by", "l"), ("frozen by", "l")),
 )
 
 
 def page(title: str, blocks: Sequence[Block], found: Overview, imgsz: int) -> str:
     """Return the page: the graph, what is frozen, and the table of groups."""
-    digest = base64.b64encode(hashlib.sha256(_JS.encode()).digest()).decode()
+    digest = base64.b64encode(hashlib.sha256(JS.encode()).digest()).decode()
     policy = f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:"
     lanes = _lanes(blocks)
     gutter = 20 + _LANE * (1 + max((lane for lane, _ in lanes.values()), default=-1))
@@ -218,7 +42,7 @@ def page(title: str, blocks: Sequence[Block], found: Overview, imgsz: int) -> st
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,">
 <title>{_text(title)}</title>
-<style>{_CSS}{_colours(found.groups)}</style>
+<style>{CSS}{_colours(found.groups)}</style>
 </head>
 <body>
 <h1>{_text(title)}</h1>
@@ -246,7 +70,7 @@ Click on a layer to see its groups everywhere.</p>
 make it and at those that read it. A weight between two groups counts for both, so these columns sum to more than
 100 %. Groups of one tie keep the same width.</p>
 {_group_table(found.groups)}
-<script>{_JS}</script>
+<script>{JS}</script>
 </body>
 </html>
 """
@@ -283,7 +107,11 @@ def _block(
         far.append(_block_label(blocks[index - 1].name))
     reads = f'<span class="note">← {_text(", ".join(far))}</span>' if far else ""
     share = sum(layer.macs for layer in block.layers)
-    bar = f'<span class="share" style="--share: {share:.4f}">{_percent(share)} of MACs</span>' if block.layers else ""
+    bar = (
+        f'<span class="share" style="--share: {share:.4f}">{_text(_percent(share))} of MACs</span>'
+        if block.layers
+        else ""
+    )
     parts: list[tuple[str, list[str]]] = []
     for layer in block.layers:
         inside, label = _place_in_block(layer.name, block.name)
@@ -340,7 +168,8 @@ def _chip(layer: Layer, label: str, block: Block, groups: Sequence[GroupRow]) ->
         f'<button class="chip{" frozen" if frozen else ""}" title="{_text(title, lines=True)}" '
         f'data-text="{_text(searched)}" data-makes="{_numbers(made, groups)}" data-reads="{_numbers(read, groups)}" '
         f'style="--reads: {_gradient(layer.reads, groups)}; --makes: {_gradient(layer.makes, groups)}">'
-        f"<b>{_text(label)}</b><i>{_text(layer.kind)}</i><span>{reads} → {makes}</span><i>{_percent(layer.macs)}</i>"
+        f"<b>{_text(label)}</b><i>{_text(layer.kind)}</i>"
+        f"<span>{reads} → {makes}</span><i>{_text(_percent(layer.macs))}</i>"
         f"<span>{numbers}</span></button>"
     )
 
@@ -408,8 +237,8 @@ def _frozen_table(found: Overview) -> str:
 def _group_table(groups: Sequence[GroupRow]) -> str:
     rows = "\n".join(
         f'<tr data-group="{row.number}"><td>{_swatch(row)}{_picks([row.number])}</td><td>{_text(row.name)}</td>'
-        f'<td class="n">{row.width}</td><td>{"" if row.frozen else short_widths(row.allowed)}</td>'
-        f'<td class="n">{_percent(row.macs)}</td><td class="n">{_percent(row.params)}</td>'
+        f'<td class="n">{row.width}</td><td class="w">{"" if row.frozen else short_widths(row.allowed)}</td>'
+        f'<td class="n">{_text(_percent(row.macs))}</td><td class="n">{_text(_percent(row.params))}</td>'
         f'<td class="n">{row.tie or ""}</td><td class="l">{_text(", ".join(row.also_in))}</td>'
         f'<td class="l">{_text(", ".join(row.read_by))}</td><td class="l">{_text(row.frozen or "")}</td></tr>'
         for row in groups
@@ -433,12 +262,13 @@ def _swatch(row: GroupRow) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{share:.1%}" if share >= 0.0005 or share == 0 else "<0.1%".replace("<", "&lt;")
+    """Return a share as text, which is yet to be escaped."""
+    return f"{share:.1%}" if share >= 0.0005 or share == 0 else "<0.1%"
 
 
 def _amount(count: int) -> str:
     for limit, sign in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if count >= limit:
+        if count >= 0.9995 * limit:  # what would be 1000 of the smaller sign in three digits
             return f"{count / limit:.3g} {sign}"
     return str(count)
 

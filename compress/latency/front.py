@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from compress.settings import Prune
 
 RECORD, PICTURE = "front.json", "front.png"
+_LABEL = (60.0, 14.0)  # px that a label takes
 
 
 def draw_front(
@@ -73,8 +74,8 @@ def _print(rows: list[dict[str, Any]], unit: str, dense_macs: float) -> None:
     from compress.latency.table import amount
 
     shown = Table(title="the most importance at each latency, as predicted")
-    for heading in ("latency", "speed-up", "kept importance", "gap to the bound", "MACs kept"):
-        shown.add_column(heading, justify="right")
+    for heading in ("latency", "speed-up", "importance\nkept", "gap to\nthe bound", "MACs\nkept"):
+        shown.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         shown.add_row(
             amount(row["latency"], unit),
@@ -87,20 +88,39 @@ def _print(rows: list[dict[str, Any]], unit: str, dense_macs: float) -> None:
 
 
 def _plot(rows: list[dict[str, Any]], unit: str, path: Path) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     scale = 1.0 if unit == "ms" else 1e6
-    figure, axes = plt.subplots(figsize=(7, 4.2), dpi=150)
-    axes.plot([row["latency"] / scale for row in rows], [100 * row["kept"] for row in rows], "o-")
-    for row in rows:
-        place = (row["latency"] / scale, 100 * row["kept"])
-        axes.annotate(f"{row['speedup']:.2f}×", place, textcoords="offset points", xytext=(6, -10))
+    places = [(row["latency"] / scale, 100 * row["kept"]) for row in rows]
+    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(*zip(*places, strict=True), "o-", color="#2a7fd4", markersize=5)
+    axes.margins(x=0.1, y=0.1)
+    axes.set_xlim(left=0)
+    figure.draw_without_rendering()  # so that places in the picture are known
+    pixels = axes.transData.transform(places)
+    for index in legible([(float(x), float(y)) for x, y in pixels]):
+        style: dict[str, Any] = {"textcoords": "offset points", "xytext": (5, -4), "va": "top", "fontsize": 8}
+        axes.annotate(f"{rows[index]['speedup']:.2f}×", places[index], **style)
     label = "predicted latency, ms" if unit == "ms" else "predicted cost, M instructions"
-    axes.set(xlabel=label, ylabel="kept importance of a group, %", xlim=0)
+    axes.set(xlabel=f"{label} (numbers: speed-up)", ylabel="importance that a group keeps, mean, %")
+    axes.grid(color="#dde3df", linewidth=0.8)
+    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def legible(places: list[tuple[float, float]]) -> list[int]:
+    """Return which points can bear a label without covering that of another; the first and the last always do.
+
+    Args:
+        places: of the points in the picture, pixels.
+    """
+    shown: list[int] = []
+    for index in sorted(range(len(places)), key=lambda index: index not in (0, len(places) - 1)):
+        x, y = places[index]
+        if all(abs(x - places[other][0]) > _LABEL[0] or abs(y - places[other][1]) > _LABEL[1] for other in shown):
+            shown.append(index)
+    return sorted(shown)

@@ -266,12 +266,13 @@ def check_widths(graph: Graph, table: LatencyTable, budget: Budget) -> None:
 
 
 def amount(value: float, unit: str) -> str:
-    """Write a cost as a person reads it.
+    """Write a cost as a person reads it: as many digits for each, so that a column of them is comparable.
 
-    >>> amount(12.345, "ms"), amount(119_000_000.0, "instructions")
-    ('12.35 ms', '119 M instructions')
+    >>> amount(12.345, "ms"), amount(9.7, "ms"), amount(119_000_000.0, "instructions")
+    ('12.35 ms', '9.700 ms', '119.0 M instructions')
     """
-    return f"{value:.4g} ms" if unit == "ms" else f"{value / 1e6:.4g} M instructions"
+    text = f"{value if unit == 'ms' else value / 1e6:#.4g}".rstrip(".")
+    return f"{text} ms" if unit == "ms" else f"{text} M instructions"
 
 
 def _short(value: object) -> str:

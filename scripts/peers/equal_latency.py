@@ -24,7 +24,7 @@ from compress import manifest
 from compress.data.dataset import resolve
 from compress.errors import RunError, run_app
 from compress.settings import load_budget, training_args
-from scripts.peers import outcome
+from scripts.peers import outcome, picture
 from scripts.peers.stages import PARTS, SCORES, TOLERANCE
 from scripts.peers.study import CUT, Study, Wish, check, measured_file, tuned_model
 from scripts.peers.ways import OURS, WAYS
@@ -114,7 +114,7 @@ def report(study: Study, wish: Wish, output: Path) -> None:
     }
     manifest.write_json(output, content)
     mean = fmean(found["map50_95"] for found in dense.values()) if dense else None
-    outcome.plot(rows, lines, mean, labels, output.with_suffix(".png"))
+    picture.plot(rows, lines, mean, labels, OURS, output.with_suffix(".png"))
     print(outcome.table(lines, labels))
     print(f"report: {output}, {len(rows)} of {len(list(wish.cells()))} networks")
 

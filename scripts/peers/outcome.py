@@ -1,9 +1,8 @@
-"""What the comparison with the peers comes to: mean and spread over the seeds, a table, a plot."""
+"""What the comparison with the peers comes to: mean and spread over the seeds, and a table."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
@@ -79,51 +78,3 @@ def _margin(line: dict[str, Any]) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
-
-
-def plot(
-    rows: list[dict[str, Any]], lines: list[dict[str, Any]], dense: float | None, labels: dict[str, str], path: Path
-) -> None:
-    """Draw mAP over measured latency, a panel for each runtime: all seeds small, their mean large.
-
-    Args:
-        dense: mean mAP of the dense models, drawn as a line.
-    """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    runtimes = list(dict.fromkeys(row["runtime"] for row in rows))
-    figure, axes = plt.subplots(
-        1, len(runtimes), figsize=(2.4 + 3.6 * len(runtimes), 3.8), dpi=150, squeeze=False, sharey=True
-    )
-    colours = {way: f"C{index}" for index, way in enumerate(labels)}
-    for axis, runtime in zip(axes[0], runtimes, strict=True):
-        for line in (line for line in lines if line["runtime"] == runtime):
-            colour, mine = colours[line["way"]], [r for r in rows if (r["runtime"], r["way"]) == (runtime, line["way"])]
-            axis.plot([r["ms"] for r in mine], [r["map50_95"] for r in mine], ".", ms=4, color=colour, alpha=0.6)
-            axis.errorbar(
-                line["ms"],
-                line["map50_95"],
-                yerr=line["sd"] or 0.0,
-                fmt="s",
-                ms=6,
-                capsize=3,
-                color=colour,
-                label=labels[line["way"]],
-            )
-        if dense is not None:
-            axis.axhline(dense, color="0.6", lw=0.8, ls="--", label="dense start")
-        axis.set(title=runtime, xlabel="measured latency (p50), ms")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel("mAP50-95, test split")
-    handles = {
-        label: handle
-        for axis in axes[0]
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }  # fmt: skip
-    figure.legend(handles.values(), handles, loc="center right", frameon=False, fontsize=8)
-    figure.tight_layout(rect=(0, 0, 1 - 2.3 / figure.get_figwidth(), 1))
-    figure.savefig(path)
-    plt.close(figure)

@@ -262,26 +262,37 @@ def study(case: Case, plans: int, folder: Path) -> dict[str, Any]:
 
 
 def plot(cases: list[dict[str, Any]], path: Path) -> None:
-    """Draw predicted over measured latency, random plans and targets."""
-    import matplotlib as mpl
+    """Draw predicted over measured latency of random plans and of plans for a target, on equal axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(cases), figsize=(3.6 * len(cases), 3.6), dpi=150, squeeze=False)
-    for axis, case in zip(axes[0], cases, strict=True):
+    figure = Figure(figsize=(3.6 * len(cases), 4.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(cases), squeeze=False)[0]
+    for axes, case in zip(panels, cases, strict=True):
         points = case["random_plans"]
-        axis.plot([p["measured_ms"] for p in points], [p["predicted_ms"] for p in points], "o", ms=4, label="random")
         met = [row["measured"] for row in case["targets"] if "measured" in row]
-        axis.plot([p["measured_ms"] for p in met], [p["predicted_ms"] for p in met], "s", ms=5, label="targets")
-        most = max(p["measured_ms"] for p in points) * 1.05
-        axis.plot([0, most], [0, most], color="0.6", lw=0.8)
-        axis.set(title=f"{case['model']}, {case['runtime']}", xlabel="measured, ms", xlim=0, ylim=0)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel("predicted, ms")
-    axes[0][0].legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(path)
+        most = 1.05 * max(p[key] for p in [*points, *met] for key in ("measured_ms", "predicted_ms"))
+        axes.fill_between(
+            [0, most], [0, 0.95 * most], [0, 1.05 * most], color="#dde3df", label="within 5 %", linewidth=0
+        )
+        axes.plot([0, most], [0, most], color="#5a6660", linewidth=0.8)
+        for found, sign, colour, label in (
+            (points, "o", "#2a7fd4", "random widths"),
+            (met, "s", "#d2691e", "plan for a target"),
+        ):
+            place = [[p[key] for p in found] for key in ("measured_ms", "predicted_ms")]
+            axes.plot(
+                *place, sign, markersize=5, color=colour, markeredgecolor="white", markeredgewidth=0.5, label=label
+            )
+        axes.set_title(f"{case['model']}, {case['runtime']}", fontsize=10, loc="left")
+        axes.set(xlabel="measured p50, ms", xlim=(0, most), ylim=(0, most), aspect="equal")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("predicted, ms")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9
+    )
+    figure.savefig(path, metadata={"Software": None})
 
 
 def main() -> None:

@@ -179,23 +179,33 @@ def test_a_mark_tells_its_details_to_pointer_and_keyboard(page: str, tmp_path: P
     assert (found["focused"], found["reachable"]) == (f"{SHOWN}, onnxruntime", True)
 
 
-def test_the_page_fits_a_phone(page: str, tmp_path: Path) -> None:
-    outer = """<!doctype html><body><iframe style="width:390px;height:800px;border:0"></iframe><pre id="harness"></pre>
+@pytest.mark.parametrize("width", [390, 1400])
+def test_the_page_fits_a_phone_and_a_wide_screen(page: str, tmp_path: Path, width: int) -> None:
+    outer = """<!doctype html><body><iframe style="width:WIDTHpx;height:800px;border:0"></iframe>
+    <pre id="harness"></pre>
     <script>
     const frame = document.querySelector('iframe');
     frame.onload = () => {
       const inner = frame.contentDocument, plot = inner.querySelector('.plot').getBoundingClientRect();
       const text = inner.querySelector('.plot text');
+      const hidden = (name) => Math.max(...[...inner.querySelectorAll(name)].map((table) => {
+        const frame = table.parentElement;
+        return frame.scrollWidth - frame.clientWidth;
+      }));
       document.getElementById('harness').textContent = JSON.stringify([
         inner.documentElement.scrollWidth - inner.documentElement.clientWidth, plot.width, plot.right,
-        parseFloat(frame.contentWindow.getComputedStyle(text).fontSize)]);
+        parseFloat(frame.contentWindow.getComputedStyle(text).fontSize), hidden('.layers'), hidden('.sortable')]);
     };
     frame.srcdoc = PAGE;
     </script></body>"""
-    dom, console = visit(tmp_path, outer.replace("PAGE", json.dumps(page).replace("</", "<\\/")))
+    content = json.dumps(page).replace("</", "<\\/")
+    dom, console = visit(tmp_path, outer.replace("WIDTH", str(width)).replace("PAGE", content))
     assert console == []
-    scrolled, plot_width, plot_right, letters_px = json.loads(dom.rpartition('id="harness">')[2].partition("</pre>")[0])
+    numbers = json.loads(dom.rpartition('id="harness">')[2].partition("</pre>")[0])
+    scrolled, plot_width, plot_right, letters_px, layers_hidden, rows_hidden = numbers
     assert scrolled == 0  # the page itself does not scroll sideways, wide tables do
     assert plot_width > 280
-    assert plot_right <= 390
+    assert plot_right <= width
+    assert layers_hidden == 0  # px of a table that only scrolling shows
+    assert (rows_hidden == 0) == (width == 1400)
     assert letters_px >= 12

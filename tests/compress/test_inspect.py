@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from compress.channels.coverage import group_shares, prunable_share
 from compress.channels.graph import build_graph
 from compress.errors import CheckpointError, EspalierError, GraphError, SettingsError
 from compress.inspection.blocks import Block, Layer, blocks
-from compress.inspection.gammas import Gammas, gamma_png, prunable_gammas, start_mean, title_of
+from compress.inspection.gammas import Gammas, bin_edges, gamma_png, prunable_gammas, start_mean, title_of
 from compress.inspection.graph_page import page
 from compress.inspection.overview import BY_RULE, Shortener, overview, short_widths
 from compress.settings import Budget, LayerRule
@@ -229,6 +231,33 @@ def test_a_picture_of_many_layers_grows_in_columns() -> None:
     assert int.from_bytes(png[20:24], "big") < 40 * 0.27 * 110  # 20 rows, not 40
 
 
+@pytest.mark.parametrize(("threshold", "upper"), [(0.056, 7.4), (0.001, 3.0), (0.5, 1.0), (0.999, 1.0)])
+def test_no_bin_lies_on_both_sides_of_the_threshold(threshold: float, upper: float) -> None:
+    edges = bin_edges(threshold, upper, 80)
+    assert (edges[0], edges[-1]) == (0.0, pytest.approx(upper))
+    assert np.abs(edges - threshold).min() == 0.0
+    assert (np.diff(edges) > 0).all()
+    assert 80 <= len(edges) - 1 <= 82
+
+
+def test_every_value_is_near_zero_below_a_threshold_beyond_the_picture() -> None:
+    assert bin_edges(2.0, 1.0, 4).tolist() == [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
+def test_gammas_near_zero_have_a_colour_of_their_own_in_every_layer() -> None:
+    """Half of the channels are dead: their bar is as tall as the layer's own, in the colour of the threshold."""
+    from PIL import Image
+
+    picture = {}
+    for name, dead in (("dead", 8), ("alive", 0)):
+        values = np.r_[np.full(dead, 0.001), np.full(16 - dead, 0.6)]
+        png = gamma_png(Gammas({"a.bn": values, "b.bn": values}, 0.05, "5%"), "x")
+        below = np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)[370:]  # the layers
+        near = (np.abs(below - (0xC8, 0x50, 0x1E)).sum(-1) < 30)[:, : below.shape[1] * 6 // 10]
+        picture[name] = near.sum(axis=0).max()
+    assert picture["dead"] > picture["alive"] + 20
+
+
 def test_no_batch_norm_no_picture() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)).eval()
     with pytest.raises(GraphError, match="no γ to draw"):
@@ -288,6 +317,20 @@ def test_connections_that_pass_a_block_have_lanes() -> None:
     assert [drawing.count('y1="0"') for drawing in drawings] == [0, 2, 3, 1]
     assert "--lanes: 42px" in text
     assert "← a, b, c" in text
+
+
+def test_a_small_share_is_escaped_once_wherever_it_is_shown() -> None:
+    graph = build_graph(Chain().eval(), 16)
+    small = [
+        replace(block, layers=[replace(layer, macs=1e-4, params=1e-4) for layer in block.layers])
+        for block in blocks(graph, Chain().eval())
+    ]
+    found = overview(graph, ANY)
+    rows = [replace(row, macs=1e-4, params=1e-4) for row in found.groups]
+    text = page("model", small, replace(found, groups=rows), 16)
+    assert "&amp;lt;" not in text
+    assert Page(text).chips[0]["title"].splitlines()[2] == "<0.1% of MACs, <0.1% of parameters"
+    assert '<td class="n">&lt;0.1%</td><td class="n">&lt;0.1%</td>' in text
 
 
 def test_the_page_is_complete_in_itself() -> None:

@@ -131,7 +131,7 @@ def test_what_cannot_be_reached_names_the_least_and_what_stands_in_the_way(dense
     scores = [np.ones(group.width) for group in graph.groups]
     with pytest.raises(BudgetError) as caught:
         choose_by_latency(graph, scores, settings(latency="1ms"), table, Path("t.json"))
-    assert "the budget cannot bring the latency down to 1 ms" in str(caught.value)
+    assert "the budget cannot bring the latency down to 1.000 ms" in str(caught.value)
     assert "is reachable with multiples of 2, min_width 2, max_removed 0.75; most of it is left in model." in str(
         caught.value
     )
