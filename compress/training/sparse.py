@@ -57,8 +57,7 @@ class Sparse(Planned):
             self.share = float(settings["share"])
             self.add_callback("on_train_epoch_start", Sparse.steer)
             if RANK in (-1, 0):
-                folder, gammas = Path(self.save_dir).parent, self.penalty.values()
-                self.steering = Steering(folder, self.share, NEAR_ZERO, gammas)
+                self.steering = Steering(Path(self.save_dir).parent, NEAR_ZERO * float(self.penalty.values().mean()))
                 self.add_callback("on_fit_epoch_end", Sparse.record_course)
         if settings.get("fade"):
             self.fade: Fade | None = None
@@ -100,33 +99,43 @@ class Sparse(Planned):
         """Add the penalty to the gradients of this step, and count how far λ = 1 would move a γ in it."""
         group: Any = self._gamma_options()
         self.pulled += group["lr"] / (1.0 - group.get("momentum", 0.0))
+        if self.sr == AUTO and self.pulled_units is None:
+            self.penalty.watch()
         self.penalty.add_gradient(self.current_sr(), self.pulled_units)
 
     def steer(self) -> None:
-        """Set λ of this epoch; the first process decides for all."""
+        """Choose what is pulled when it is time, and set λ of this epoch; the first process decides for all."""
         group: Any = self._gamma_options()
         schedule: Any = self.lf
         steps = len(self.train_loader) / max(self.accumulate, 1)
         full = steps * group.get("initial_lr", group["lr"]) / (1.0 - self.args.momentum)
-        chosen = [0.0]
-        if RANK in (-1, 0):
-            chosen = [self.steering.strength(self.epoch, self.epochs, lambda epoch: full * schedule(epoch))]
+        decided: list[Any] = [0.0, None]
+        if RANK in (-1, 0) and self.epoch >= (watched := self.steering.watched(self.epochs)):
+            if self.steering.units is None:
+                units = self.penalty.least(self.share)
+                self.steering.choose(units.nonzero().flatten().tolist(), self.penalty.values(units))
+            pulls = [full * schedule(epoch) for epoch in range(watched, self.epochs)]
+            decided = [self.steering.strength(self.epoch - watched, pulls), self.steering.units]
         if RANK != -1 and self.world_size > 1:
-            torch.distributed.broadcast_object_list(chosen, src=0)
-        self.steered, self.pulled = chosen[0], 0.0
-        # What stays shall not shrink: it would only cost mAP, and make running statistics lag behind.
-        self.pulled_units = self.penalty.least(self.share)
+            torch.distributed.broadcast_object_list(decided, src=0)
+        (self.steered, chosen), self.pulled = decided, 0.0
+        if chosen is not None:
+            # What stays shall not shrink: it would only cost mAP, and make running statistics lag behind.
+            self.pulled_units = torch.zeros(self.penalty.units, dtype=torch.bool, device=self.penalty.device)
+            self.pulled_units[chosen] = True
 
     def record_course(self) -> None:
         """Write down what this epoch did to γ, and say what a person should know."""
-        if self.epoch < self.epochs:  # Ultralytics calls once more after its final evaluation
-            fitness = float(self.fitness or 0.0)
-            said = self.steering.record(self.steered, self.pulled, self.penalty.values(), fitness, self.epochs)
-            course = self.steering.history[-1]
-            shares = f"{course.share:.1%} of γ near zero, {self.steering.share:.1%} wanted"
-            LOGGER.info(f"sparsity: λ {course.strength:.2g}, {shares}")
-            if said:
-                LOGGER.warning(f"sparsity: {said}")
+        # Ultralytics calls once more after its final evaluation.
+        if self.epoch >= self.epochs or self.pulled_units is None:
+            return
+        fitness, left = float(self.fitness or 0.0), self.steering.end(self.epochs) - self.epoch - 1
+        gammas, pulled = self.penalty.values(), self.penalty.values(self.pulled_units)
+        said = self.steering.record(self.steered, self.pulled, gammas, pulled, fitness, left)
+        share = self.steering.history[-1].share
+        LOGGER.info(f"sparsity: λ {self.steered:.2g}, {share:.1%} of γ near zero, {self.share:.1%} wanted")
+        if said:
+            LOGGER.warning(f"sparsity: {said}")
 
     def _gamma_options(self) -> dict[str, Any]:
         """Return the optimizer's options of batch-norm scales."""

@@ -1,16 +1,16 @@
 """λ that steers itself: the penalty is set each epoch so that the wanted share of γ is near zero in time.
 
-Only the least γ are pulled, as many as shall go, ranked anew each epoch; those that stay are left alone, as in Zhuang
-et al., "Neuron-level Structured Pruning using Polarization Regularizer", NeurIPS 2020. Under a constant pull λ a γ that
-the loss does not care for falls by λ · Σ lr / (1 - momentum). So the largest of the pulled γ is watched: what it has
-still to fall, over what the remaining learning rates can pull, is the λ of the next epoch, corrected by how well the
-last epochs' pull was followed.
+For a fifth of the training the gradients are watched; then those units are pulled that the loss misses least, as many
+as shall go, and the others are left alone, as in Zhuang et al., "Neuron-level Structured Pruning using Polarization
+Regularizer", NeurIPS 2020. Under a constant pull λ a γ that the loss does not care for falls by λ · Σ lr / (1 -
+momentum). So the largest of the pulled γ are watched: what they have still to fall, over what the remaining learning
+rates can pull, is the λ of the next epoch, corrected by how well the last epochs' pull was followed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,9 +19,11 @@ import numpy as np
 from compress.manifest import read_json, write_json
 
 STEERING = "steering.json"  # the course so far, in the stage's folder
+WATCH = 0.2  # share of the training before anything is pulled
 END = 0.8  # share of the training at which the wanted share shall be there; afterwards the rest recovers
 MOST_CHANGE = 2.0  # of λ from one epoch to the next
 LEAST_RESPONSE = 0.1  # of the pull: below it γ do not shrink
+LARGEST = 0.95  # quantile of the pulled γ by which they are judged: a few that hold out shall not double λ for all
 TOLERATED_DROP = 0.1  # of the best mAP so far; beyond it λ is halved
 _SMOOTHING = 0.5
 
@@ -33,7 +35,7 @@ class Epoch:
     Attributes:
         strength: λ of the epoch.
         pull: Σ over its steps of lr / (1 - momentum): by how much λ = 1 alone would have moved a γ.
-        quantile: |γ| below which the wanted share of prunable γ lies.
+        quantile: |γ| of the largest of the pulled ones.
         share: of the prunable γ that are near zero.
         fitness: validation mAP50-95 (or the task's own), between 0 and 1.
     """
@@ -49,7 +51,7 @@ def first_strength(quantile: float, threshold: float, pull: float) -> float:
     """Return λ for the first epoch.
 
     Args:
-        quantile: |γ| at the wanted quantile before the training.
+        quantile: |γ| of the largest of those that are pulled from now on.
         threshold: |γ| that counts as near zero.
         pull: of all the epochs until `END`.
 
@@ -63,8 +65,8 @@ def next_strength(start: float, history: Sequence[Epoch], threshold: float, pull
     """Return λ for the epoch after `history`.
 
     Args:
-        start: |γ| at the wanted quantile before the training.
-        history: of all the epochs so far, at least one.
+        start: |γ| of the largest of the pulled ones, before they were.
+        history: of the epochs with a pull so far, at least one.
         threshold: |γ| that counts as near zero.
         pull: of the epochs that are left until `END`; of those until the last one when it is over.
     """
@@ -124,42 +126,66 @@ class Steering:
 
     Args:
         folder: of the stage.
-        share: of the prunable γ that shall be near zero.
-        near_zero: |γ| that counts as near zero, as a share of their mean at the start.
-        gammas: |γ| of the prunable channels at the start.
+        threshold: |γ| that counts as near zero; a resumed training keeps its own.
+
+    Attributes:
+        units: that are pulled; None until they are chosen.
     """
 
-    def __init__(self, folder: Path, share: float, near_zero: float, gammas: np.ndarray) -> None:
-        self.path, self.share, self.history = folder / STEERING, share, list[Epoch]()
+    def __init__(self, folder: Path, threshold: float) -> None:
+        self.path, self.threshold, self.history = folder / STEERING, threshold, list[Epoch]()
+        self.start, self.units = 0.0, None
         if self.path.exists():
             known = read_json(self.path)
-            self.start, self.threshold = known["start"], known["threshold"]
+            self.start, self.threshold, self.units = known["start"], known["threshold"], known["units"]
             self.history = [Epoch(**epoch) for epoch in known["epochs"]]
-        else:
-            self.start, self.threshold = _quantile(gammas, share), near_zero * float(gammas.mean())
 
-    def strength(self, epoch: int, epochs: int, pull: Callable[[int], float]) -> float:
+    def choose(self, units: list[int], gammas: np.ndarray) -> None:
+        """Decide what is pulled.
+
+        Args:
+            units: of the penalty.
+            gammas: theirs, |γ|.
+        """
+        self.units, self.start = units, _largest(gammas)
+        self._write()
+
+    def strength(self, number: int, pulls: Sequence[float]) -> float:
         """Return λ of an epoch; what a killed training left of it and of later ones is forgotten.
 
         Args:
-            epoch: from 0.
-            epochs: of the whole training.
-            pull: tells what λ = 1 will move in an epoch.
+            number: of the epoch, from 0 at the first one with a pull.
+            pulls: what λ = 1 will move in each epoch with a pull.
         """
-        del self.history[epoch:]
-        end = self.end(epochs)
-        left = sum(pull(e) for e in range(epoch, end if epoch < end else epochs))
+        del self.history[number:]
+        end = round(len(pulls) * (END - WATCH) / (1 - WATCH))
+        left = sum(pulls[number : end if number < end else None])
         if not self.history:
             return first_strength(self.start, self.threshold, left)
         return next_strength(self.start, self.history, self.threshold, left)
 
-    def record(self, strength: float, pull: float, gammas: np.ndarray, fitness: float, epochs: int) -> str | None:
-        """Write down what an epoch left, and return what a person should know."""
-        quantile, share = _quantile(gammas, self.share), float((gammas < self.threshold).mean())
-        self.history.append(Epoch(strength, pull, quantile, share, fitness))
-        course = {"start": self.start, "threshold": self.threshold, "epochs": [asdict(e) for e in self.history]}
-        write_json(self.path, course)
-        return warning(self.start, self.history, self.threshold, self.end(epochs) - len(self.history))
+    def record(
+        self, strength: float, pull: float, gammas: np.ndarray, pulled: np.ndarray, fitness: float, left: int
+    ) -> str | None:
+        """Write down what an epoch left, and return what a person should know.
+
+        Args:
+            gammas, pulled: |γ| of all prunable channels, and of the pulled ones.
+            left: epochs until `END`.
+        """
+        share = float((gammas < self.threshold).mean())
+        self.history.append(Epoch(strength, pull, _largest(pulled), share, fitness))
+        self._write()
+        return warning(self.start, self.history, self.threshold, left)
+
+    def _write(self) -> None:
+        course = {"start": self.start, "threshold": self.threshold, "units": self.units}
+        write_json(self.path, {**course, "epochs": [asdict(epoch) for epoch in self.history]})
+
+    @staticmethod
+    def watched(epochs: int) -> int:
+        """Return how many epochs pass before anything is pulled; at least one, as there is nothing to go by else."""
+        return max(1, round(WATCH * epochs))
 
     @staticmethod
     def end(epochs: int) -> int:
@@ -167,6 +193,5 @@ class Steering:
         return max(1, round(END * epochs))
 
 
-def _quantile(values: np.ndarray, share: float) -> float:
-    """Return the largest of the least values, a share of all; not a mean with the next one, which is not pulled."""
-    return float(np.quantile(values, share, method="lower"))
+def _largest(gammas: np.ndarray) -> float:
+    return float(np.quantile(gammas, LARGEST, method="higher")) if gammas.size else 0.0

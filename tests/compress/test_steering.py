@@ -75,27 +75,45 @@ def test_it_steers_a_simulated_training_to_its_share(tmp_path: Path, resistance:
     """γ of 1000 channels, of which the loss holds each back by up to `resistance` of the pull."""
     generator = np.random.default_rng(0)
     gammas = generator.uniform(0.5, 1.5, 1000)
-    steering = Steering(tmp_path, share, 0.05, gammas)
-    for number in range(EPOCHS):
-        strength = steering.strength(number, EPOCHS, LR.__getitem__)
+    pulled = np.arange(1000) < share * 1000
+    steering = Steering(tmp_path, 0.05)
+    watched, end = steering.watched(EPOCHS), steering.end(EPOCHS)
+    assert (watched, end) == (5, 20)
+    steering.choose(np.flatnonzero(pulled).tolist(), gammas[pulled])
+    for number, pull in enumerate(LR[watched:]):
+        strength = steering.strength(number, LR[watched:])
         held = 1 - resistance * generator.uniform(0.5, 1.0, 1000)
-        pulled = gammas <= np.quantile(gammas, share, method="lower")
-        gammas = np.maximum(gammas - strength * LR[number] * held * pulled, 0.0)
-        steering.record(strength, LR[number], gammas, 0.5, EPOCHS)
+        gammas = np.maximum(gammas - strength * pull * held * pulled, 0.0)
+        steering.record(strength, pull, gammas, gammas[pulled], 0.5, end - watched - number - 1)
     assert steering.history[-1].share == pytest.approx(share, abs=0.05)
     reached = next(number for number, found in enumerate(steering.history) if found.share >= share - 0.05)
-    assert 0.4 * EPOCHS <= reached <= 0.85 * EPOCHS
+    assert 0.4 * EPOCHS <= watched + reached <= 0.85 * EPOCHS
+
+
+def test_a_few_that_hold_out_are_not_waited_for(tmp_path: Path) -> None:
+    steering = Steering(tmp_path, 0.05)
+    gammas = np.array([0.5] * 96 + [9.0] * 4)
+    steering.choose(list(range(100)), gammas)
+    assert steering.start == 0.5
+    steering.record(0.1, 1.0, gammas, np.array([0.01] * 96 + [9.0] * 4), 0.5, 10)
+    assert steering.history[-1].quantile == 0.01
 
 
 def test_a_resumed_training_goes_on_as_it_would_have(tmp_path: Path) -> None:
     gammas = np.linspace(0.5, 1.5, 11)
-    steering = Steering(tmp_path, 0.5, 0.05, gammas)
+    steering = Steering(tmp_path, 0.05)
+    steering.choose([3, 1], gammas)
     wanted = []
     for number in range(4):
-        wanted.append(steering.strength(number, EPOCHS, LR.__getitem__))
-        steering.record(wanted[-1], LR[number], gammas - 0.1 * (number + 1), 0.5, EPOCHS)
-    again = Steering(tmp_path, 0.5, 0.05, gammas - 0.4)  # the γ of now are not those of the start
-    assert (again.start, again.threshold) == (1.0, pytest.approx(0.05))
-    assert again.strength(3, EPOCHS, LR.__getitem__) == wanted[3]  # killed in its fourth epoch
-    again.record(wanted[3], LR[3], gammas - 0.4, 0.5, EPOCHS)
+        wanted.append(steering.strength(number, LR))
+        left = gammas - 0.1 * (number + 1)
+        steering.record(wanted[-1], LR[number], left, left, 0.5, 10)
+    again = Steering(tmp_path, 0.04)  # the γ of now are not those of the start
+    assert (again.start, again.threshold, again.units) == (1.5, 0.05, [3, 1])
+    assert again.strength(3, LR) == wanted[3]  # killed in its fourth epoch
+    again.record(wanted[3], LR[3], gammas - 0.4, gammas - 0.4, 0.5, 10)
     assert len(read_json(tmp_path / "steering.json")["epochs"]) == 4
+
+
+def test_something_is_watched_before_anything_is_pulled() -> None:
+    assert [Steering.watched(epochs) for epochs in (1, 2, 10, 100)] == [1, 1, 2, 20]

@@ -108,22 +108,29 @@ def test_the_penalty_is_added_to_what_is_there() -> None:
     assert model.a.bn.weight.grad.tolist() == [7.5] * 8
 
 
-def test_the_least_units_can_be_pulled_alone() -> None:
-    """a, b and c share their channels: channel 0 has |γ| (3, 4, 0) and channel 1 (1, 1, 1); the rest 2."""
+def test_the_units_that_the_loss_misses_least_can_be_pulled_alone() -> None:
+    """a, b and c share their channels: the loss misses (γ·gradient)² of each, added up before it is squared."""
     model = Residual()
+    penalty = GroupPenalty(build_graph(model.eval(), 16), model)
     for block, gamma in ((model.a, 3.0), (model.b, -4.0), (model.c, 0.0)):
         block.bn.weight.data[:] = 2.0
         block.bn.weight.data[:2] = torch.tensor([gamma, 1.0])
-    penalty = GroupPenalty(build_graph(model.eval(), 16), model)
-    found = penalty.least(1 / 8)
-    assert int(found.sum()) == 1
+        block.bn.weight.grad = torch.ones(8)
+    penalty.watch()  # channel 0: 3 - 4 + 0, channel 1: 1 + 1 + 1, the others: 2 + 2 + 2
+    assert sorted(penalty.saliency[penalty.saliency > 0].tolist()) == [1.0, 9.0, *[36.0] * 6]
+    model.c.bn.weight.grad = torch.tensor([5.0, *[0.0] * 7])
+    model.a.bn.weight.grad = model.b.bn.weight.grad = torch.tensor([1.0, 0.1, *[0.5] * 6])
+    penalty.watch()  # channel 0: 1 more
+    found = penalty.least(2 / 8)
+    assert int(found.sum()) == 2
+    assert sorted(penalty.values(found).tolist()) == [0.0, 1.0, 1.0, 1.0, 3.0, 4.0]
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     penalty.add_gradient(0.1, found)
     gradient = model.a.bn.weight.grad
     assert gradient is not None
-    assert gradient[1].item() == pytest.approx(0.1 / 3**0.5)
-    assert int(gradient.count_nonzero()) == 1
+    assert gradient[:2].tolist() == pytest.approx([0.1 * 3 / 5, 0.1 / 3**0.5])
+    assert int(gradient.count_nonzero()) == 2
 
 
 def test_a_model_without_batch_norm_has_no_penalty() -> None:
@@ -198,7 +205,7 @@ def test_the_pull_decays_over_the_epochs(sparsity) -> None:
 
 
 def test_lambda_steers_itself(sparsity, tmp_path: Path) -> None:
-    """20 γ of 1 shall be 0.05 after 8 of 10 epochs of 4 steps of lr 1: λ = 0.95 / 32, which nothing resists."""
+    """Half of the γ of 1 shall be 0.05 after 6 of 8 epochs of 4 steps of lr 1: λ = 0.95 / 24, which nothing resists."""
     model: Any = Chain()
     trainer = sparsity(model, sr="auto", epochs=10, share=0.5)
     vars(trainer).update(lf=lambda _: 1.0, accumulate=1, fitness=0.3, world_size=1)
@@ -213,12 +220,13 @@ def test_lambda_steers_itself(sparsity, tmp_path: Path) -> None:
         for callback in trainer.callbacks["on_fit_epoch_end"]:
             callback(trainer)
     course = read_json(tmp_path / "steering.json")["epochs"]
-    assert [found["strength"] for found in course[:8]] == pytest.approx([0.95 / 32] * 8, rel=1e-4)
-    assert [found["pull"] for found in course] == [4.0] * 10
-    assert course[6]["quantile"] == pytest.approx(1 - 0.95 * 7 / 8, rel=1e-4)
-    assert (course[6]["share"], course[-1]["share"]) == (0.0, 1.0)
-    assert course[-1]["strength"] < 0.95 / 32
-    assert events(tmp_path).Scalars("sparsity/lambda")[0].value == pytest.approx(0.95 / 32)
+    assert [found["strength"] for found in course[:6]] == pytest.approx([0.95 / 24] * 6, rel=1e-4)
+    assert [found["pull"] for found in course] == [4.0] * 8  # two epochs were watched
+    assert course[4]["quantile"] == pytest.approx(1 - 0.95 * 5 / 6, rel=1e-4)
+    assert (course[4]["share"], course[-1]["share"]) == (0.0, 0.5)
+    assert course[-1]["strength"] < 0.95 / 24
+    strengths = [event.value for event in events(tmp_path).Scalars("sparsity/lambda")]
+    assert strengths[:3] == pytest.approx([0.0, 0.0, 0.95 / 24])
 
 
 def test_statistics_keep_step_with_the_shrinking_scales(sparsity) -> None:
