@@ -13,9 +13,8 @@ import typer
 
 from benchmark import store as stored
 from benchmark import wording
-from benchmark.pages import printable
 from benchmark.store import Row
-from compress.errors import RunError, SettingsError, run_app
+from compress.errors import RunError, SettingsError, printable, run_app
 
 TOLERANCE = 0.03
 MAP_TOLERANCE = 0.005

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from html import escape
 
 from benchmark.page_style import CSS, JS
+from compress.errors import printable
 
 # Nothing may be fetched and no other script may run, whatever slipped through: the page is complete in itself.
 _DIGEST = base64.b64encode(hashlib.sha256(JS.encode()).digest()).decode()
@@ -92,11 +93,6 @@ class Chart:
 
 
 Block = Heading | Text | Table | Facts | Code | Plot | Chart
-
-
-def printable(text: str) -> str:
-    """Return a text without control characters, which could steer a terminal or hide what is read."""
-    return "".join(sign if sign.isprintable() else " " for sign in text)
 
 
 def to_html(title: str, blocks: Iterable[Block]) -> str:

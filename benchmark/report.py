@@ -15,11 +15,11 @@ import typer
 
 from benchmark import charts, facts, plots, sections, sources
 from benchmark.entries import Entry, entries, panels, short_table, table, to_csv
-from benchmark.pages import Block, Code, Heading, Plot, Table, Text, plain, printable, to_html, to_markdown
+from benchmark.pages import Block, Code, Heading, Plot, Table, Text, plain, to_html, to_markdown
 from benchmark.runtimes import distinct_names
 from benchmark.sources import Source
 from compress import manifest
-from compress.errors import RunError, run_app
+from compress.errors import RunError, printable, run_app
 
 IMAGE = "pareto.png"
 FILES = ("report.html", "report.md", "report.csv")

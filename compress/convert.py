@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compress import checkpoint, manifest
-from compress.errors import CheckpointError, RunError, run_app
+from compress.errors import CheckpointError, RunError, printable, run_app
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -260,6 +260,7 @@ def _is_of(report: Any, output: Path, inputs: dict[str, str], nc: int | None) ->
 def print_report(report: dict[str, Any]) -> None:
     """Print what became of each layer, and the sums."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=f"{report['family']}, {len(report['classes'])} classes")
@@ -268,14 +269,15 @@ def print_report(report: dict[str, Any]) -> None:
     for heading in ("tensors", "parameters"):
         table.add_column(heading, justify="right")
     for row in report["layers"]:
-        table.add_row(row["from"], str(row["layer"]), row["kind"], str(row["tensors"]), f"{row['parameters']:,}")
+        names = (escape(printable(name)) for name in (row["from"], str(row["layer"]), row["kind"]))
+        table.add_row(*names, str(row["tensors"]), f"{row['parameters']:,}")
     console = Console()
     console.print(table)
     for name in ("carried_over", "new"):
         part = report[name]
         words = f"{part['tensors']} tensors, {part['parameters']:,} parameters ({part['share']:.1%})"
         console.print(f"{name.replace('_', ' '):>12}: {words}")
-    console.print(f" left behind: {', '.join(report['left_behind'])}")
+    console.print(printable(f" left behind: {', '.join(report['left_behind'])}"), markup=False)  # a stranger's names
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

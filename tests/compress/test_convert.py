@@ -463,6 +463,16 @@ def test_the_command_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFixt
     assert load_model(tmp_path / "out.pt").names == {0: "thing0", 1: "thing1", 2: "thing2"}  # type: ignore[comparison-overlap]
 
 
+def test_names_from_a_file_are_text_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"from": "layer 0 ([/b])", "layer": 0, "kind": "Conv", "tensors": 1, "parameters": 2}
+    part = {"tensors": 1, "parameters": 2, "share": 0.5}
+    report = {"family": "YOLOv5", "classes": {0: "a"}, "carried_over": part, "new": part, "layers": [row]}
+    convert.print_report({**report, "left_behind": ["layer 1 ([/b]\x1b[2J)"]})
+    printed = capsys.readouterr().out
+    assert "layer 0 ([/b])" in printed
+    assert "left behind: layer 1 ([/b] [2J)" in printed
+
+
 def test_a_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = typer.main.get_command(convert.app)
     arguments = [str(tiny(tmp_path, without_bn)), "--output", str(tmp_path / "out.pt")]
