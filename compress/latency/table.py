@@ -266,12 +266,13 @@ def check_widths(graph: Graph, table: LatencyTable, budget: Budget) -> None:
 
 
 def amount(value: float, unit: str) -> str:
-    """Write a cost as a person reads it.
+    """Write a cost as a person reads it, with four digits.
 
-    >>> amount(12.345, "ms"), amount(119_000_000.0, "instructions")
-    ('12.35 ms', '119 M instructions')
+    >>> amount(12.345, "ms"), amount(119_000_000.0, "instructions"), amount(12_345_600_000.0, "instructions")
+    ('12.35 ms', '119 M instructions', '12346 M instructions')
     """
-    return f"{value:.4g} ms" if unit == "ms" else f"{value / 1e6:.4g} M instructions"
+    scaled, name = (value, "ms") if unit == "ms" else (value / 1e6, "M instructions")
+    return f"{scaled:.4g} {name}" if scaled < 9999.5 else f"{scaled:.0f} {name}"
 
 
 def _short(value: object) -> str:
