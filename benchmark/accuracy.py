@@ -17,11 +17,10 @@ from benchmark.worker import open_model
 from compress import manifest, usable_cores
 from compress.devices import load_device
 from compress.errors import BenchmarkError, DataError, run_app
-from compress.tasks import LETTERS, map_key, validator_of
+from compress.tasks import LETTERS, SCORE_NAMES, map_key, validator_of
 
 STAGE = "accuracy"
 RESULT = "accuracy.json"
-METRICS = {"map50_95": "mAP50-95", "map50": "mAP50", "top1": "top-1", "top5": "top-5"}
 
 
 def evaluate(
@@ -239,9 +238,9 @@ def _print_table(records: list[dict[str, Any]], names: list[str], split: str, im
     table = Table(title=f"accuracy on the {split} split, {records[0]['images']} images at {imgsz} px")
     table.add_column("model")
     table.add_column("runtime")
-    shown = [key for key in METRICS if key in records[0]]
+    shown = [key for key in SCORE_NAMES if key in records[0]]
     for key in shown:
-        table.add_column(METRICS[key], justify="right")
+        table.add_column(SCORE_NAMES[key], justify="right")
     for name, record in zip(names, records, strict=True):
         table.add_row(escape(name), record["runtime"], *(f"{record[key]:.4f}" for key in shown))
     Console().print(table)
