@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compress import checkpoint, manifest
-from compress.errors import CheckpointError, RunError, printable, run_app
+from compress.errors import CheckpointError, RunError, SettingsError, printable, run_app
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -49,7 +49,8 @@ def convert(model: Path, nc: int | None = None) -> tuple[nn.Module, dict[str, An
         CheckpointError: the file cannot be read, is not such a detector, or a layer or shape does not fit.
     """
     from compress.conversion.foreign import read_foreign
-    from compress.conversion.translate import kind_of, translate
+    from compress.conversion.reading import kind_of
+    from compress.conversion.translate import translate
 
     foreign = read_foreign(model)
     network = _network(foreign)
@@ -100,7 +101,7 @@ def _network(foreign: Foreign) -> StandIn:
 
 def _layers(network: StandIn, path: Path) -> list[StandIn]:
     from compress.conversion.foreign import StandIn
-    from compress.conversion.translate import modules
+    from compress.conversion.reading import modules
 
     sequence = modules(network).get("model")
     layers = list(modules(sequence).values()) if isinstance(sequence, StandIn) else []
@@ -285,12 +286,16 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    model: Annotated[Path, typer.Argument(help="checkpoint of the original YOLOv5 or YOLOv7 repository (.pt)")],
     output: Annotated[Path, typer.Option(help="the checkpoint to write (.pt); its report lies beside it (.json)")],
+    model: Annotated[Path | None, typer.Argument(help="checkpoint of the original YOLOv5 or YOLOv7 repository")] = None,
+    model_option: Annotated[Path | None, typer.Option("--model", help="the same, as other commands name it")] = None,
     nc: Annotated[int | None, typer.Option(min=1, help="classes of the new head, if other than the model's")] = None,
 ) -> None:
     """Convert a YOLOv5 or YOLOv7 detector: its backbone and neck with a new, anchor-free head, to be fine-tuned."""
-    print_report(report := convert_file(model, output, nc))
+    given = [path for path in (model, model_option) if path is not None]
+    if len(given) != 1:
+        raise SettingsError("name one model: python -m compress.convert MODEL --output NEW.pt")
+    print_report(report := convert_file(given[0], output, nc))
     print(f"convert: {output} ({report['carried_over']['share']:.1%} of its parameters are the old ones; fine-tune it)")
 
 
