@@ -116,7 +116,7 @@ def main(
     if not rows:
         print("history: nothing that fits")
         return
-    for device in dict.fromkeys(row.device for row in rows):
+    for place in dict.fromkeys(row.device for row in rows):
         shown = [
             [
                 str(row.id),
@@ -127,9 +127,9 @@ def main(
                 (cost(row) if row.score is None else f"{row.metric} {row.score:.4f}") + (" noisy" if row.noisy else ""),
             ]
             for row in rows
-            if row.device == device
+            if row.device == place
         ]
-        _print(["id", "UTC", "model", "runtime", "settings", "p50 (95 %) or score"], shown, device or "no device noted")
+        _print(["id", "UTC", "model", "runtime", "settings", "p50 (95 %) or score"], shown, place or "no device noted")
 
 
 @app.command()
