@@ -5,7 +5,6 @@ Images, letterbox, suppression and metrics are those of Ultralytics' validator; 
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -15,14 +14,13 @@ import typer
 from benchmark import prepare, runtimes, store
 from benchmark.outputs import Network
 from benchmark.worker import open_model
-from compress import manifest
+from compress import manifest, usable_cores
 from compress.devices import load_device
 from compress.errors import BenchmarkError, DataError, run_app
-from compress.tasks import LETTERS, map_key, validator_of
+from compress.tasks import LETTERS, SCORE_NAMES, map_key, validator_of
 
 STAGE = "accuracy"
 RESULT = "accuracy.json"
-METRICS = {"map50_95": "mAP50-95", "map50": "mAP50", "top1": "top-1", "top5": "top-5"}
 
 
 def evaluate(
@@ -46,7 +44,7 @@ def evaluate(
         data: data set YAML; for a classifier the folder of its splits.
         split: train, val or test.
         imgsz: side of the square input, px.
-        threads: threads of the runtime; all of the machine's when not given.
+        threads: threads of the runtime; one for each core that may be used when not given.
         runtime: that of the file, or a variant of it; the file's own when not given.
         network: what `model` is on a device; it is opened here when not given.
 
@@ -66,7 +64,7 @@ def evaluate(
 
     names = class_names(data)
     images(data, split)  # says what is missing, before anything is loaded
-    network = network or _open(model, runtime, threads or os.cpu_count() or 1)
+    network = network or _open(model, runtime, threads or usable_cores())
     facts = network.facts
     task = facts.get("task") or "detect"
     _check_fit(model, facts, task, data, len(names), imgsz)
@@ -207,7 +205,7 @@ def main(
 ) -> None:
     """Measure mAP or top-1 of model files on a data set, through one evaluator for every runtime and device."""
     target = load_device(device)
-    cores = os.cpu_count() if target.transport == "local" else None
+    cores = usable_cores() if target.transport == "local" else None
     wanted = prepare.request(
         target, [*model, *(more or [])], runtime=runtime, precision=precision, imgsz=imgsz, threads=threads or cores,
         data=data, split=split, host=host,
@@ -240,9 +238,9 @@ def _print_table(records: list[dict[str, Any]], names: list[str], split: str, im
     table = Table(title=f"accuracy on the {split} split, {records[0]['images']} images at {imgsz} px")
     table.add_column("model", overflow="fold")
     table.add_column("runtime")
-    shown = [key for key in METRICS if key in records[0]]
+    shown = [key for key in SCORE_NAMES if key in records[0]]
     for key in shown:
-        table.add_column(METRICS[key], justify="right", no_wrap=True)
+        table.add_column(SCORE_NAMES[key], justify="right", no_wrap=True)
     for name, record in zip(names, records, strict=True):
         table.add_row(escape(name), record["runtime"], *(f"{record[key]:.4f}" for key in shown))
     Console().print(table)

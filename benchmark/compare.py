@@ -10,10 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from benchmark import sources, statistics, store, wording
-from benchmark.pages import printable
 from benchmark.records import Measurement, Score, measurements, score_of
 from compress import manifest
-from compress.errors import BenchmarkError, run_app
+from compress.errors import BenchmarkError, printable, run_app
 
 MAP_TOLERANCE = 0.005
 _HEADLINE = "onnxruntime"

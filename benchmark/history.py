@@ -13,9 +13,8 @@ import typer
 
 from benchmark import store as stored
 from benchmark import wording
-from benchmark.pages import printable
 from benchmark.store import Row
-from compress.errors import RunError, SettingsError, run_app
+from compress.errors import RunError, SettingsError, printable, run_app
 
 TOLERANCE = 0.03
 MAP_TOLERANCE = 0.005
@@ -117,7 +116,7 @@ def main(
     if not rows:
         print("history: nothing that fits")
         return
-    for device in dict.fromkeys(row.device for row in rows):
+    for place in dict.fromkeys(row.device for row in rows):
         shown = [
             [
                 str(row.id),
@@ -128,9 +127,9 @@ def main(
                 (cost(row) if row.score is None else f"{row.metric} {row.score:.4f}") + (" noisy" if row.noisy else ""),
             ]
             for row in rows
-            if row.device == device
+            if row.device == place
         ]
-        _print(["id", "UTC", "model", "runtime", "settings", "p50 (95 %) or score"], shown, device or "no device noted")
+        _print(["id", "UTC", "model", "runtime", "settings", "p50 (95 %) or score"], shown, place or "no device noted")
 
 
 @app.command()

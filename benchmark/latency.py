@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,7 +70,8 @@ def measure(
     Returns:
         `cells` (per model and runtime: percentiles in ms with 95 % intervals, all samples in ms per round, memory,
         cold start; or, where `unit` is instructions, those of each query), `comparisons` (per runtime: speed-up of
-        p50 over the first model, 95 % interval), `device`, `protocol`, `noisy` and, if so, the reasons in `noise`.
+        p50 over the first model, 95 % interval), `device`, `protocol`, `noisy` and, if so, the reasons in `noise`;
+        `measured_at`, when it began, UTC.
 
     Raises:
         BenchmarkError: an unknown mode or runtime, a file that is missing, a model that cannot be run or returns
@@ -89,6 +91,7 @@ def measure(
     with ExitStack() as stack:
         if lock_clocks:
             stack.enter_context(clocks.locked(site.device, site.place))
+        began = datetime.now(timezone.utc)
         before, started, own = sites.snapshot(site), time.monotonic(), time.process_time()
         show = stack.enter_context(_progress())
         cells = []
@@ -117,6 +120,7 @@ def measure(
     doubts = noise(cells, before["state"], after["state"], others, before["device"]["cores"], throttling)
     return {
         "schema": SCHEMA,
+        "measured_at": began.isoformat(timespec="seconds"),
         "cells": [cell_record(cell, cost, threads, imgsz, seed) for cell, cost in zip(cells, costs, strict=True)],
         "comparisons": compare(cells, seed),
         "device": {

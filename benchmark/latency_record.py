@@ -9,12 +9,12 @@ from typing import Any
 
 from benchmark import runtimes, statistics, wording
 from benchmark.cell import Worker
+from compress.tasks import SCORE_NAMES
 
 MAX_DRIFT = 0.1
 MAX_OTHERS = 0.1
 MAX_SPREAD = 0.001
 INSTRUCTIONS = "instructions"
-SCORES = {"map50_95": "mAP50-95", "map50": "mAP50", "top1": "top-1", "top5": "top-5"}
 
 
 @dataclass
@@ -250,11 +250,11 @@ def print_table(record: dict[str, Any]) -> None:
     with_rate = not counted and (with_batch or protocol.get("streams", 1) != 1)
     for name in ("model", "runtime", *(["batch"] if with_batch else [])):
         table.add_column(name, overflow="fold")
-    scored = [name for name in SCORES if any(name in (cell["accuracy"] or {}) for cell in cells)]
+    scored = [name for name in SCORE_NAMES if any(name in (cell["accuracy"] or {}) for cell in cells)]
     columns = (
         ("M instructions",) if counted else ("p50 ms (95 %)", "p90 ms", "p99 ms", *(["images/s"] if with_rate else []))
     )
-    for name in (*columns, better, *(SCORES[name] for name in scored)):
+    for name in (*columns, better, *(SCORE_NAMES[name] for name in scored)):
         table.add_column(name, justify="right", no_wrap=True)
     for cell in cells:
         table.add_row(

@@ -14,6 +14,7 @@ from html import escape
 
 from benchmark.page_style import CSS, JS
 from benchmark.wording import UNKNOWN
+from compress.errors import printable
 
 # Nothing may be fetched and no other script may run, whatever slipped through: the page is complete in itself.
 _DIGEST = base64.b64encode(hashlib.sha256(JS.encode()).digest()).decode()
@@ -93,11 +94,6 @@ class Chart:
 
 
 Block = Heading | Text | Table | Facts | Code | Plot | Chart
-
-
-def printable(text: str) -> str:
-    """Return a text without control characters, which could steer a terminal or hide what is read."""
-    return "".join(sign if sign.isprintable() else " " for sign in text)
 
 
 def to_html(title: str, blocks: Iterable[Block]) -> str:

@@ -14,8 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compress import manifest
 from compress.errors import RunError
+from compress.tasks import SCORE_NAMES
 
-METRICS = {"map50_95": "mAP50-95", "top1": "top-1"}
+_JUDGED_BY = ("map50_95", "top1")
 
 Unit = Literal["ms", "instructions"]
 
@@ -190,11 +191,11 @@ def scores(record: Any, where: object = "the record", **known: Any) -> list[Scor
     found = []
     for item in record:
         entry = _parse(_Accuracy, {**known, **item} if isinstance(item, dict) else item, where)
-        metric = next((key for key in METRICS if getattr(entry, key) is not None), None)
+        metric = next((key for key in _JUDGED_BY if getattr(entry, key) is not None), None)
         if metric is not None:
             rest = entry.model_dump(exclude={"map50_95", "top1", "device"})
             device = device_key(entry.device) if isinstance(entry.device, dict) else entry.device
-            found.append(Score(metric=METRICS[metric], value=getattr(entry, metric), device=device, **rest))
+            found.append(Score(metric=SCORE_NAMES[metric], value=getattr(entry, metric), device=device, **rest))
     return found
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from compress.errors import BenchmarkError
-from compress.latency.table import BLOCKS, TERMS, Fit, Segment, features, linear_form
+from compress.latency.table import TERMS, Fit, Segment, features, linear_form
 
 if TYPE_CHECKING:
     from compress.channels.graph import Graph
@@ -244,6 +244,3 @@ def nonnegative_least_squares(matrix: np.ndarray, values: np.ndarray) -> np.ndar
                 x = np.zeros_like(x)
                 break
     return x / np.where(usable, size, 1.0)
-
-
-__all__ = ["BLOCKS", "Model", "Observation", "fit", "match", "nonnegative_least_squares"]

@@ -23,7 +23,6 @@ from benchmark.pages import (
     Table,
     Text,
     plain,
-    printable,
     text_columns,
     to_html,
     to_markdown,
@@ -31,7 +30,7 @@ from benchmark.pages import (
 from benchmark.runtimes import distinct_names
 from benchmark.sources import Source
 from compress import manifest
-from compress.errors import RunError, run_app
+from compress.errors import RunError, printable, run_app
 
 IMAGE = "pareto.png"
 FILES = ("report.html", "report.md", "report.csv")

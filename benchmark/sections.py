@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmark import wording
-from benchmark.latency_record import SCORES
 from benchmark.pages import Block, Heading, Table, Text
+from compress.tasks import SCORE_NAMES
 
 SIDES = ("dense", "pruned")
 
 
 def metrics(summary: dict[str, Any]) -> list[str]:
     """Return by what the models of a run are judged, what matters first: mAP50-95 and mAP50, or top-1 and top-5."""
-    return [metric for metric in SCORES if metric in summary["dense"]]
+    return [metric for metric in SCORE_NAMES if metric in summary["dense"]]
 
 
 def verdict(summary: dict[str, Any]) -> str:
     """Return in one sentence what pruning brought, on onnxruntime if it was measured there."""
-    accuracy, name = _accuracy_change(summary), SCORES[metrics(summary)[0]]
+    accuracy, name = _accuracy_change(summary), SCORE_NAMES[metrics(summary)[0]]
     runtime = _headline(summary)
     if runtime is None:
         return f"The latency was not measured; the {name} of the pruned model {accuracy}."
@@ -74,7 +74,7 @@ def opening(summary: dict[str, Any], record: dict[str, Any]) -> list[Block]:
 
 def overview(summaries: Sequence[dict[str, Any]]) -> Table:
     """Return one row for each run and runtime."""
-    names = {SCORES[metrics(summary)[0]] for summary in summaries}
+    names = {SCORE_NAMES[metrics(summary)[0]] for summary in summaries}
     name = names.pop() if len(names) == 1 else "accuracy"
     rows = [
         [
@@ -95,7 +95,7 @@ def comparison(summary: dict[str, Any]) -> Table:
     dense, pruned = (summary[side] for side in SIDES)
     rows = [
         [name, *(wording.number(side[key], 4) for side in (dense, pruned)), wording.difference(dense[key], pruned[key])]
-        for name, key in ((SCORES[metric], metric) for metric in metrics(summary))
+        for name, key in ((SCORE_NAMES[metric], metric) for metric in metrics(summary))
     ]
     rows += [
         [name, *(wording.size(side[key], unit) for side in (dense, pruned)), wording.quotient(dense[key], pruned[key])]

@@ -22,16 +22,17 @@ def ms(value: float | None) -> str:
 
 
 def size(value: float | None, unit: str = "") -> str:
-    """Return a count or a size in G, M or k of its unit.
+    """Return a count or a size in G, M or k of its unit, with three digits.
 
-    >>> size(999_600), size(1_234_000, "B"), size(538)
-    ('1 M', '1.23 MB', '538')
+    >>> size(123_456), size(999_600), size(9_996_000_000_000, "B")
+    ('123 k', '1 M', '9996 GB')
     """
     if value is None:
         return UNKNOWN
     for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= 0.9995 * factor:  # what would be 1000 of the smaller prefix in three digits
-            return f"{value / factor:.3g} {prefix}{unit}"
+        if value >= 0.9995 * factor:  # what three digits round up to it
+            scaled = value / factor
+            return f"{scaled:.3g} {prefix}{unit}" if scaled < 999.5 else f"{scaled:.0f} {prefix}{unit}"
     return f"{value:g} {unit}".rstrip()
 
 

@@ -47,18 +47,19 @@ def read_objects(data: Path, split: str = "train") -> Objects:
     """Read the sizes of the images and objects of a split, of at most 5000 images evenly over it.
 
     Raises:
-        DataError: a data set without boxes, an image that cannot be opened, or no object in the split.
+        DataError: a data set without boxes, an image that cannot be opened, a label that is none, or no object in the
+            split.
     """
     import numpy as np
     from PIL import Image
     from ultralytics.data.utils import exif_size
 
-    from compress.data.dataset import images, keypoints, label_file
+    from compress.data.dataset import check_label, class_names, images, keypoints, label_file
     from compress.progress import track
 
     if data.is_dir():
         raise DataError(f"{data} is a data set of classified images, which has no objects: give a detector's .yaml")
-    files, points = images(data, split), keypoints(data) is not None
+    files, classes, points = images(data, split), len(class_names(data)), keypoints(data)
     sides: list[float] = []
     longest: list[int] = []
     files = files[:: -(-len(files) // _SAMPLE)]
@@ -70,9 +71,11 @@ def read_objects(data: Path, split: str = "train") -> Objects:
             raise DataError(f"{path} is not an image that can be read: mend or remove it") from None
         longest.append(max(width, height))
         label = label_file(path)
-        for line in label.read_text(encoding="utf-8-sig", errors="replace").splitlines() if label.is_file() else ():
-            if values := [float(value) for value in line.split()[1:]]:
-                w, h = _box(values, points)
+        lines = label.read_text(encoding="utf-8-sig", errors="replace").splitlines() if label.is_file() else []
+        for number, line in enumerate(lines, 1):
+            if fields := line.split():
+                check_label(fields, classes, points, f"{label}:{number}")  # nobody has checked those of `test`
+                w, h = _box([float(value) for value in fields[1:]], points is not None)
                 sides.append(min(w * width, h * height) / longest[-1])
     if not sides:
         raise DataError(f"{data}: no image of '{split}' has a labelled object: choose another --split")

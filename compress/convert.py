@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compress import checkpoint, manifest
-from compress.errors import CheckpointError, RunError, run_app
+from compress.errors import CheckpointError, RunError, SettingsError, printable, run_app
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -49,7 +49,8 @@ def convert(model: Path, nc: int | None = None) -> tuple[nn.Module, dict[str, An
         CheckpointError: the file cannot be read, is not such a detector, or a layer or shape does not fit.
     """
     from compress.conversion.foreign import read_foreign
-    from compress.conversion.translate import kind_of, translate
+    from compress.conversion.reading import kind_of
+    from compress.conversion.translate import translate
 
     foreign = read_foreign(model)
     network = _network(foreign)
@@ -100,7 +101,7 @@ def _network(foreign: Foreign) -> StandIn:
 
 def _layers(network: StandIn, path: Path) -> list[StandIn]:
     from compress.conversion.foreign import StandIn
-    from compress.conversion.translate import modules
+    from compress.conversion.reading import modules
 
     sequence = modules(network).get("model")
     layers = list(modules(sequence).values()) if isinstance(sequence, StandIn) else []
@@ -260,6 +261,7 @@ def _is_of(report: Any, output: Path, inputs: dict[str, str], nc: int | None) ->
 def print_report(report: dict[str, Any]) -> None:
     """Print what became of each layer, and the sums."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=f"{report['family']}, {len(report['classes'])} classes")
@@ -268,14 +270,15 @@ def print_report(report: dict[str, Any]) -> None:
     for heading in ("tensors", "parameters"):
         table.add_column(heading, justify="right")
     for row in report["layers"]:
-        table.add_row(row["from"], str(row["layer"]), row["kind"], str(row["tensors"]), f"{row['parameters']:,}")
+        names = (escape(printable(name)) for name in (row["from"], str(row["layer"]), row["kind"]))
+        table.add_row(*names, str(row["tensors"]), f"{row['parameters']:,}")
     console = Console()
     console.print(table)
     for name in ("carried_over", "new"):
         part = report[name]
         words = f"{part['tensors']} tensors, {part['parameters']:,} parameters ({part['share']:.1%})"
         console.print(f"{name.replace('_', ' '):>12}: {words}")
-    console.print(f" left behind: {', '.join(report['left_behind'])}")
+    console.print(printable(f" left behind: {', '.join(report['left_behind'])}"), markup=False)  # a stranger's names
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -283,12 +286,16 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    model: Annotated[Path, typer.Argument(help="checkpoint of the original YOLOv5 or YOLOv7 repository (.pt)")],
     output: Annotated[Path, typer.Option(help="the checkpoint to write (.pt); its report lies beside it (.json)")],
+    model: Annotated[Path | None, typer.Argument(help="checkpoint of the original YOLOv5 or YOLOv7 repository")] = None,
+    model_option: Annotated[Path | None, typer.Option("--model", help="the same, as other commands name it")] = None,
     nc: Annotated[int | None, typer.Option(min=1, help="classes of the new head, if other than the model's")] = None,
 ) -> None:
     """Convert a YOLOv5 or YOLOv7 detector: its backbone and neck with a new, anchor-free head, to be fine-tuned."""
-    print_report(report := convert_file(model, output, nc))
+    given = [path for path in (model, model_option) if path is not None]
+    if len(given) != 1:
+        raise SettingsError("name one model: python -m compress.convert MODEL --output NEW.pt")
+    print_report(report := convert_file(given[0], output, nc))
     print(f"convert: {output} ({report['carried_over']['share']:.1%} of its parameters are the old ones; fine-tune it)")
 
 

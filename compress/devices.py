@@ -22,7 +22,11 @@ class Device(Strict):
     aliases: tuple[str, ...] = ()
     transport: Literal["local", "ssh", "adb"]
     host: str | None = Field(default=None, description="where --host is not given: [user@]host[:port], or adb's serial")
-    ssh_config: str | None = Field(default=None, description="of ssh, below $ESPALIER_CACHE or ~/.cache/espalier")
+    ssh_config: str | None = Field(  # it may name programs to run: never a file that came with the device's
+        default=None,
+        pattern=r"^\w[\w-]*(/\w[\w-]*)*$",
+        description="of ssh, below $ESPALIER_CACHE or ~/.cache/espalier",
+    )
     setup: str | None = Field(default=None, description="the command that starts the device, for messages")
     python: str = Field(default="python3", description="interpreter there; of a local device our own runs")
     architecture: Literal["x86_64", "aarch64"] | None = None

@@ -87,9 +87,14 @@ def check_packages() -> None:
             _fail(_explain_missing(missing))
 
 
+def printable(text: str) -> str:
+    """Return a text without control characters, which could steer a terminal or hide what is read."""
+    return "".join(sign if sign.isprintable() else " " for sign in text)
+
+
 def warn(message: str) -> None:
     """Say in one line on standard error what the user may not have meant; the work goes on."""
-    print(f"warning: {' '.join(message.split())}", file=sys.stderr)
+    print(f"warning: {_one_line(message)}", file=sys.stderr)
 
 
 def run_app(app: Callable[[], object]) -> None:
@@ -127,5 +132,10 @@ def _explain_missing(names: Iterable[str]) -> str:
 
 
 def _fail(message: str) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {_one_line(message)}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def _one_line(message: str) -> str:
+    """Return a message as one line; it may quote names from strangers' files."""
+    return printable(" ".join(message.split()))

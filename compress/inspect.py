@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compress.errors import EspalierError, SettingsError, run_app
+from compress.errors import EspalierError, SettingsError, printable, run_app
 from compress.settings import Budget, load_budget
 
 if TYPE_CHECKING:
@@ -85,12 +85,12 @@ def print_overview(found: Overview, title: str, *, all_layers: bool) -> None:
 
     def names(short: tuple[str, ...], whole: tuple[str, ...]) -> str:
         if all_layers:
-            return escape(_printable("\n".join(whole)))
+            return escape("\n".join(map(printable, whole)))
         more = f" + {len(short) - _SHOWN}" if len(short) > _SHOWN else ""
-        return escape(_printable(", ".join(short[:_SHOWN]))) + more
+        return escape(printable(", ".join(short[:_SHOWN]))) + more
 
     wide = all_layers or console.width >= _WIDE_COLUMNS
-    table = Table(title=escape(_printable(title)), title_justify="left", box=None, header_style="bold", pad_edge=False)
+    table = Table(title=escape(printable(title)), title_justify="left", box=None, header_style="bold", pad_edge=False)
     for heading in ("#", "group", "width", "allowed", "MACs", "params", "tie"):
         justify = "left" if heading in ("group", "allowed") else "right"
         table.add_column(heading, justify=justify, no_wrap=True)
@@ -99,7 +99,7 @@ def print_overview(found: Overview, title: str, *, all_layers: bool) -> None:
     for row in found.groups:
         cells = [
             str(row.number),
-            escape(_printable(row.name)),
+            escape(printable(row.name)),
             str(row.width),
             "[dim]frozen[/dim]" if row.frozen else short_widths(row.allowed),
             f"{row.macs:.1%}",
@@ -118,7 +118,7 @@ def print_overview(found: Overview, title: str, *, all_layers: bool) -> None:
         frozen.add_column(heading, overflow="fold")
     for row in found.frozen:
         numbers = ", ".join(map(str, row.groups))
-        frozen.add_row(str(row.channels), escape(_printable(row.reason)), names(row.layers, row.layers), numbers)
+        frozen.add_row(str(row.channels), escape(printable(row.reason)), names(row.layers, row.layers), numbers)
     if found.frozen:
         console.print()
         console.print(frozen)
@@ -136,10 +136,6 @@ def _print_totals(console: Any, found: Overview) -> None:
             f"{name:>8}: {count:,}, {share:.1%} of them in prunable groups; "
             f"{least:.1%} are left at the least allowed widths"
         )
-
-
-def _printable(text: str) -> str:
-    return "".join(sign if sign.isprintable() or sign == "\n" else " " for sign in text)
 
 
 def _title(model: Path) -> str:

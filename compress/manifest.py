@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -65,7 +65,7 @@ def read_json(path: Path) -> Any:
         RunError: the file is missing or is not JSON.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunError(f"{path} does not exist") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -182,6 +182,21 @@ def finish(
     write_json(folder / MANIFEST, manifest)
     (folder / STARTED).unlink(missing_ok=True)
     return manifest
+
+
+def remembered(
+    folder: Path,
+    stage: str,
+    config: Mapping[str, Any],
+    parents: Mapping[str, str],
+    find: Callable[[], Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Return the metrics of a stage that leaves nothing else: found once, and read from its manifest afterwards."""
+    with lock(folder):
+        if not is_finished(folder, stage, config, parents):
+            begin(folder, stage, config, parents)
+            finish(folder, stage, config, parents, [], find())
+        return read_json(folder / MANIFEST)["metrics"]
 
 
 @contextmanager

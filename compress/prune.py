@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -253,6 +254,10 @@ def _own_budget(device: str, runtime: str | None, by_latency: object) -> Budget:
     return device_budget(f"{device}:{runtime or ''}")
 
 
+def _first_given(options: Mapping[str, object]) -> str | None:
+    return next((name for name, value in options.items() if value is not None), None)
+
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -293,10 +298,17 @@ def main(
     """
     from compress.settings import parse
 
+    amount = {"percent": percent, "macs": macs, "params": params, "latency": latency, "speedup": speedup}
+    where = {"device": device if device != "cpu" else None, "host": host, "runtime": runtime}
+    where |= {"threads": threads, "table": table}
+    if front is not None and (asked := _first_given(amount)):
+        raise SettingsError(f"--front draws what all latencies cost: leave out --{asked}")
+    if not (latency or speedup or front) and (asked := _first_given(where)):
+        remedy = f"the widths that {device} likes are --budget {device}" if asked == "device" else "leave it out"
+        raise SettingsError(f"--{asked} goes with --latency, --speedup or --front: {remedy}")
     rules = load_budget(budget) if budget else _own_budget(device, runtime, latency or speedup or front)
     changes = {"multiple_of": multiple_of, "max_removed": max_removed, "power_of_two": power_of_two or None}
     rules = rules.model_dump(mode="json") | {key: value for key, value in changes.items() if value is not None}
-    amount = {"percent": percent, "macs": macs, "params": params, "latency": latency, "speedup": speedup}
     if front is not None:
         amount["speedup"] = 2.0  # only its table is read
     content = {key: value for key, value in amount.items() if value is not None}

@@ -17,7 +17,7 @@ from compress.errors import BudgetError
 from compress.finetune import finetune
 from compress.prune import plan_pruning, prune
 from compress.sparsify import sparsify
-from compress.tasks import metric_of
+from compress.tasks import SCORE_NAMES, metric_of
 
 if TYPE_CHECKING:
     from compress.channels.graph import Graph
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from compress.train import Common
 
 ROUNDS = "rounds.json"
-NAMES = {"map50_95": "mAP50-95", "top1": "top-1"}
 
 
 @dataclass(frozen=True)
@@ -151,11 +150,11 @@ def run_rounds(
         manifest.write_json(folder / ROUNDS, record)
         print(
             f"round {number} of {settings.iterations}: {macs[1] / macs[0]:.1%} of the MACs kept, "
-            f"val {NAMES[metric]} {found:.3f} ({found - best:+.3f} against the dense model)"
+            f"val {SCORE_NAMES[metric]} {found:.3f} ({found - best:+.3f} against the dense model)"
         )
         if settings.map_budget is not None and best - found > settings.map_budget:
             why = "is kept" if kept.lost <= settings.map_budget else "lost too much too, and is kept as the best"
-            print(f"the budget of {settings.map_budget:g} {NAMES[metric]} is spent: round {kept.number} {why}")
+            print(f"the budget of {settings.map_budget:g} {SCORE_NAMES[metric]} is spent: round {kept.number} {why}")
             break
         left, model = {"macs": macs[1] / macs[0], "params": params[1] / params[0]}, str(tuned)
     return Path(best_trade_off(done, settings.map_budget).model)
@@ -183,8 +182,5 @@ def _scored(model: Path, data: Path, settings: Run, output: Path, score: Callabl
 
     config = {"imgsz": settings.imgsz, "split": "val"}
     parents = manifest.input_hashes({"model": model}) | {"data": fingerprint(data)}
-    with manifest.lock(output):
-        if not manifest.is_finished(output, "score", config, parents):
-            manifest.begin(output, "score", config, parents)
-            manifest.finish(output, "score", config, parents, [], {metric: score(model)})
-        return float(manifest.read_json(output / manifest.MANIFEST)["metrics"][metric])
+    found = manifest.remembered(output, "score", config, parents, lambda: {metric: score(model)})
+    return float(found[metric])

@@ -172,17 +172,18 @@ def benchmark(
             print(f"benchmark: finished before, unchanged: {output}")
         else:
             manifest.begin(output, "benchmark", config, parents)
-            scores = {
-                name: {
-                    runtime: {
-                        "model_sha256": parents[f"{name}.{runtime}"],
-                        **evaluate(path, data, split=wanted.split, imgsz=settings.imgsz),
+            if not (output / "accuracy.json").exists():  # an interrupted start may have come as far as to the timing
+                scores = {
+                    name: {
+                        runtime: {
+                            "model_sha256": parents[f"{name}.{runtime}"],
+                            **evaluate(path, data, split=wanted.split, imgsz=settings.imgsz),
+                        }
+                        for runtime, path in files.items()
                     }
-                    for runtime, path in files.items()
+                    for name, files in artefacts.items()
                 }
-                for name, files in artefacts.items()
-            }
-            manifest.write_json(output / "accuracy.json", scores)
+                manifest.write_json(output / "accuracy.json", scores)
             timed = {
                 name: {runtime: files[runtime] for runtime in wanted.runtimes} for name, files in artefacts.items()
             }

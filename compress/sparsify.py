@@ -98,6 +98,8 @@ def main(
     given = {"epochs": epochs, "batch": batch, "optimizer": optimizer, "lr0": lr0, "args": training_args(more or [])}
     given |= {"sr": _number_or_word(sr), "share": share, "fade": fade is not None}
     settings = parse(Sparsity, given, "sparsify")
+    if budget and fade is None:
+        raise SettingsError("--budget goes with --fade: without, no cut is planned here")
     rules = load_budget(budget) if budget else Budget()
     cut = {"macs": fade, "importance": "taylor", "budget": rules.model_dump(mode="json")}
     common = Common(imgsz=imgsz, device=device, workers=workers, seed=seed)

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from compress import manifest
-from compress.errors import RunError, run_app
+from compress.errors import RunError, SettingsError, run_app
 from compress.sweeps.jobs import Job, cut, finish, train_dense, train_sparse
 from compress.sweeps.plan import Cut, Sweep, expand, hopeless, load_sweep, on_front
 from compress.sweeps.spread import Spread, here, on_ray
@@ -81,7 +81,12 @@ def _check(folder: Path, pipelines: Sequence[Any], config: Any) -> None:
         manifest.check_schema(known, record)
     if known.get("config") != config:
         for pipeline in pipelines:
-            check(pipeline, resolve(pipeline.data))
+            data = resolve(pipeline.data)
+            if data.is_dir():
+                raise SettingsError(
+                    f"{pipeline.name} classifies, and a sweep compares the mAP of detectors: run it with compress.run"
+                )
+            check(pipeline, data)
 
 
 def _shared(

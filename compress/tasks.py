@@ -6,6 +6,8 @@ from typing import Any
 
 # The letter of each task's own metric: boxes (also oriented ones), masks, key points. Other tasks have no mAP.
 LETTERS = {"detect": "B", "obb": "B", "segment": "M", "pose": "P"}
+# What models are scored by, as records name it and as people read it; what counts first.
+SCORE_NAMES = {"map50_95": "mAP50-95", "map50": "mAP50", "top1": "top-1", "top5": "top-5"}
 
 
 def metric_of(task: str) -> str:

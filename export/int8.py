@@ -71,6 +71,7 @@ def export_mixed(
     """
     from benchmark import runtimes
     from benchmark.accuracy import evaluate
+    from compress.data.pixels import letterbox
     from export import parity
 
     val = images_of(data, "val")
@@ -103,7 +104,7 @@ def export_mixed(
         return candidate
 
     def rank() -> dict[str, float]:
-        samples = [parity.letterbox(path, imgsz) for path in images[:RANKING_IMAGES]]
+        samples = [letterbox(path, imgsz) for path in images[:RANKING_IMAGES]]
         return mixed.sensitivity(quantizer.dense, quantizer.layers, samples, alone, journal)
 
     torch_map = journal.remember("mAP50-95 in PyTorch", lambda: evaluate(model, data, imgsz=imgsz)["map50_95"])

@@ -125,14 +125,13 @@ def sensitivity(
         alone: writes the model with only this layer in 8 bits, and returns its path.
         journal: keeps the error of each layer.
     """
-    import os
-
     import numpy as np
 
     from benchmark import runtimes
+    from compress import usable_cores
     from compress.progress import track
 
-    runner, threads = runtimes.runner_of(dense), os.cpu_count() or 1
+    runner, threads = runtimes.runner_of(dense), usable_cores()
 
     def outputs(path: Path) -> list[np.ndarray]:
         session = runner.load(str(path), threads)

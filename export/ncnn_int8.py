@@ -64,8 +64,8 @@ def export_int8(
         DataError: a split has no images, or no labels to compute mAP from.
         ExportError: as `export.ncnn.export_ncnn`, or no choice of layers meets the budget, or parity fails.
     """
+    from compress.data.pixels import letterbox
     from compress.progress import track
-    from export import parity
     from export.ncnn import BIN, PARAM, export_ncnn
 
     stage.require_detector(model)
@@ -74,7 +74,7 @@ def export_int8(
         dense = export_ncnn(model, scratch / f"fp32{NCNN_SUFFIX}", imgsz=imgsz)
         layers = ncnn_files.read(dense / PARAM, dense / BIN)
         names = [layer.name for layer in layers if can_quantize(layer)]
-        squares = [parity.letterbox(path, imgsz)[0] for path in track(images, "images")]
+        squares = [letterbox(path, imgsz)[0] for path in track(images, "images")]
         thresholds = calibrate(dense, layers, squares, settings.method)
         facts = {"method": settings.method}
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from compress.data.pixels import centre_crop, letterbox
 from compress.errors import DataError, ExportError
-from export.matching import CONFIDENCE, match
+from compress.tasks import SCORE_NAMES
+from export.differences import differences_of
 
-METRICS = {"map50_95": "mAP50-95", "top1": "top-1 accuracy"}
+SLACK = 0.1  # of scores near a threshold, where a tolerance does not judge single ones
+_SCORED_BY = ("map50_95", "top1")
 
 
 @dataclass(frozen=True)
@@ -54,215 +57,6 @@ TOLERANCES = {
 # ncnn's worst number is a few times onnxruntime's (yolo26n on 128 images: 0.056 px, without Winograd convolutions still
 # 0.045 px), while its root mean squares stay as small: so there both are judged.
 _NCNN_FP32 = replace(TOLERANCES["fp32"], box_px=0.25, score=1e-3, box_rms_px=0.005, score_rms=1e-4, value=5e-3)
-
-
-@dataclass
-class _Tensors:
-    """What the boxes and scores in the raw tensors of all images differ by."""
-
-    max_box_error_px: float = 0.0
-    max_score_error: float = 0.0
-    box_squares: float = 0.0
-    box_sides: int = 0
-    score_squares: float = 0.0
-    reference_squares: float = 0.0
-
-    def add_boxes(self, expected: np.ndarray, actual: np.ndarray) -> None:
-        error = np.abs(actual - expected)
-        self.max_box_error_px = max(self.max_box_error_px, float(error.max(initial=0.0)))
-        self.box_squares += _sum_of_squares(error)
-        self.box_sides += error.size
-
-    def add_scores(self, expected: np.ndarray, actual: np.ndarray) -> None:
-        error = np.abs(actual - expected)
-        self.max_score_error = max(self.max_score_error, float(error.max(initial=0.0)))
-        self.score_squares += _sum_of_squares(error)
-        self.reference_squares += _sum_of_squares(expected)
-
-    def record(self, shape: tuple[int, ...]) -> dict[str, Any]:
-        return {
-            "shape": list(shape),
-            "max_box_error_px": self.max_box_error_px,
-            "max_score_error": self.max_score_error,
-            "box_rms_error_px": (self.box_squares / max(self.box_sides, 1)) ** 0.5,
-            "score_rms_error": (self.score_squares / max(self.reference_squares, 1e-12)) ** 0.5,
-        }
-
-
-@dataclass
-class _Values:
-    """What values of one kind, neither boxes nor scores, differ by in all images."""
-
-    max_error: float = 0.0
-    error_squares: float = 0.0
-    reference_squares: float = 0.0
-    count: int = 0
-
-    def add(self, expected: np.ndarray, actual: np.ndarray) -> None:
-        error = np.abs(actual - expected)
-        self.max_error = max(self.max_error, float(error.max(initial=0.0)))
-        self.error_squares += _sum_of_squares(error)
-        self.reference_squares += _sum_of_squares(expected)
-        self.count += error.size
-
-    def record(self, name: str) -> dict[str, Any]:
-        size = max(self.reference_squares / max(self.count, 1), 1e-24) ** 0.5
-        return {
-            "name": name,
-            "max_error": self.max_error,
-            "max_value_error": self.max_error / size,
-            "value_rms_error": (self.error_squares / max(self.count, 1)) ** 0.5 / size,
-        }
-
-
-@dataclass
-class _Matches:
-    """What the detections of all images differ by."""
-
-    confidence: float = CONFIDENCE
-    rotated: bool = False
-    found: tuple[int, int] = (0, 0)
-    unmatched: int = 0
-    ious: list[float] = field(default_factory=list)
-    max_box_error_px: float = 0.0
-    max_score_error: float = 0.0
-
-    def add(self, expected: np.ndarray, actual: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Match the (n, 6 or more) detections of one image and return the rows of both that belong together."""
-        pairs, lost = match(expected, actual, self.confidence, rotated=self.rotated)
-        first, second = (int((rows[:, 4] >= self.confidence).sum()) for rows in (expected, actual))
-        self.found = (self.found[0] + first, self.found[1] + second)
-        self.unmatched += lost
-        self.ious += [iou for _, _, iou in pairs]
-        sides = expected[[i for i, _, _ in pairs]], actual[[j for _, j, _ in pairs]]
-        error = np.abs(sides[1] - sides[0])
-        self.max_box_error_px = max(self.max_box_error_px, float(error[:, :4].max(initial=0.0)))
-        self.max_score_error = max(self.max_score_error, float(error[:, 4].max(initial=0.0)))
-        return sides
-
-    def record(self, runtime: str) -> dict[str, Any]:
-        return {
-            "torch": self.found[0],
-            runtime: self.found[1],
-            "unmatched": self.unmatched,
-            "min_iou": min(self.ious, default=None),
-            "mean_iou": float(np.mean(self.ious)) if self.ious else None,
-            "max_box_error_px": self.max_box_error_px,
-            "max_score_error": self.max_score_error,
-        }
-
-
-class _Detections:
-    """Compares the outputs of a model that finds boxes, whatever else it says about each."""
-
-    def __init__(self, facts: dict[str, Any], suppression: dict[str, Any] | None, tolerance: Tolerance) -> None:
-        # Rows just below the threshold may be partners: how far below depends on how far scores may move.
-        slack = tolerance.score or 0.1
-        confidence = CONFIDENCE if suppression is None else suppression["conf"] + slack
-        self.facts, self.suppression = facts, suppression
-        self.lowest = CONFIDENCE - slack if suppression is None else max(suppression["conf"] - slack, 0.0)
-        self.tensors, self.matches = _Tensors(), _Matches(confidence, rotated=facts["task"] == "obb")
-        self.others: dict[str, _Values] = {}
-        self.shape: tuple[int, ...] = ()
-
-    def add(self, expected: list[np.ndarray], actual: list[np.ndarray]) -> None:
-        """Compare the outputs for one image."""
-        self.shape = actual[0].shape
-        rows = self.matches.add(self._rows(expected[0]), self._rows(actual[0], suppressed=self.suppression is not None))
-        if self.facts["end2end"] or self.suppression:
-            first, second = rows
-            if self.suppression is None:
-                # Sorted scores compare by position even where rows swap, and even where nothing is detected.
-                self.tensors.add_scores(expected[0][..., 4], actual[0][..., 4])
-            else:
-                self.tensors.add_scores(first[:, 4], second[:, 4])
-            self.tensors.add_boxes(first[:, :4], second[:, :4])
-            extras = first[:, 6:].T, second[:, 6:].T
-        else:
-            first, second = expected[0][0], actual[0][0]
-            behind = 4 + self.facts["classes"]
-            self.tensors.add_scores(first[4:behind], second[4:behind])
-            self.tensors.add_boxes(first[:4], second[:4])
-            extras = first[behind:], second[behind:]
-        for name, wanted in self._kinds(len(extras[0])).items():
-            self.others.setdefault(name, _Values()).add(extras[0][wanted], extras[1][wanted])
-        for one, other in zip(expected[1:], actual[1:], strict=True):
-            self.others.setdefault("mask prototypes", _Values()).add(one, other)
-
-    def record(self, runtime: str) -> dict[str, Any]:
-        others = [values.record(name) for name, values in self.others.items()]
-        return {
-            "outputs": [self.tensors.record(self.shape), *others],
-            "detections": self.matches.record(runtime),
-        }
-
-    def _rows(self, output: np.ndarray, suppressed: bool = False) -> np.ndarray:
-        """Return the detections of one image, best first."""
-        import torch
-        import torchvision  # noqa: F401  (where it is loaded, Ultralytics suppresses with it: fast, and as ONNX does)
-        from ultralytics.utils.nms import non_max_suppression
-
-        wanted = self.suppression or {"iou": 0.7, "max_det": 300}
-        kept: Any = non_max_suppression(
-            torch.from_numpy(output.copy()),  # a copy, because suppression rewrites the boxes in place
-            0.0 if suppressed else self.lowest,
-            wanted["iou"],
-            nc=self.facts["classes"],
-            max_det=wanted["max_det"],
-            rotated=self.facts["task"] == "obb",
-            end2end=self.facts["end2end"] or suppressed,
-        )
-        return kept[0].numpy()
-
-    def _kinds(self, channels: int) -> dict[str, Any]:
-        """Return what the channels behind boxes and scores hold: names with the rows of each."""
-        if self.facts["task"] == "segment":
-            return {"mask coefficients": slice(None)}
-        if self.facts["task"] == "obb":
-            return {"angles": slice(None)}
-        if self.facts["task"] == "pose":
-            seen = np.arange(channels) % self.facts["keypoints"][1] == 2
-            return {"key points": ~seen, **({"visibility": seen} if seen.any() else {})}
-        return {}
-
-
-class _Classes:
-    """Compares the probabilities of a classifier, and which class is the likeliest."""
-
-    def __init__(self, tolerance: Tolerance) -> None:
-        self.tensors, self.slack = _Tensors(), tolerance.score or 0.1
-        self.images = self.other_class = 0
-        self.shape: tuple[int, ...] = ()
-
-    def add(self, expected: list[np.ndarray], actual: list[np.ndarray]) -> None:
-        """Compare the outputs for one image."""
-        first, second = expected[0][0], actual[0][0]
-        self.shape = actual[0].shape
-        self.tensors.add_scores(first, second)
-        self.images += 1
-        # Where two classes are as likely, either may win.
-        self.other_class += bool(first.max() - first[second.argmax()] > 2 * self.slack)
-
-    def record(self, runtime: str) -> dict[str, Any]:  # noqa: ARG002
-        output = self.tensors.record(self.shape)
-        scores = {name: output[name] for name in ("shape", "max_score_error", "score_rms_error")}
-        return {"outputs": [scores], "classes": {"images": self.images, "other_class": self.other_class}}
-
-
-class _Maps:
-    """Compares outputs that say something of every pixel."""
-
-    def __init__(self, task: str) -> None:
-        self.name, self.values = {"semantic": "class logits", "depth": "depths"}[task], _Values()
-        self.shape: tuple[int, ...] = ()
-
-    def add(self, expected: list[np.ndarray], actual: list[np.ndarray]) -> None:
-        """Compare the outputs for one image."""
-        self.shape = actual[0].shape
-        self.values.add(expected[0], actual[0])
-
-    def record(self, runtime: str) -> dict[str, Any]:  # noqa: ARG002
-        return {"outputs": [{"shape": list(self.shape), **self.values.record(self.name)}]}
 
 
 def compare(
@@ -320,12 +114,7 @@ def compare(
     suppression = runner.describe(candidate).get("suppression")
     classifies = facts["task"] == "classify"
     prepare = centre_crop if classifies else letterbox
-    compared: Any = _Detections(facts, suppression, tolerance)
-    if classifies:
-        compared = _Classes(tolerance)
-    elif facts["task"] in ("semantic", "depth"):
-        compared = _Maps(facts["task"])
-
+    compared = differences_of(facts, suppression, tolerance.score or SLACK)
     for start in range(0, len(images), batch):
         places = [(start + i) % len(images) for i in range(batch)]
         pixels = np.concatenate([prepare(images[place], imgsz) for place in places])
@@ -383,42 +172,13 @@ def failures(parity: dict[str, Any]) -> list[str]:
         share = classes["other_class"] / classes["images"]
         if share > tolerance["unmatched"]:
             found.append(f"{share:.1%} of the images get another class, at most {tolerance['unmatched']:.1%}")
-    for metric, name in METRICS.items():
+    for metric in _SCORED_BY:
         if parity.get(metric) is not None:
             low, high = tolerance["map50_95"]
-            if not low <= parity[metric]["difference"] <= high:
-                found.append(f"{name} changes by {parity[metric]['difference']:+.4f}, at most {low:+g} to {high:+g}")
+            change = parity[metric]["difference"]
+            if not low <= change <= high:
+                found.append(f"{SCORE_NAMES[metric]} changes by {change:+.4f}, at most {low:+g} to {high:+g}")
     return found
-
-
-def letterbox(path: Path, imgsz: int | tuple[int, int]) -> np.ndarray:
-    """Read an image as a (1, 3, height, width) float32 RGB array in [0, 1], padded with Ultralytics' grey.
-
-    Args:
-        path: the image file.
-        imgsz: side of the square, px, or height and width.
-
-    Raises:
-        DataError: the file is not an image.
-    """
-    from ultralytics.data.augment import LetterBox
-
-    shape = (imgsz, imgsz) if isinstance(imgsz, int) else imgsz
-    square: Any = LetterBox(shape, auto=False)(image=_read(path))
-    return np.ascontiguousarray(square[..., ::-1].transpose(2, 0, 1)[None], dtype=np.float32) / 255
-
-
-def centre_crop(path: Path, imgsz: int | tuple[int, int]) -> np.ndarray:
-    """Read an image as a classifier sees it: (1, 3, height, width) float32 RGB in [0, 1], its middle, scaled.
-
-    Raises:
-        DataError: the file is not an image.
-    """
-    from PIL import Image
-    from ultralytics.data.augment import classify_transforms
-
-    pixels: Any = classify_transforms(size=imgsz)(Image.fromarray(_read(path)[..., ::-1]))
-    return pixels[None].numpy()
 
 
 def summary(parity: dict[str, Any]) -> str:
@@ -441,9 +201,11 @@ def summary(parity: dict[str, Any]) -> str:
             parts.append("no detections to match: the model finds nothing on them")
     if classes := parity.get("classes"):
         parts.append(f"{classes['other_class']} images of another class")
-    for metric, name in METRICS.items():
-        if parity.get(metric) is not None:
-            parts.append(f"{name} {parity[metric][runtime]:.4f} ({parity[metric]['difference']:+.4f})")
+    parts += [
+        f"{SCORE_NAMES[metric]} {found[runtime]:.4f} ({found['difference']:+.4f})"
+        for metric in _SCORED_BY
+        if (found := parity.get(metric)) is not None
+    ]
     return f"{parity['images']} images: {', '.join(parts)}"
 
 
@@ -481,16 +243,3 @@ def _check_outputs(
         raise ExportError(f"{artefact.name} returns {shapes}, PyTorch returns {wanted}")
     if not all(np.isfinite(output).all() for output in outputs):
         raise ExportError(f"{artefact.name} returns values that are not finite: check the weights")
-
-
-def _read(path: Path) -> np.ndarray:
-    from ultralytics.utils.patches import imread
-
-    image = imread(str(path)) if path.is_file() else None
-    if image is None:
-        raise DataError(f"{path} cannot be read as an image: remove or replace it")
-    return image
-
-
-def _sum_of_squares(values: np.ndarray) -> float:
-    return float(np.square(values, dtype=np.float64).sum())

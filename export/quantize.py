@@ -45,8 +45,9 @@ def export_int8(
         DataError: a split has no images, or no labels to compute mAP from.
         ExportError: no choice of layers meets the budget, or parity fails: the file is kept as `NAME.rejected.onnx`.
     """
+    from compress.data.pixels import letterbox
     from compress.progress import track
-    from export import parity, qdq
+    from export import qdq
     from export.onnx import export_onnx
 
     stage.require_detector(model)
@@ -56,7 +57,7 @@ def export_int8(
         dense = export_onnx(model, scratch / "fp32.onnx", imgsz=imgsz, opset=settings.opset)
         graph = qdq.load(dense)
         layers = list(qdq.layers_of(graph))
-        samples = (parity.letterbox(path, imgsz) for path in track(images, "calibration"))
+        samples = (letterbox(path, imgsz) for path in track(images, "calibration"))
         ranges = qdq.calibrate(dense, samples, settings.method, scheme)
         facts = {
             "target": settings.target,

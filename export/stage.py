@@ -219,8 +219,9 @@ def run_stage(
 def scratch(output: Path) -> Iterator[Path]:
     """Yield a folder beside an artefact for what is on the way to it; what a killed process left there is removed."""
     prefix = f".{output.name}."
-    for left in output.parent.glob(f"{glob.escape(prefix)}*/"):
-        remove(left)
+    for left in output.parent.glob(f"{glob.escape(prefix)}*"):
+        if left.is_dir():  # beside them lie files of that prefix that are no scratch: a lock, the journal of a search
+            remove(left)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=prefix) as folder:
         yield Path(folder)
 

@@ -52,6 +52,8 @@ def unpack(archive: bytes, folder: Path) -> None:
     Raises:
         LookupError: it is no such archive.
     """
+    if not hasattr(tarfile, "data_filter"):
+        raise LookupError("this Python cannot unpack safely: it takes 3.10.12, 3.11.4 or 3.12, or a later one")
     scratch = folder.with_name(f"{folder.name}.unpacked")
     shutil.rmtree(scratch, ignore_errors=True)  # of an earlier attempt
     try:

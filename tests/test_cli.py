@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -77,3 +78,14 @@ def test_what_runs_on_devices_is_let_through() -> None:
     assert (probed.returncode, probed.stderr) == (0, "")
     assert json.loads(probed.stdout)["packages"] == {}
     assert "No module named 'numpy'" in start_bare("benchmark.worker").stderr  # the first that it needs, not typer
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to a core")
+def test_threads_are_those_that_the_process_may_run_on() -> None:
+    code = "import os; os.sched_setaffinity(0, {next(iter(os.sched_getaffinity(0)))}); import compress; "
+    code += "print(os.environ['OMP_NUM_THREADS'])"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "1\n", done.stderr

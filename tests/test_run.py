@@ -18,8 +18,9 @@ import yaml
 from benchmark import store
 from compress import manifest, run
 from compress.checkpoint import build_model, load_model, plans_of, save_model
-from compress.errors import run_app
+from compress.errors import BenchmarkError, run_app
 from compress.pruning.plan import parse_plan
+from compress.settings import Run
 
 ROOT = Path(__file__).parents[1]
 STAGES = ["01_train", "02_sparsify", "03_prune", "04_finetune", "05_export", "06_benchmark"]
@@ -364,3 +365,29 @@ def test_a_full_disk_is_one_line(place: Path, start, monkeypatch) -> None:
 def test_paths_may_look_like_yaml(place: Path, start) -> None:
     code, _, err = start(place, "--model", "a: #1.pt")
     assert (code, err) == (2, "error: a: #1.pt does not exist: check the path\n")
+
+
+def test_scores_outlive_a_measurement_that_fails(tiny_data: Path, tmp_path: Path, monkeypatch) -> None:
+    scored: list[Path] = []
+
+    def evaluate(path: Path, *_: Any, **__: Any) -> dict[str, float]:
+        scored.append(path)
+        return {"map50_95": 0.5}
+
+    def measure(*_: Any, **__: Any) -> None:
+        raise BenchmarkError("dense on onnxruntime crashed")
+
+    monkeypatch.setattr("benchmark.accuracy.evaluate", evaluate)
+    monkeypatch.setattr("benchmark.latency.measure", measure)
+    training = {"epochs": 0}
+    content = {"name": "n", "model": "m.pt", "data": "d.yaml", "prune": {"macs": 0.5}}
+    settings = Run.model_validate(content | dict.fromkeys(("train", "sparsify", "finetune"), training))
+    models = {"dense": tmp_path / "dense.pt", "pruned": tmp_path / "pruned.pt"}
+    (tmp_path / "05_export").mkdir()
+    for name, path in models.items():
+        path.write_text(name)
+        (tmp_path / "05_export" / f"{name}.onnx").write_text(name)
+    for _ in range(2):
+        with pytest.raises(BenchmarkError, match="crashed"):
+            run.benchmark(models, {}, tiny_data, settings, "the command", tmp_path)
+    assert len(scored) == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import yaml
 
 from benchmark import turns
 from compress import run, sweep
-from compress.errors import ExportError, RunError
+from compress.errors import ExportError, RunError, SettingsError
 from compress.sweeps import jobs as sweep_jobs
 from compress.sweeps.plan import expand, load_sweep
 from compress.training import mean_ap
@@ -106,3 +107,15 @@ def test_a_sweep_shares_gives_up_survives_and_resumes(home: Path, checked: list[
     assert [out.count(f"{stage}: finished before, unchanged") for stage in ("prune", "finetune")] == [3 + 2, 2]
     assert out.count("benchmark: finished before, unchanged") == 1
     assert (found["macs-0.5"].get("error"), found["macs-0.5"]["summary"]) == (None, summary)
+
+
+def test_a_sweep_of_classifiers_is_refused_before_anything_is_trained(home: Path, tiny_data: Path) -> None:
+    picture = next((tiny_data.parent / "images" / "train").iterdir())
+    for split in ("train", "val"):
+        (home / "classes" / split / "one").mkdir(parents=True)
+        shutil.copy(picture, home / "classes" / split / "one")
+    settings = load_sweep(Path("many.yaml"))
+    pipelines = expand(settings, texts={"data": str(home / "classes")})
+    with pytest.raises(SettingsError, match=r"macs-0\.8 classifies, and a sweep compares the mAP of detectors"):
+        sweep.sweep(settings, pipelines, "the command")
+    assert not (home / "runs" / "many").exists()

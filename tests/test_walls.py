@@ -20,6 +20,7 @@ SHARED_BY_ALL = {
     "data",
     "progress",
     "tasks",
+    "usable_cores",
     "pruning.repair",
 }
 # These chain everything: the pipeline, the loop that measures a plan before it is paid for, and the report of a sweep.

@@ -22,6 +22,7 @@ import numpy as np
 
 ncnn: Any = _ncnn  # a compiled module: its names are in no type stub
 PARAM, BIN, METADATA = "model.ncnn.param", "model.ncnn.bin", "metadata.yaml"
+_SAID = {"names", "imgsz", "strides", "precision", "outputs", "end2end", "max_detections"}
 _FP16_OPTIONS = ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic")
 _SOFTWARE = 3  # ncnn's type of a Vulkan device that is a program on the CPU
 # mallopt's M_MMAP_THRESHOLD (its largest), M_TRIM_THRESHOLD and M_TOP_PAD, bytes; see malloc.h.
@@ -260,8 +261,9 @@ def _metadata(folder: Path) -> dict[str, Any]:
         # JSON, which every YAML reader takes too.
         metadata = json.loads((folder / METADATA).read_text(encoding="utf-8"))
         sizes = {name: int(metadata["files"][name]["bytes"]) for name in (PARAM, BIN)}
-        assert {"names", "imgsz", "strides", "precision", "outputs", "end2end", "max_detections"} <= set(metadata)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        if not _SAID.issubset(metadata):
+            raise ValueError("not of export.ncnn")
+    except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{folder} is not a model of export.ncnn: it has no {METADATA} that says what it is") from None
     for name, size in sizes.items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else 0

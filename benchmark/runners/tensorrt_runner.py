@@ -26,6 +26,8 @@ SIDECAR = ".json"  # behind the engine's whole name
 CACHE = ".runtime_cache"  # likewise: what TensorRT-RTX compiled for this GPU
 _TYPES = {"FLOAT": np.float32, "HALF": np.float16, "INT8": np.int8, "INT32": np.int32, "INT64": np.int64}
 _AMPERE = (8, 0)
+_SAID = {"facts", "settings", "inputs", "precisions", "names", "end2end"}
+_FLAVOURS = ("tensorrt", "tensorrt_rtx")
 
 
 @dataclass
@@ -144,9 +146,10 @@ def read_sidecar(engine: Path) -> dict[str, Any]:
     try:
         sidecar = json.loads(path.read_text(encoding="utf-8"))
         size, digest = sidecar["engine_bytes"], sidecar["engine_sha256"]
-        assert {"facts", "settings", "inputs", "precisions", "names", "end2end"} <= set(sidecar)
-        assert sidecar["facts"]["flavour"] in ("tensorrt", "tensorrt_rtx")
-    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        # The flavour becomes the name of a module that is imported. No `assert`: `python -O` leaves those out.
+        if not _SAID.issubset(sidecar) or sidecar["facts"]["flavour"] not in _FLAVOURS:
+            raise ValueError("not of export.trt")
+    except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{engine} has no {path.name} of export.trt beside it: copy both, or build it again") from None
     content = engine.read_bytes()
     if len(content) != size or hashlib.sha256(content).hexdigest() != digest:

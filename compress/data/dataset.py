@@ -246,7 +246,7 @@ def _check_labels(files: list[Path], classes: int, points: list[int] | None, whe
             lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    _check_line(line.split(), classes, points, f"{path}:{number}")
+                    check_label(line.split(), classes, points, f"{path}:{number}")
                     objects += 1
     if not objects:
         raise DataError(
@@ -254,8 +254,18 @@ def _check_labels(files: list[Path], classes: int, points: list[int] | None, whe
         )
 
 
-def _check_line(fields: list[str], classes: int, points: list[int] | None, where: str) -> None:
-    """Check one label: class and box, class and polygon (a detector takes the box around it), or class, box, points."""
+def check_label(fields: list[str], classes: int, points: list[int] | None, where: str) -> None:
+    """Check one label: class and box, class and polygon (a detector takes the box around it), or class, box, points.
+
+    Args:
+        fields: the words of its line.
+        classes: how many there are.
+        points: as `keypoints` returns it.
+        where: names the line in an error.
+
+    Raises:
+        DataError: it is none.
+    """
     try:
         class_id, *values = (float(field) for field in fields)
     except ValueError:

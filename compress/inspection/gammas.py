@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from compress.channels.slots import FIXED
 from compress.errors import GraphError
-from compress.pruning.importance import batch_norm_scales
+from compress.pruning.importance import prunable_scales
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,14 +63,8 @@ def prunable_gammas(
     Raises:
         GraphError: no batch norm has a channel that may be pruned.
     """
-    prunable = np.array([reason is None for reason in frozen] + [False])  # the last entry is FIXED's
-    groups = {axis.tensor: axis.group for axis in graph.axes if axis.dim == 0}
-    assert FIXED == -1
-    layers = {
-        name.removesuffix(".weight"): values[prunable[groups[name]]]
-        for name, values in batch_norm_scales(graph, model).items()
-        if prunable[groups[name]].any()
-    }
+    scales = prunable_scales(graph, model, frozen)
+    layers = {name.removesuffix(".weight"): values for name, values in scales.items()}
     if not layers:
         raise GraphError("the model has no batch norm whose channels can be pruned: there are no γ to draw")
     mean = float(np.concatenate(list(layers.values())).mean()) if start_mean is None else start_mean

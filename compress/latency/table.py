@@ -270,9 +270,11 @@ def amount(value: float, unit: str) -> str:
 
     >>> amount(12.345, "ms"), amount(9.7, "ms"), amount(119_000_000.0, "instructions")
     ('12.35 ms', '9.700 ms', '119.0 M instructions')
+    >>> amount(12_345_600_000.0, "instructions")
+    '12346 M instructions'
     """
-    text = f"{value if unit == 'ms' else value / 1e6:#.4g}".rstrip(".")
-    return f"{text} ms" if unit == "ms" else f"{text} M instructions"
+    scaled, name = (value, "ms") if unit == "ms" else (value / 1e6, "M instructions")
+    return f"{scaled:#.4g}".rstrip(".") + f" {name}" if scaled < 9999.5 else f"{scaled:.0f} {name}"
 
 
 def _short(value: object) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,6 +54,21 @@ def batch_norm_scales(graph: Graph, model: nn.Module) -> dict[str, np.ndarray]:
         for axis in graph.axes
         if axis.tensor.endswith(".weight") and isinstance(modules[axis.tensor.rpartition(".")[0]], _BatchNorm)
     }
+
+
+def prunable_scales(
+    graph: Graph, model: nn.Module, frozen: Sequence[str | None] | None = None
+) -> dict[str, np.ndarray]:
+    """Return |γ| as `batch_norm_scales`, but only of channels that may be pruned, and of batch norms that have some.
+
+    Args:
+        frozen: per group why it is frozen, where more than the model's own reasons count, such as a budget's rules.
+    """
+    reasons = [group.frozen for group in graph.groups] if frozen is None else frozen
+    prunable = np.array([reason is None for reason in reasons] + [False])  # the last entry is that of FIXED, -1
+    groups = {axis.tensor: axis.group for axis in graph.axes if axis.dim == 0}
+    scales = batch_norm_scales(graph, model)
+    return {name: values[mine] for name, values in scales.items() if (mine := prunable[groups[name]]).any()}
 
 
 def _distances(filters: np.ndarray) -> np.ndarray:

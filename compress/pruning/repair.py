@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from compress.data.pixels import centre_crop, letterbox
+
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 _BATCH = 16
@@ -33,7 +34,7 @@ def recalibrate_batch_norm(model: nn.Module, images: list[Path], imgsz: int) -> 
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     device = next(model.parameters()).device
-    classifies = hasattr(model, "model") and task_of(model) == "classify"
+    prepare = centre_crop if hasattr(model, "model") and task_of(model) == "classify" else letterbox
     model.eval()
     for norm in norms:
         norm.reset_running_stats()
@@ -42,39 +43,7 @@ def recalibrate_batch_norm(model: nn.Module, images: list[Path], imgsz: int) -> 
     batches = [images[start : start + _BATCH] for start in range(0, len(images), _BATCH)]
     with torch.inference_mode():
         for batch in track([b for b in batches if len(b) > 1 or len(batches) == 1], "batch-norm statistics"):
-            model((centre_cropped if classifies else letterboxed)(batch, imgsz).to(device))
+            model(torch.from_numpy(np.concatenate([prepare(path, imgsz) for path in batch])).to(device))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.eval()
-
-
-def letterboxed(images: list[Path], imgsz: int) -> torch.Tensor:
-    """Read images as a detector sees them: float, RGB, [0, 1], shape (n, 3, imgsz, imgsz)."""
-    import torch
-    from ultralytics.data.augment import LetterBox
-
-    box = LetterBox((imgsz, imgsz), auto=False)
-    squares: list[Any] = [box(image=_read(path)) for path in images]
-    arrays = [square[..., ::-1].transpose(2, 0, 1) for square in squares]
-    return torch.from_numpy(np.ascontiguousarray(np.stack(arrays))).float() / 255.0
-
-
-def centre_cropped(images: list[Path], imgsz: int) -> torch.Tensor:
-    """Read images as a classifier sees them, scaled and cut to their middle: as `letterboxed`."""
-    import torch
-    from PIL import Image
-    from ultralytics.data.augment import classify_transforms
-
-    transform: Any = classify_transforms(size=imgsz)
-    return torch.stack([transform(Image.fromarray(_read(path)[..., ::-1])) for path in images])
-
-
-def _read(path: Path) -> np.ndarray:
-    from ultralytics.utils.patches import imread
-
-    from compress.errors import DataError
-
-    pixels = imread(str(path))
-    if pixels is None:
-        raise DataError(f"{path} is not an image that can be read: mend or remove it")
-    return pixels

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import random
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,15 +42,14 @@ def taylor_scores(
     """
     import torch
 
-    from compress.progress import track
-
     model = copy.deepcopy(model).eval()  # the loss leaves its traces in a model
     model.requires_grad_(True)  # an averaged model asks for no gradients
     parameters = dict(model.named_parameters())
     sources = _sources(graph, model, parameters)
     total = [np.zeros(group.width) for group in graph.groups]
-    batches = _batches(model, data, imgsz, images, seed)
-    for batch in track(batches, "importance"):
+    count = 0
+    for batch in _batches(model, data, imgsz, images, seed):
+        count += 1
         model.zero_grad(set_to_none=True)
         with torch.enable_grad():
             loss: Any = model.loss(batch)  # type: ignore[operator]  (a detection model has one)
@@ -63,7 +62,7 @@ def taylor_scores(
                 np.add.at(change[index], unit, gain.sum(1).cpu().numpy()[mine])
         for sums, values in zip(total, change, strict=True):
             sums += np.abs(values)
-    return [sums / max(len(batches), 1) for sums in total]
+    return [sums / max(count, 1) for sums in total]
 
 
 def _sources(
@@ -84,32 +83,32 @@ def _sources(
     return found[True] + [source for source in found[False] if source[2] not in normed]
 
 
-def _batches(model: nn.Module, data: Path, imgsz: int, count: int, seed: int) -> list[dict[str, Any]]:
-    """Return batches of training images with their labels, as Ultralytics' loss takes them."""
+def _batches(model: nn.Module, data: Path, imgsz: int, count: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Yield batches of training images with their labels, as Ultralytics' loss takes them: one is in memory at a time.
+
+    256 images of 640 px would be 1.3 GB.
+    """
     from ultralytics.cfg import get_cfg
 
     from compress.checkpoint import quiet, task_of
-    from compress.data.dataset import class_names, images
+    from compress.data.dataset import class_names, sample_images
+    from compress.progress import track
 
     classes, known = len(class_names(data)), len(model.names)  # type: ignore[arg-type]  (Ultralytics' models have them)
     if classes != known:
         raise DataError(f"the model knows {known} classes, {data} has {classes}: train it on this data first")
     settings: Any = get_cfg(overrides={"imgsz": imgsz})
-    chosen = images(data, "train")
-    chosen = random.Random(seed).sample(chosen, min(count, len(chosen)))
     with quiet():
-        files, collate = labelled(task_of(model), chosen, data, settings)
+        files, collate = labelled(task_of(model), sample_images(data, "train", count, seed), data, settings)
     model.args = settings  # type: ignore[assignment]  (the weights of the loss terms)
     model.criterion = None  # type: ignore[assignment]  (made anew, on the model's device)
     device = next(model.parameters()).device
-    batches = []
-    for start in range(0, len(files), _BATCH):
+    for start in track(range(0, len(files), _BATCH), "importance"):
         items = [files[index] for index in range(start, min(start + _BATCH, len(files)))]
         batch = {key: value.to(device) if hasattr(value, "to") else value for key, value in collate(items).items()}
         if not batch["img"].is_floating_point():
             batch["img"] = batch["img"].float() / 255.0
-        batches.append(batch)
-    return batches
+        yield batch
 
 
 def labelled(task: str, chosen: list[Path], data: Path, settings: Any) -> tuple[Any, Any]:

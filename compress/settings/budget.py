@@ -46,7 +46,7 @@ def load_budget(path: Path) -> Budget:
 
 def budget_content(path: Path) -> dict[str, Any]:
     """Return what `load_budget` checks."""
-    if path.suffix in (".yaml", ".yml") or path.exists():
+    if path.suffix in (".yaml", ".yml") or path.is_file():
         content = load_yaml(path)
         if "budgets" not in content:
             return content

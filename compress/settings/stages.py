@@ -46,6 +46,12 @@ class Sparsity(Training):
         default="train", description="start from the trained model or from `model` itself"
     )
 
+    @model_validator(mode="after")
+    def _share_of_auto(self) -> Sparsity:
+        if self.share is not None and self.sr != "auto":
+            raise ValueError(f"share goes with sr: auto, sr is {self.sr:g}")
+        return self
+
 
 class Finetune(Training, Grown):
     """Fine-tuning of the pruned model, with the dense model as the teacher unless told otherwise."""

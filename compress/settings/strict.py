@@ -60,7 +60,8 @@ def _describe(item: Any, kind: type[Strict]) -> str:
         return f"'{where}' is missing"
     got = "" if item["type"] == "value_error" else f" (got {item['input']!r})"
     text = f"{where}: {item['msg'].removeprefix('Value error, ')}{got}"
-    if item["type"] in ("less_than", "less_than_equal") and 1 < item["input"] <= 100:
+    limit = item.get("ctx", {}).get({"less_than": "lt", "less_than_equal": "le"}.get(item["type"], ""))
+    if limit == 1 and 1 < item["input"] <= 100:
         text += f": a share is meant, such as {item['input'] / 100:g}"
     return text
 

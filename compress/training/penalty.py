@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from compress.channels.slots import FIXED
+from compress.errors import EspalierError
 from compress.manifest import read_json, write_json
-from compress.pruning.importance import batch_norm_scales
+from compress.pruning.importance import batch_norm_scales, prunable_scales
 from compress.tasks import LETTERS
 
 if TYPE_CHECKING:
@@ -23,9 +24,18 @@ NEAR_ZERO = 0.05  # |γ| below this share of the mean |γ| at the start counts a
 
 
 class GroupPenalty:
-    """The gradient of Σ over units of ‖γ of the unit‖₂."""
+    """The gradient of Σ over units of ‖γ of the unit‖₂.
+
+    Raises:
+        EspalierError: no batch norm has a channel that may be pruned.
+    """
 
     def __init__(self, graph: Graph, model: nn.Module) -> None:
+        if not prunable_scales(graph, model):
+            raise EspalierError(
+                "the model has no batch norm whose channels may be pruned, so sparsity training has nothing to press: "
+                "leave it out (sparsify.epochs=0), and prune by another importance than bn"
+            )
         parameters = dict(model.named_parameters())
         offsets = np.cumsum([0, *graph.widths.tolist()])
         prunable = np.array([not group.frozen for group in graph.groups] + [False])  # the last entry is FIXED's
@@ -48,7 +58,7 @@ class GroupPenalty:
             strength: λ.
             units: boolean, shape (units,): the ones that are pulled; all of them when not given.
         """
-        if not self.gammas or strength == 0.0:
+        if strength == 0.0:
             return
         norm = self._norms().clamp_(min=1e-12)
         for gamma, unit, weight in self.gammas:
@@ -92,7 +102,7 @@ class GroupPenalty:
             gamma.detach().abs()[(weight > 0) if units is None else (weight > 0) & units[unit]]
             for gamma, unit, weight in self.gammas
         ]
-        return torch.cat(kept).double().cpu().numpy() if kept else np.ones(1)
+        return torch.cat(kept).double().cpu().numpy()
 
 
 class GammaLog:
@@ -107,14 +117,14 @@ class GammaLog:
         self.writer = SummaryWriter(str(folder / "tensorboard"))
         settings = read_json(folder / SPARSITY)
         if "start_mean" not in settings:
-            settings["start_mean"] = float(np.concatenate(list(batch_norm_scales(graph, model).values())).mean())
+            settings["start_mean"] = float(np.concatenate(list(prunable_scales(graph, model).values())).mean())
             write_json(folder / SPARSITY, settings)
         self.threshold = NEAR_ZERO * settings["start_mean"]
         self.near_zero = 0.0
 
     def write(self, model: nn.Module, epoch: int, strength: float, metrics: dict[str, Any]) -> None:
         """Write one epoch."""
-        gammas = batch_norm_scales(self.graph, model)
+        gammas = prunable_scales(self.graph, model)
         every = np.concatenate(list(gammas.values()))
         self.near_zero = float((every < self.threshold).mean())
         self.writer.add_histogram("gamma/all", every, epoch)

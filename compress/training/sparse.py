@@ -156,11 +156,14 @@ class Sparse(Planned):
         if self.fade is not None or self.epoch < START * self.epochs:
             return
         folder, model = Path(self.save_dir).parent, unwrap_model(self.model)  # type: ignore[arg-type]
-        if not (folder / FADE_PLAN).exists():
+        # One process plans for all: two plans that differ in a channel would drive their weights apart.
+        if RANK in (-1, 0) and not (folder / FADE_PLAN).exists():
             ema: Any = self.ema
             settings = parse(Prune, read_json(folder / SPARSITY)["fade"], SPARSITY)
             planned = plan_pruning(ema.ema, settings, self.args.imgsz, self.args.seed, Path(self.args.data))
             save_plan(planned.plan, folder / FADE_PLAN)
+        if RANK != -1 and self.world_size > 1:
+            torch.distributed.barrier()
         self.fade = Fade(load_plan(folder / FADE_PLAN), model)
         self.fade.remaining = remaining(self.epoch / self.epochs)  # a resumed training has faded that far
 

@@ -147,14 +147,13 @@ def rows_of(given: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
 
 def score(model: Path, data: Path, split: str, imgsz: int) -> dict[str, float]:
     """Return mAP50-95 and mAP50 of a checkpoint, measured once."""
-    folder = model.parent / f"score-{split}"
-    config, parents = {"imgsz": imgsz}, manifest.input_hashes({"model": model}) | {"data": fingerprint(data)}
-    if not manifest.is_finished(folder, "score", config, parents):
+
+    def find() -> dict[str, float]:
         found = evaluate(model, data, split=split, imgsz=imgsz)
-        manifest.begin(folder, "score", config, parents)
-        metrics = {name: round(found[name], 5) for name in ("map50_95", "map50")}
-        manifest.finish(folder, "score", config, parents, [], metrics)
-    return manifest.read_json(folder / manifest.MANIFEST)["metrics"]
+        return {name: round(found[name], 5) for name in ("map50_95", "map50")}
+
+    parents = manifest.input_hashes({"model": model}) | {"data": fingerprint(data)}
+    return manifest.remembered(model.parent / f"score-{split}", "score", {"imgsz": imgsz}, parents, find)
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Compare the program of a deploy bundle with the Python runner, box by box: docs/results/bundle_parity.json.
 
-usage: python scripts/studies/bundle_parity.py --data D.yaml --model M.pt … [--target aarch64 …] [--imgsz 320]
+usage: python -m scripts.studies.bundle_parity --data D.yaml --model M.pt … [--target aarch64 …] [--imgsz 320]
 
 Both get the same image files. scripts/build_bundle.sh builds the programs; see the README of a bundle for JPEG files on
 aarch64. On a machine of another kind, the aarch64 program runs in qemu (Debian, Ubuntu: qemu-user-static), which is
@@ -26,8 +26,11 @@ import numpy as np
 from benchmark.runners import ncnn_runner
 from compress import manifest
 from compress.data.dataset import data_hash, images
-from export import deploy, parity
+from compress.data.pixels import letterbox
+from export import deploy
+from export.matching import match
 from export.ncnn import export_ncnn
+from scripts.studies import rows
 
 ROOT = Path(__file__).parents[2]
 CONFIDENCE = 0.25
@@ -65,14 +68,14 @@ def in_python(folder: Path, files: list[Path], imgsz: int, python: list[str] | N
     from ultralytics.utils.ops import scale_boxes
     from ultralytics.utils.patches import imread
 
-    inputs = [parity.letterbox(file, imgsz) for file in files]
+    inputs = [letterbox(file, imgsz) for file in files]
     found = []
     for file, output in zip(files, _infer(folder, inputs, python), strict=True):
         end2end = output.shape[-1] == 6
-        rows: Any = non_max_suppression(torch.from_numpy(output), LOWEST, IOU, end2end=end2end)[0]
+        kept: Any = non_max_suppression(torch.from_numpy(output), LOWEST, IOU, end2end=end2end)[0]
         image: Any = imread(str(file))
-        rows[:, :4] = scale_boxes((imgsz, imgsz), rows[:, :4], image.shape[:2])
-        found.append(rows.numpy())
+        kept[:, :4] = scale_boxes((imgsz, imgsz), kept[:, :4], image.shape[:2])
+        found.append(kept.numpy())
     return found
 
 
@@ -96,8 +99,8 @@ def in_program(command: list[str], bundle: Path, files: list[Path]) -> tuple[lis
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()}")
     answer = json.loads(done.stdout)
-    rows = [[[*row["box"], row["score"], row["class"]] for row in image["detections"]] for image in answer["images"]]
-    return [np.array(image, np.float64).reshape(-1, 6) for image in rows], answer
+    found = [[[*row["box"], row["score"], row["class"]] for row in image["detections"]] for image in answer["images"]]
+    return [np.array(image, np.float64).reshape(-1, 6) for image in found], answer
 
 
 def compare(expected: list[np.ndarray], found: list[np.ndarray]) -> dict[str, Any]:
@@ -106,13 +109,13 @@ def compare(expected: list[np.ndarray], found: list[np.ndarray]) -> dict[str, An
     score_error = box_error = 0.0
     unmatched = 0
     for python, program in zip(expected, found, strict=True):
-        pairs, alone = parity.match(python, program)
+        pairs, alone = match(python, program)
         unmatched += alone
         for i, j, iou in pairs:
             ious.append(iou)
             error = np.abs(python[i, :5] - program[j, :5])
             box_error, score_error = max(box_error, float(error[:4].max())), max(score_error, float(error[4]))
-    counts = [sum(int((rows[:, 4] >= CONFIDENCE).sum()) for rows in side) for side in (expected, found)]
+    counts = [sum(int((boxes[:, 4] >= CONFIDENCE).sum()) for boxes in side) for side in (expected, found)]
     least = min(ious, default=0.0)
     return {
         "python": counts[0],
@@ -160,12 +163,9 @@ def build(bundle: Path, targets: list[str]) -> dict[str, Path]:
     return {target: bundle / "bin" / target / "detect" for target in targets}
 
 
-def _store(path: Path, rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
-    rows[:] = [other for other in rows if any(other[key] != row[key] for key in KEYS)]
-    rows.append(row)
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _store(path: Path, row: dict[str, Any]) -> None:
     limits = {"min_iou": MIN_IOU, "max_score_error": MAX_SCORE_ERROR, "unmatched": 0, "confidence": CONFIDENCE}
-    manifest.write_json(path, {"schema": 1, "limits": limits, "rows": rows})
+    rows.store(path, row, KEYS, {"limits": limits})
     print({key: row[key] for key in row if key not in ("tools", "model_sha256", "data_sha256")}, flush=True)
 
 
@@ -184,7 +184,6 @@ def main() -> None:
     arguments = parser.parse_args()
     data = arguments.data.resolve()
     files = images(data, "val")[: arguments.images]
-    rows: list[dict[str, Any]] = manifest.read_json(arguments.output)["rows"] if arguments.output.exists() else []
     shared = {
         "data": data.name,
         "data_sha256": data_hash(data, "val"),
@@ -226,7 +225,7 @@ def main() -> None:
                             **compare(detections, found),
                         }
                         failed |= not row["passed"]
-                        _store(arguments.output, rows, row)
+                        _store(arguments.output, row)
     raise SystemExit(int(failed))
 
 

@@ -1,6 +1,6 @@
 """Our evaluator in PyTorch against Ultralytics' own `val` on the same checkpoints: docs/results/evaluator.json.
 
-usage: python scripts/studies/evaluator.py --data D.yaml --model M.pt … [--imgsz 640]
+usage: python -m scripts.studies.evaluator --data D.yaml --model M.pt … [--imgsz 640]
 
 Ultralytics is asked twice: with `rect=False`, which letterboxes every image to one square as exported models need it,
 and as it does by default, which pads each batch of 16 images of like shape as little as it can (`rect=True`). Only the
@@ -18,9 +18,11 @@ from benchmark.accuracy import evaluate
 from compress import manifest
 from compress.checkpoint import quiet
 from compress.data.dataset import data_hash
+from scripts.studies import rows
 
 TOLERANCE = 0.001
-KEYS = ("model", "model_sha256", "data", "data_sha256", "imgsz", "tools")
+KEYS = ("model", "data")
+SAME = (*KEYS, "model_sha256", "data_sha256", "imgsz", "tools")
 # What each column asks of Ultralytics' `val`, beside the model, the data and the image size.
 ASKED = {"ultralytics_square": {"rect": False, "batch": 1}, "ultralytics_default": {}}
 
@@ -62,7 +64,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/results/evaluator.json"))
     arguments = parser.parse_args()
     data = arguments.data.resolve()
-    rows: list[dict[str, Any]] = manifest.read_json(arguments.output)["rows"] if arguments.output.exists() else []
     shared = {
         "data": data.name,
         "data_sha256": data_hash(data, "val"),
@@ -71,11 +72,10 @@ def main() -> None:
     }
     for model in arguments.model:
         row = {"model": model.stem, "model_sha256": manifest.sha256_file(model), **shared}
-        if any(all(other[key] == row[key] for key in KEYS) for other in rows):
+        if rows.find(rows.read(arguments.output), row, SAME):
             continue
         row.update(compare(model, data, arguments.imgsz))
-        rows[:] = [other for other in rows if (other["model"], other["data"]) != (row["model"], row["data"])] + [row]
-        manifest.write_json(arguments.output, {"schema": 1, "tolerance": TOLERANCE, "asked": ASKED, "rows": rows})
+        rows.store(arguments.output, row, KEYS, {"tolerance": TOLERANCE, "asked": ASKED})
         print(row["model"], row["ours"], row["differences"], "agrees" if row["agrees"] else "DIFFERS", flush=True)
 
 

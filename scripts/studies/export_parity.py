@@ -1,6 +1,6 @@
 """Export detectors to every format and compare each with PyTorch on all val images: docs/results/export_parity.json.
 
-usage: python scripts/studies/export_parity.py --data D.yaml --model M.pt … [--format "ncnn fp16" …] [--imgsz 640]
+usage: python -m scripts.studies.export_parity --data D.yaml --model M.pt … [--format "ncnn fp16" …] [--imgsz 640]
 
 Every finished row is on disk at once; a row whose model, tools and settings are the same is not made again. Rows of
 other models stay, so that several data sets can be compared one after another.
@@ -27,6 +27,7 @@ from export import parity
 from export.ncnn import export_ncnn
 from export.onnx import export_onnx
 from export.quantize import export_int8
+from scripts.studies import rows
 
 PRECISIONS = {  # by format
     "onnx fp32": "fp32",
@@ -106,23 +107,10 @@ def _own_cpu_s() -> float:
     return sum(item.ru_utime + item.ru_stime for item in usage)
 
 
-def _find(rows: list[dict[str, Any]], row: dict[str, Any]) -> dict[str, Any] | None:
-    return next((other for other in rows if all(other[key] == row[key] for key in (*KEYS, *SAME))), None)
-
-
-def _store(path: Path, rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
-    rows[:] = [other for other in rows if any(other[key] != row[key] for key in KEYS)]
-    rows.append(row)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    manifest.write_json(path, {"schema": 1, "device": system.device(), "rows": rows})
-    print(
-        {
-            key: row[key]
-            for key in row
-            if key not in ("tools", "detections", "quantization", "model_sha256", "data_sha256")
-        },
-        flush=True,
-    )
+def _store(path: Path, row: dict[str, Any]) -> None:
+    rows.store(path, row, KEYS, {"device": system.device()})
+    left_out = ("tools", "detections", "quantization", "model_sha256", "data_sha256")
+    print({key: row[key] for key in row if key not in left_out}, flush=True)
 
 
 def main() -> None:
@@ -135,7 +123,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/results/export_parity.json"))
     arguments = parser.parse_args()
     data = arguments.data.resolve()
-    rows: list[dict[str, Any]] = manifest.read_json(arguments.output)["rows"] if arguments.output.exists() else []
     shared = {
         "data": data.name,
         "imgsz": arguments.imgsz,
@@ -145,14 +132,14 @@ def main() -> None:
     for model in arguments.model:
         identity = {"model": model.stem, "model_sha256": manifest.sha256_file(model), **shared}
         row = {**identity, "format": "torch"}
-        torch_row = _find(rows, row)
+        torch_row = rows.find(rows.read(arguments.output), row, (*KEYS, *SAME))
         if torch_row is None:
             torch_row = reference(model, row, data, arguments.imgsz)
-            _store(arguments.output, rows, torch_row)
+            _store(arguments.output, torch_row)
         for name in arguments.format:
             row = {**identity, "format": name}
-            if _find(rows, row) is None:
-                _store(arguments.output, rows, compare(model, row, data, arguments.imgsz, torch_row["map50_95"]))
+            if rows.find(rows.read(arguments.output), row, (*KEYS, *SAME)) is None:
+                _store(arguments.output, compare(model, row, data, arguments.imgsz, torch_row["map50_95"]))
 
 
 if __name__ == "__main__":

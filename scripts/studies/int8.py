@@ -1,7 +1,7 @@
 """8 bits in onnxruntime and ncnn, beside fp32: docs/results/int8.json.
 
-usage: python scripts/studies/int8.py accuracy --data D.yaml --model M.pt … [--format onnx ncnn] [--method kl]
-       python scripts/studies/int8.py latency [--mode standard]
+usage: python -m scripts.studies.int8 accuracy --data D.yaml --model M.pt … [--format onnx ncnn] [--method kl]
+       python -m scripts.studies.int8 latency [--mode standard]
 
 `accuracy` quantizes within the mAP budget, on training images, and keeps the files in --artefacts; a finished row is on
 disk at once, a row whose model, data, tools and files are the same is not made again, and a search that was killed
@@ -22,6 +22,7 @@ from compress.settings import Quantize, QuantizeNcnn
 from export import int8, ncnn_int8, quantize
 from export.ncnn import export_ncnn
 from export.onnx import export_onnx
+from scripts.studies import rows
 
 KEYS = ("model", "format", "method", "data", "imgsz")
 SAME = ("model_sha256", "data_sha256", "tools")
@@ -80,8 +81,7 @@ def accuracy(arguments: argparse.Namespace) -> None:
                 "artefact": f"{model_name(model)}.{arguments.method}{SUFFIXES[name]}",
             }
             with manifest.lock(arguments.artefacts / row["artefact"]):
-                same = (old for old in read(arguments.output) if all(old[key] == row[key] for key in (*KEYS, *SAME)))
-                old = next(same, None)
+                old = rows.find(rows.read(arguments.output), row, (*KEYS, *SAME))
                 if old is None or not is_kept(old, arguments.artefacts):
                     made = make_row(model, row, data, arguments.artefacts)
                     if old is not None and old["artefact_sha256"] == made["artefact_sha256"]:
@@ -92,7 +92,7 @@ def accuracy(arguments: argparse.Namespace) -> None:
 def latency(arguments: argparse.Namespace) -> None:
     """Measure every row that has no latency yet, and write the record after each."""
     models = {manifest.sha256_file(path): path for path in arguments.model}
-    for row in read(arguments.output):
+    for row in rows.read(arguments.output):
         if row["latency"] is not None and not arguments.again:
             continue
         model, artefact = models.get(row["model_sha256"]), arguments.artefacts / row["artefact"]
@@ -116,17 +116,9 @@ def model_name(model: Path) -> str:
     return model.parent.name if model.stem == "model" else model.stem
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Return the rows that are on disk."""
-    return manifest.read_json(path)["rows"] if path.exists() else []
-
-
 def store(path: Path, row: dict[str, Any]) -> None:
     """Put a row in the place of the one of the same model, format, method and data, and print it."""
-    rows = [other for other in read(path) if any(other[key] != row[key] for key in KEYS)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    order = sorted([*rows, row], key=lambda row: [str(row[key]) for key in KEYS])
-    manifest.write_json(path, {"schema": 1, "device": system.device(), "rows": order})
+    rows.store(path, row, KEYS, {"device": system.device()})
     kept = len(row["float_layers"])
     line = f"{row['model']} {row['format']} {row['method']}: {row['map50_95_int8']:.4f} ({row['difference']:+.4f})"
     times = "" if row["latency"] is None else f", {row['latency']['speedup']:.2f}× {row['latency']['interval']}"

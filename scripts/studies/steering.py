@@ -1,6 +1,6 @@
 """Whether `sr: auto` brings as many γ near zero as it was asked to, and what that costs: docs/results/steering.json.
 
-usage: python scripts/studies/steering.py --name bccd --model yolov8n.pt --data bccd.yaml --imgsz 320 --epochs 25 \
+usage: python -m scripts.studies.steering --name bccd --model yolov8n.pt --data bccd.yaml --imgsz 320 --epochs 25 \
            --shares 0.3 0.5 --seeds 0 nbs=16
 
 Each share is trained for as long as the same training without a penalty, and both are scored on the test split. Stages
@@ -20,6 +20,7 @@ from compress.settings import AUTO, Sparsity, training_args
 from compress.sparsify import sparsify
 from compress.train import Common
 from compress.training.steering import STEERING
+from scripts.studies import rows
 
 WITHIN = 0.05  # of the share that was asked for
 COST = 0.01  # mAP50-95
@@ -69,20 +70,8 @@ def main() -> None:
                 "split": given.split,
                 "course": course,
             }
-            store(given.output, row)
+            rows.store(given.output, row, ("name", "seed", "share"), {"tools": manifest.tool_versions()})
             print(f"{given.name} {seed}: {share:.0%} wanted, {reached:.1%} reached, mAP {reference:.4f} → {score:.4f}")
-
-
-def store(path: Path, row: dict[str, Any]) -> None:
-    """Put a row in the place of the one of the same name, seed and share."""
-    rows = manifest.read_json(path)["rows"] if path.exists() else []
-
-    def key(of: dict[str, Any]) -> tuple[Any, ...]:
-        return of["name"], of["seed"], of["share"]
-
-    kept = [other for other in rows if key(other) != key(row)]
-    rows = sorted([*kept, row], key=lambda other: [str(part) for part in key(other)])
-    manifest.write_json(path, {"schema": 1, "tools": manifest.tool_versions(), "rows": rows})
 
 
 if __name__ == "__main__":

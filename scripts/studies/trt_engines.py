@@ -1,6 +1,6 @@
 """Build a TensorRT engine of every YOLO family in every precision: docs/results/trt_engines.json.
 
-usage: python scripts/studies/trt_engines.py [--imgsz 640]
+usage: python -m scripts.studies.trt_engines [--imgsz 640]
 
 Models have random weights, because what is asked is whether the real parser and builder take the graphs, what each
 layer then computes in, and how large the engines are. With TensorRT-RTX this needs no GPU; nothing is run, so no
@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from export_parity import timed  # the study beside this one
 
 from benchmark import system
 from compress import manifest
@@ -28,6 +27,7 @@ from compress.settings import ExportTrt, Prune
 from export import qdq, trt, trt_onnx
 from export.onnx import export_onnx
 from export.trt_target import Local
+from scripts.studies.export_parity import timed
 
 FAMILIES = ("yolov5n", "yolov8n", "yolo11n", "yolo26n", "yolov10n", "yolov8n pruned")
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8", "int8+fp16")

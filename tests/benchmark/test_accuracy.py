@@ -13,10 +13,10 @@ import torch
 from benchmark import accuracy
 from benchmark.runners import torch_runner
 from compress.checkpoint import build_model, load_model, save_model
+from compress.data.pixels import letterbox
 from compress.errors import BenchmarkError, DataError
 from export.ncnn import export_ncnn
 from export.onnx import export_onnx
-from export.parity import letterbox
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 IMGSZ = 96

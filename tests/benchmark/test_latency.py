@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -410,6 +411,7 @@ def test_the_device_is_described_or_null(folder: Path) -> None:
     record = latency.measure({"a": {"torch": model(folder, "a.pt")}}, imgsz=32, threads=1, mode="quick")
     device = record["device"]
     assert device["cores"] == os.cpu_count()
+    assert datetime.fromisoformat(record["measured_at"]).utcoffset() == timedelta(0)
     assert set(device["start"]) == set(device["end"]) == set(system.state())
     assert record["noisy"] is bool(record["noise"])
 

@@ -13,10 +13,10 @@ import torch
 from benchmark import accuracy
 from benchmark.runners import torch_runner
 from compress.checkpoint import build_model, save_model
+from compress.data.pixels import centre_crop, letterbox
 from compress.errors import BenchmarkError, DataError
 from compress.settings import Export
 from export.onnx import export_onnx
-from export.parity import centre_crop, letterbox
 
 IMGSZ = 64
 NAMES = "names: {0: circle, 1: square, 2: star}\n"

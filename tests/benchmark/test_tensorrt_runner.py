@@ -15,7 +15,7 @@ from unittest.mock import NonCallableMock
 import numpy as np
 import pytest
 
-from benchmark import runtimes
+from benchmark import programs, runtimes
 from benchmark.runners import tensorrt_runner
 
 FACTS = {"flavour": "tensorrt", "version": "10.3.0", "gpu": "Orin", "compute_capability": "8.7"}
@@ -266,6 +266,14 @@ def test_an_engine_without_its_own_sidecar_is_refused(tmp_path: Path) -> None:
         (tmp_path / "m.engine.json").write_text(content)
         with pytest.raises(ValueError, match=r"has no m.engine.json of export.trt beside it"):
             tensorrt_runner.load(str(engine), 1)
+
+
+def test_a_sidecar_names_no_module_to_import_where_asserts_are_left_out(tmp_path: Path) -> None:
+    engine = write_engine(tmp_path, {**FACTS, "flavour": "os"})
+    script = "import sys; from benchmark.runners import tensorrt_runner; tensorrt_runner.load(sys.argv[1], 1)"
+    done = programs.run([sys.executable, "-O", "-c", script, str(engine)], 60, environment=programs.own_environment(1))
+    assert "ValueError" in done.stderr
+    assert "has no m.engine.json of export.trt beside it" in done.stderr
 
 
 def test_what_a_machine_lacks_is_named(cuda: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

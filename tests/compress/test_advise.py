@@ -90,3 +90,13 @@ def test_a_data_set_without_objects_is_refused(tmp_path: Path) -> None:
         read_objects(dataset(tmp_path, ""))
     with pytest.raises(DataError, match="has no objects"):
         read_objects(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("0 0.5 0.5", r":3 has 3 numbers: write class x y w h"), ("0 0.5 0.5 0.1 wide", r":3: '0 0.5")],
+)
+def test_a_label_that_is_none_is_named(tmp_path: Path, line: str, message: str) -> None:
+    data = dataset(tmp_path, f"0 0.5 0.5 0.1 0.4\n\n{line}\n", "test: images/train\n")
+    with pytest.raises(DataError, match=rf"a\.txt{message}"):
+        read_objects(data, "test")

@@ -16,7 +16,8 @@ import original
 from compress import convert, manifest
 from compress.checkpoint import build_model, load_model, load_trainable, plans_of, structure_hash
 from compress.conversion.foreign import read_foreign
-from compress.conversion.translate import modules, translate
+from compress.conversion.reading import modules
+from compress.conversion.translate import translate
 from compress.errors import CheckpointError, EspalierError, RunError, run_app
 from compress.prune import plan_pruning
 from compress.pruning.oracle import check_oracle
@@ -461,6 +462,26 @@ def test_the_command_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "layer 2 (C3)" in printed
     assert "left behind: layer 6 (Detect): anchor head" in printed
     assert load_model(tmp_path / "out.pt").names == {0: "thing0", 1: "thing1", 2: "thing2"}  # type: ignore[comparison-overlap]
+
+
+def test_the_model_may_be_named_as_other_commands_name_it(
+    tmp_path: Path, run_command: Callable[..., int], capsys
+) -> None:
+    path, output = tiny(tmp_path), tmp_path / "out.pt"
+    assert run_command(convert.app, "--model", path, path, "--output", output) == 2
+    assert "name one model" in capsys.readouterr().err
+    assert run_command(convert.app, "--model", path, "--output", output) == 0
+    assert output.is_file()
+
+
+def test_names_from_a_file_are_text_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"from": "layer 0 ([/b])", "layer": 0, "kind": "Conv", "tensors": 1, "parameters": 2}
+    part = {"tensors": 1, "parameters": 2, "share": 0.5}
+    report = {"family": "YOLOv5", "classes": {0: "a"}, "carried_over": part, "new": part, "layers": [row]}
+    convert.print_report({**report, "left_behind": ["layer 1 ([/b]\x1b[2J)"]})
+    printed = capsys.readouterr().out
+    assert "layer 0 ([/b])" in printed
+    assert "left behind: layer 1 ([/b] [2J)" in printed
 
 
 def test_a_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from compress.training import planned, trainers
+from compress.training import planned, sparse, trainers
 from ultralytics.utils import RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
@@ -39,6 +39,9 @@ def average(value, dst, op):  # gloo has no average
     value /= dist.get_world_size()
 dist.reduce = average
 
+plan, plans = sparse.plan_pruning, []
+sparse.plan_pruning = lambda *given: plans.append(given) or plan(*given)
+
 trainer = getattr(trainers, name)(overrides=overrides)
 trainer.world_size = 2
 trainer.final_eval = lambda: None  # asks for the current GPU
@@ -47,7 +50,7 @@ trainer.train()
 model = unwrap_model(trainer.model)
 trained = [value for name, value in model.named_parameters() if not name.startswith("teacher_model")]
 digest = hashlib.sha256(b"".join(value.detach().numpy().tobytes() for value in trained)).hexdigest()
-found = {"digest": digest, "losses": seen, "lambda": getattr(trainer, "steered", None)}
+found = {"digest": digest, "losses": seen, "lambda": getattr(trainer, "steered", None), "plans": len(plans)}
 (out / f"{RANK}.json").write_text(json.dumps(found))
 """
 
@@ -102,3 +105,13 @@ def test_a_steered_sparsity_keeps_two_processes_together(dense: Path, tiny_data:
     first, second = in_two_processes("SparsityTrainer", overrides, tmp_path)
     assert first["digest"] == second["digest"]
     assert first["lambda"] == second["lambda"] > 0.0
+
+
+def test_what_fades_is_chosen_once_for_two_processes(dense: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """Two plans that differ in a channel would let the processes' weights drift apart for good."""
+    fade = {"percent": 0.3, "importance": "l1", "budget": {"multiple_of": 1, "min_width": 1}}
+    write_json(tmp_path / SPARSITY, {"sr": 0.0, "sr_decay": 1.0, "fade": fade})
+    overrides = {"model": str(dense), "data": str(tiny_data), "epochs": 2, "optimizer": "SGD"}
+    first, second = in_two_processes("SparsityTrainer", overrides, tmp_path)
+    assert (first["plans"], second["plans"]) == (1, 0)
+    assert first["digest"] == second["digest"]

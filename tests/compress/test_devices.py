@@ -81,6 +81,7 @@ def test_a_device_that_is_not_known(text: str, message: str) -> None:
         ({"read": [[]]}, "needs at least one word"),
         ({"read": ["vcgencmd get_throttled"]}, r"read\.0: "),  # a line for a shell is no list of words
         ({"unlock": []}, "lock needs unlock"),
+        ({"ssh_config": "../../downloads/config"}, "ssh_config: String should match pattern"),
     ],
 )
 def test_a_wrong_device_file_says_what(changes: dict, message: str) -> None:
@@ -89,7 +90,9 @@ def test_a_wrong_device_file_says_what(changes: dict, message: str) -> None:
         parse(Device, {**content, **changes}, "device")
 
 
-def test_budgets_are_read_from_devices(tmp_path: Path) -> None:
+def test_budgets_are_read_from_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rpi4").mkdir()  # a folder of that name is no budget
+    monkeypatch.chdir(tmp_path)
     assert [load_budget(Path(text)).multiple_of for text in ("rpi5", "rpi5:onnxruntime", "rpi4", "cpu")] == [
         8,
         4,

@@ -59,6 +59,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(ends, kind: type[EspalierError]) 
     )
 
 
+def test_a_name_from_a_file_does_not_steer_the_terminal(ends) -> None:
+    assert (
+        ends(raising(EspalierError("it is of class evil\x1b]0;title\x07")))[1]
+        == "error: it is of class evil ]0;title \n"
+    )
+
+
 def test_a_mistake_in_a_command_is_one_line(ends, monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["compress.run"])
     assert ends(as_command(raising(EspalierError("this and that")))) == (2, "error: this and that\n")

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from compress.data.pixels import centre_crop, letterbox
 from compress.errors import DataError
-from compress.pruning.repair import centre_cropped, letterboxed, recalibrate_batch_norm
+from compress.pruning.repair import recalibrate_batch_norm
 
 
 class Net(nn.Module):
@@ -50,12 +51,16 @@ def images(tmp_path: Path) -> list[Path]:
     return paths
 
 
+def letterboxed(paths: list[Path]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([letterbox(path, 32) for path in paths]))
+
+
 def statistics(model: Net, batches: list[list[Path]]) -> dict[str, torch.Tensor]:
     """Return mean and unbiased variance of what reaches each batch norm, averaged over the batches."""
     found: dict[str, list[torch.Tensor]] = {"bn1": [], "bn2": []}
     with torch.no_grad():
         for batch in batches:
-            x = model.conv1(letterboxed(batch, 32))
+            x = model.conv1(letterboxed(batch))
             found["bn1"].append(torch.stack((x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=True))))
             x = functional.batch_norm(x, None, None, model.bn1.weight, model.bn1.bias, training=True, eps=model.bn1.eps)
             x = model.conv2(torch.relu(x))
@@ -98,7 +103,7 @@ def test_nothing_else_changes(model: Net, images: list[Path]) -> None:
     assert (model.bn1.momentum, model.bn2.momentum) == (0.03, 0.2)
     assert not any(module.training for module in model.modules())
     assert all(parameter.grad is None and not parameter.is_inference() for parameter in model.parameters())
-    model.train()(letterboxed(images[:2], 32)).sum().backward()  # it can be trained on
+    model.train()(letterboxed(images[:2])).sum().backward()  # it can be trained on
 
 
 def test_a_second_estimate_forgets_the_first(model: Net, images: list[Path]) -> None:
@@ -111,9 +116,9 @@ def test_letterboxed_by_hand(tmp_path: Path) -> None:
     """A red image of 2 : 1 fills the middle half of the square; the rest is Ultralytics' grey, 114."""
     path = tmp_path / "red.png"
     cv2.imwrite(str(path), np.full((16, 32, 3), (0, 0, 255), np.uint8))  # OpenCV writes blue, green, red
-    found = letterboxed([path, path], 64)
-    assert (found.shape, found.dtype) == ((2, 3, 64, 64), torch.float32)
-    assert found[1, :, 32, 32].tolist() == [1.0, 0.0, 0.0]
+    found = letterbox(path, 64)
+    assert (found.shape, found.dtype) == ((1, 3, 64, 64), np.float32)
+    assert found[0, :, 32, 32].tolist() == [1.0, 0.0, 0.0]
     assert found[0, :, 0, 0].tolist() == pytest.approx([114 / 255] * 3)
     assert (found[0, 0] == 1.0).sum() == 32 * 64
 
@@ -121,7 +126,7 @@ def test_letterboxed_by_hand(tmp_path: Path) -> None:
 def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"\x89PNG but no more")
     with pytest.raises(DataError, match=r"broken\.png is not an image that can be read: mend or remove it"):
-        letterboxed([tmp_path / "broken.png"], 32)
+        letterbox(tmp_path / "broken.png", 32)
 
 
 def test_a_classifier_sees_the_middle_of_images(images: list[Path], architectures: dict[str, dict[str, Any]]) -> None:
@@ -129,7 +134,7 @@ def test_a_classifier_sees_the_middle_of_images(images: list[Path], architecture
 
     model: Any = build_model(architectures["classify"])
     recalibrate_batch_norm(model, images[:4], 32)
-    pixels = centre_cropped(images[:4], 32)
+    pixels = torch.from_numpy(np.concatenate([centre_crop(path, 32) for path in images[:4]]))
     assert pixels.shape == (4, 3, 32, 32)
     assert 0.0 <= float(pixels.min()) < float(pixels.max()) <= 1.0
     first = model.model[0]

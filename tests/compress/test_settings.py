@@ -180,6 +180,11 @@ def test_a_wrong_override_is_named(config: Path, override: str, message: str) ->
     assert message in str(caught.value)
 
 
+def test_only_where_a_share_is_meant_one_is_proposed(config: Path) -> None:
+    with pytest.raises(SettingsError, match=r"less than or equal to 22 \(got 25\)$"):
+        load_run(config, ["export.opset=25"])
+
+
 @pytest.mark.parametrize(
     ("text", "number"), [("1e-4", 1e-4), ("-2E3", -2000.0), (".5e1", 5.0), ("1.5e+2", 150.0), ("1.0e-4", 1e-4)]
 )

@@ -7,10 +7,20 @@ import pytest
 from typer.testing import CliRunner
 
 from compress import shapes
+from compress.data import scene
+from compress.data.drawn import label
+from compress.data.figures import OBJECTS
+from compress.data.scene import draw_objects
 from compress.errors import DataError
-from compress.shapes import OBJECTS, Shapes, draw, draw_objects, generate
+from compress.shapes import Shapes, generate
 
 SMALL = Shapes(train=3, val=2, test=1, imgsz=64, seed=5)
+
+
+def draw(seed: list[int], side: int) -> tuple[np.ndarray, list[tuple[float, ...]]]:
+    """Return one picture and its labels: class, then x, y, w, h of what is visible, as shares of the side."""
+    image, objects = draw_objects(seed, side)
+    return image, [(class_id, *label("detect", seen)) for class_id, seen in objects]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -59,7 +69,7 @@ def rectangle(left: int, top: int, right: int, bottom: int):
     """Paint the pixels from left to right and top to bottom, the ends not included."""
 
     def paint(mask: np.ndarray, margin: int) -> None:
-        fine = shapes._OVERSAMPLING
+        fine = scene.OVERSAMPLING
         rows = slice((top + margin) * fine, (bottom + margin) * fine)
         mask[rows, (left + margin) * fine : (right + margin) * fine] = 255
 
@@ -88,7 +98,7 @@ OBJECT = (2, rectangle(20, 30, 60, 50))
     ],
 )
 def test_boxes_enclose_what_is_visible(monkeypatch, things, labels):
-    monkeypatch.setattr(shapes, "_scene", lambda rng, side: things)
+    monkeypatch.setattr(scene, "_scene", lambda rng, side: things)
     assert draw([0], 100)[1] == [pytest.approx(label) for label in labels]
 
 
@@ -96,7 +106,7 @@ def painted(name: str) -> np.ndarray:
     """Return a figure of radius 30 in the middle of 100 × 100 pixels, as drawn (True where it is)."""
     mask = np.zeros((300, 300), np.uint8)
     rng = np.random.default_rng(3)
-    shapes._figure_painter(rng, OBJECTS[name](rng), (50.0, 50.0, 30.0))(mask, 0)
+    scene.figure_painter(rng, OBJECTS[name](rng), (50.0, 50.0, 30.0))(mask, 0)
     return mask > 0
 
 

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from compress.checkpoint import build_model, load_model, plans_of, read_architecture, structure_hash, task_of
+from compress.data.pixels import centre_crop
 from compress.finetune import finetune
 from compress.manifest import read_json
 from compress.prune import plan_pruning, prune
 from compress.pruning.oracle import check_oracle
-from compress.pruning.repair import centre_cropped
 from compress.pruning.surgery import apply_plan
 from compress.rounds import check_schedule
 from compress.settings import Finetune, Run, Sparsity, Training, load_run
@@ -186,7 +187,7 @@ def test_they_go_through_all_stages(name: str, crops: Path, tmp_path: Path) -> N
     before, after = read_json(tmp_path / "prune" / "manifest.json")["metrics"]["channels"]
     assert after - 6 == pytest.approx((before - 6) * (1 - (cut.percent or 0)), abs=1)
     pictures = sorted(crops.glob("val/*/*.jpg"))[:2]
-    likeliest = [int(model(centre_cropped([picture], 32)).argmax()) for picture in pictures]
+    likeliest = [int(model(torch.from_numpy(centre_crop(picture, 32))).argmax()) for picture in pictures]
     stock: Any = YOLO(str(tuned)).predict(pictures, imgsz=32, device="cpu", verbose=False)
     assert [found.probs.top1 for found in stock] == likeliest
     artefact = export_onnx(tuned, tmp_path / "a.onnx", imgsz=32, settings=settings.export)

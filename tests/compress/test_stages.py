@@ -425,7 +425,12 @@ def test_a_mistake_is_one_line_and_nothing_is_begun(
         (finetune.app, ["--teacher", "none.pt"], "none.pt does not exist: check the path"),
         (finetune.app, ["--teacher", "text.pt"], "text.pt cannot be opened"),
         (finetune.app, ["--dis", "0"], "dis, cwd and ld are all 0: leave out the teacher (distill: false)"),
+        (prune.app, ["--front", "4", "--latency", "5ms"], "--front draws what all latencies cost: leave out --latency"),
+        (prune.app, ["--macs", "0.5", "--threads", "2"], "--threads goes with --latency, --speedup or --front"),
+        (prune.app, ["--macs", "0.5", "--device", "rpi5"], "the widths that rpi5 likes are --budget rpi5"),
         (sparsify.app, ["--sr", "inf"], "sr: Input should be a finite number"),
+        (sparsify.app, ["--share", "0.5"], "share goes with sr: auto, sr is 0.0001"),
+        (sparsify.app, ["--budget", "rpi5"], "--budget goes with --fade: without, no cut is planned here"),
     ],
 )
 def test_a_mistake_of_one_stage_is_one_line(

@@ -21,7 +21,7 @@ from compress.manifest import read_json, write_json
 from compress.settings import Training
 from compress.training import launch, sparse
 from compress.training.launch import check_arguments, run_training
-from compress.training.penalty import SPARSITY, GammaLog, GroupPenalty
+from compress.training.penalty import NEAR_ZERO, SPARSITY, GammaLog, GroupPenalty
 from compress.training.planned import RESUME, RESUME_BEST
 from compress.training.sparse import FADE_PLAN
 from compress.training.trainers import PlanTrainer, SparsityTrainer
@@ -131,11 +131,6 @@ def test_the_units_that_the_loss_misses_least_can_be_pulled_alone() -> None:
     assert gradient is not None
     assert gradient[:2].tolist() == pytest.approx([0.1 * 3 / 5, 0.1 / 3**0.5])
     assert int(gradient.count_nonzero()) == 2
-
-
-def test_a_model_without_batch_norm_has_no_penalty() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)).eval()
-    GroupPenalty(build_graph(model, 16), model).add_gradient(1.0)
 
 
 # The trainer of the penalty, with Ultralytics' setup left out.
@@ -353,6 +348,24 @@ def test_a_resumed_training_compares_with_the_first_start(tmp_path: Path) -> Non
     model.a.bn.weight.data.zero_()
     assert first == pytest.approx(0.05) == GammaLog(graph, tmp_path, model).threshold
     assert read_json(tmp_path / SPARSITY) == {"sr": 1.0, "start_mean": 1.0}
+
+
+def test_frozen_channels_are_not_counted(tmp_path: Path) -> None:
+    """The channels of a are frozen, and their γ are 9: only those of b make the mean."""
+    model = SplitFixed()
+    model.a.bn.weight.data.fill_(9.0)
+    write_json(tmp_path / SPARSITY, {"sr": 1.0})
+    log = GammaLog(build_graph(model.eval(), 16), tmp_path, model)
+    assert log.threshold == pytest.approx(NEAR_ZERO * 1.0)
+    model.b.bn.weight.data.zero_()
+    log.write(model, 0, 1.0, {})
+    assert log.near_zero == 1.0
+
+
+def test_a_model_without_prunable_batch_norms_has_nothing_to_press() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(4, 2, 1)).eval()
+    with pytest.raises(EspalierError, match="no batch norm whose channels may be pruned"):
+        GroupPenalty(build_graph(model, 16), model)
 
 
 # Shapes.

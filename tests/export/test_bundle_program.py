@@ -18,7 +18,9 @@ import pytest
 import torch
 
 from benchmark.runners import ncnn_runner
-from export import deploy, parity
+from compress.data.pixels import letterbox
+from export import deploy
+from export.matching import match
 from export.ncnn import export_ncnn
 
 CPP = deploy.TEMPLATES / "cpp"
@@ -91,11 +93,11 @@ def test_the_program_finds_what_python_finds(
     for path, image in zip(images, answer["images"], strict=True):
         shape: Any = cv2.imread(str(path)).shape[:2]  # type: ignore[union-attr]
         assert (image["height"], image["width"]) == shape
-        output = ncnn_runner.infer(session, parity.letterbox(path, 64))[0]
+        output = ncnn_runner.infer(session, letterbox(path, 64))[0]
         expected = boxes_in_image(output, session.metadata["end2end"], shape)
         found = np.array([[*row["box"], row["score"], row["class"]] for row in image["detections"]])
         assert len(expected) > 0
-        pairs, alone = parity.match(expected, found)
+        pairs, alone = match(expected, found)
         assert (len(pairs), alone) == (len(expected), 0)
         assert min(iou for _, _, iou in pairs) > 0.99
         assert max(abs(expected[i, 4] - found[j, 4]) for i, j, _ in pairs) < 1e-3

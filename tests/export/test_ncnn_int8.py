@@ -12,6 +12,7 @@ import pytest
 
 from benchmark.runners import ncnn_runner
 from compress import manifest
+from compress.data.pixels import letterbox
 from compress.errors import CheckpointError
 from compress.settings import QuantizeNcnn
 from export import ncnn as exporter
@@ -183,7 +184,7 @@ def layers(dense: Path) -> list[Layer]:
 
 
 def test_ranges_are_those_of_the_inputs(dense: Path, layers: list[Layer], images: list[Path]) -> None:
-    squares = [parity.letterbox(path, 64)[0] for path in images]
+    squares = [letterbox(path, 64)[0] for path in images]
     found = ncnn_int8.calibrate(dense, layers, squares, "percentile")
     assert len(found) == sum(made.kind in ncnn_int8.KINDS for made in layers) == 87
     first = next(made for made in layers if made.inputs == ["in0"])
@@ -200,7 +201,7 @@ def test_ranges_are_those_of_the_inputs(dense: Path, layers: list[Layer], images
 def test_a_tiny_detector_in_8_bits_is_like_the_one_in_float(
     dense: Path, layers: list[Layer], images: list[Path], tmp_path: Path
 ) -> None:
-    squares = [parity.letterbox(path, 64) for path in images]
+    squares = [letterbox(path, 64) for path in images]
     thresholds = ncnn_int8.calibrate(dense, layers, [square[0] for square in squares], "percentile")
     folder = tmp_path / "b_ncnn_model"
     ncnn_int8._write(dense, folder, layers, thresholds, {"method": "percentile"})

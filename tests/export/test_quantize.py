@@ -12,6 +12,7 @@ import pytest
 
 from benchmark.runners import onnxruntime_runner
 from compress import manifest
+from compress.data.pixels import letterbox
 from compress.errors import CheckpointError
 from compress.settings import Quantize
 from export import mixed, parity, qdq
@@ -33,7 +34,7 @@ def graph(onnx_file: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def samples(images: list[Path]) -> list[np.ndarray]:
-    return [parity.letterbox(path, 64) for path in images]
+    return [letterbox(path, 64) for path in images]
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from benchmark.runners import onnxruntime_runner
+from compress.data.pixels import letterbox
 from compress.errors import ExportError, SettingsError
 from compress.settings import Export, parse
 from export import onnx as exporter
 from export import suppression
-from export.parity import letterbox
 
 
 def test_oriented_boxes_overlap_as_ultralytics_says() -> None:
