@@ -203,7 +203,7 @@ def main(
     streams: Annotated[int, typer.Option(min=1, help="workers of each model that run at the same time")] = 1,
     layers: Annotated[bool, typer.Option("--layers", help="what each layer costs, by the runtime's profiler")] = False,
     device: Annotated[str, typer.Option(help="a name of configs/devices, shortened or not, or a .yaml file")] = "cpu",
-    host: Annotated[str | None, typer.Option(help="[user@]host[:port], an alias of ssh, or a serial of adb")] = None,
+    host: Annotated[str | None, typer.Option(help="\\[user@]host[:port], an alias of ssh, or a serial of adb")] = None,
     python: Annotated[str | None, typer.Option(help="interpreter on the device")] = None,
     bootstrap: Annotated[bool, typer.Option("--bootstrap", help="put missing packages into a folder there")] = False,
     lock_clocks: Annotated[bool, typer.Option("--lock-clocks", help="fix the device's clocks meanwhile")] = False,

@@ -209,7 +209,7 @@ def main(
     model: Annotated[Path, typer.Option(help="checkpoint (.pt), dense")],
     output: Annotated[Path | None, typer.Option(help="table (.json); not given: where compress.prune finds it")] = None,
     device: Annotated[str, typer.Option(help="a name of configs/devices, shortened or not, or a .yaml file")] = "cpu",
-    host: Annotated[str | None, typer.Option(help="[user@]host[:port], an alias of ssh, or a serial of adb")] = None,
+    host: Annotated[str | None, typer.Option(help="\\[user@]host[:port], an alias of ssh, or a serial of adb")] = None,
     python: Annotated[str | None, typer.Option(help="interpreter on the device")] = None,
     bootstrap: Annotated[bool, typer.Option("--bootstrap", help="put missing packages into a folder there")] = False,
     runtime: Annotated[str | None, typer.Option(help="one that the device has; its first one")] = None,

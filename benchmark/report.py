@@ -144,7 +144,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def main(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="FOLDER...", help="runs, or folders of benchmark.latency and accuracy")
+        list[Path], typer.Argument(metavar="FOLDER", help="runs, or folders of benchmark.latency and accuracy")
     ],
     output: Annotated[
         Path | None, typer.Option(help="folder of the report; that of the run, or 'report' beside several")

@@ -58,7 +58,7 @@ def main(
     teacher: Annotated[
         Path | None, typer.Option(help="checkpoint to distil from: the dense model, or any larger one")
     ] = None,
-    more: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help=MORE_HELP)] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help=MORE_HELP)] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 100,
     batch: Annotated[int, typer.Option(min=1)] = 16,
     imgsz: Annotated[int, typer.Option(min=32)] = 640,

@@ -272,7 +272,7 @@ def main(
         str | None, typer.Option(help="with --latency: weights and peak activations, such as 8MB")
     ] = None,
     device: Annotated[str, typer.Option(help="with --latency, --speedup: where the model will run")] = "cpu",
-    host: Annotated[str | None, typer.Option(help="with --device: [user@]host[:port], or a serial of adb")] = None,
+    host: Annotated[str | None, typer.Option(help="with --device: \\[user@]host[:port], or a serial of adb")] = None,
     runtime: Annotated[str | None, typer.Option(help="with --device: onnxruntime or ncnn; its first one")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="with --device: of the runtime; its own")] = None,
     table: Annotated[Path | None, typer.Option(help="latency table, if not where benchmark.profile puts it")] = None,

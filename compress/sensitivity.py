@@ -264,7 +264,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     model: Annotated[Path, typer.Option(help="checkpoint (.pt) that was trained on the data")],
     data: Annotated[str, typer.Option(help="data set YAML, or 'shapes' for the generated one")],
-    more: Annotated[list[float] | None, typer.Argument(metavar="[SHARE]...", help="more shares")] = None,
+    more: Annotated[list[float] | None, typer.Argument(metavar="SHARE", help="more shares")] = None,
     output: Annotated[Path | None, typer.Option(help="folder of the result; below runs/sensitivity")] = None,
     split: Annotated[str, typer.Option(help="train, val or test")] = "val",
     shares: Annotated[list[float] | None, typer.Option(help="shares of a tie to remove; 0.25 0.5 0.75")] = None,

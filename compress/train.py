@@ -172,7 +172,7 @@ def main(
     model: Annotated[str, typer.Option(help="checkpoint (.pt) or architecture (.yaml) to start from")],
     data: Annotated[str, typer.Option(help="data set YAML, or 'shapes' for the generated one")],
     output: Annotated[Path, typer.Option(help="folder of this stage")],
-    more: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help=MORE_HELP)] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help=MORE_HELP)] = None,
     epochs: Annotated[int, typer.Option(min=0)] = 100,
     batch: Annotated[int, typer.Option(min=1)] = 16,
     imgsz: Annotated[int, typer.Option(min=32)] = 640,

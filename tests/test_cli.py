@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
+from rich.text import Text
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "torchvision", "ultralytics", "onnx", "onnxruntime", "matplotlib", "tensorrt", "tensorrt_rtx")
@@ -52,6 +55,15 @@ def test_help_needs_no_heavy_library(command: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "Usage:" in done.stdout
     assert done.stdout.splitlines()[-1].strip() == "imported:"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_shown_as_it_is_written(command: str) -> None:
+    top = typer.main.get_command(importlib.import_module(command).app)
+    for parameter in (parameter for one in (top, *getattr(top, "commands", {}).values()) for parameter in one.params):
+        text = getattr(parameter, "help", None) or ""
+        assert Text.from_markup(text).plain == text.replace("\\[", "["), "brackets are markup: write \\\\["
+        assert not set("[].") & set(getattr(parameter, "metavar", None) or ""), "the usage has its own brackets"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
