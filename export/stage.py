@@ -98,6 +98,8 @@ def prove(artefact: Path, make: Callable[[Path], object], check: Callable[[Path]
         record = check(unproven)
         if not record["passed"]:
             replace(unproven, rejected)
+            if parity.finds_nothing(record):  # the boxes of such a model are noise, which no exporter can mend
+                remedy = "train or fine-tune the model first, or give --data that it was trained on"
             raise ExportError(
                 f"{artefact.name} does not equal PyTorch on {parity.summary(record)}: "
                 f"{', '.join(parity.failures(record))}; kept as {rejected.name}: {remedy}"
