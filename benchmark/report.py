@@ -15,6 +15,7 @@ import typer
 
 from benchmark import charts, facts, plots, sections, sources
 from benchmark.entries import Entry, entries, panels, short_table, table, to_csv
+from benchmark.latency_record import noise_remark
 from benchmark.pages import Block, Code, Heading, Plot, Table, Text, plain, printable, to_html, to_markdown
 from benchmark.runtimes import distinct_names
 from benchmark.sources import Source
@@ -67,11 +68,13 @@ def write_reports(found: Sequence[Source], folder: Path) -> list[Entry]:
     return rows
 
 
-def print_table(summary: dict[str, Any]) -> None:
-    """Print dense against pruned, the realised speed-up and the verdict of a pipeline to the terminal."""
+def print_table(summary: dict[str, Any], record: dict[str, Any]) -> None:
+    """Print dense against pruned, the realised speed-up, the verdict of a pipeline, and why it may be doubted."""
     for block in (sections.comparison(summary), sections.realised(summary)):
         _print(block)
-    print(printable(sections.verdict(summary)))
+    for line in (sections.verdict(summary), noise_remark(record)):
+        if line:
+            print(printable(line))
 
 
 def _opening(source: Source) -> list[Block]:
@@ -175,7 +178,7 @@ def main(
         _print(short_table(rows))
     for source in found:
         if source.summary:
-            print_table(source.summary)
+            print_table(source.summary, source.records[0])
     print(f"report: {folder / FILES[0]}")
 
 

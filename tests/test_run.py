@@ -38,7 +38,8 @@ head:
 # The command as it is, with a benchmark of half a second in place of one for people.
 PIPELINE = """
 import runpy, sys
-from benchmark import turns
+from benchmark import latency, turns
+latency.noise = lambda *_: []  # whatever else runs meanwhile
 turns.MODES["quick"] = turns.Mode(20, 0.2, 0.05, "for tests")
 turns.WARM_UP_CAP_S = 0.3
 sys.argv[0] = "compress.run"
@@ -210,6 +211,32 @@ def test_a_second_start_finds_everything_finished(finished, home: Path, start) -
     assert (folder / "summary.json").read_bytes() == summary
     assert (folder / "report.md").read_bytes() == report
     assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == STAGES  # nothing moved aside
+
+
+def test_a_noisy_latency_is_measured_again_and_nothing_else(finished, home: Path, start, monkeypatch) -> None:
+    folder = home / "runs" / "tiny" / "06_benchmark"
+    quiet, scored = json.loads((folder / "latency.json").read_text()), (folder / "accuracy.json").stat().st_mtime_ns
+    noisy = {**quiet, "noisy": True, "noise": ["a compiler ran"]}
+    (folder / "latency.json").write_text(json.dumps(noisy))
+    record = json.loads((folder / manifest.MANIFEST).read_text())
+    record["files"]["latency.json"] = manifest.sha256_file(folder / "latency.json")
+    (folder / manifest.MANIFEST).write_text(json.dumps(record))
+
+    monkeypatch.setattr("benchmark.latency.measure", lambda *_, **__: noisy)
+    code, out, err = start(home, "seed=3")
+    assert (code, err) == (0, "")
+    assert "benchmark: the latency measured before is noisy, it is measured again: runs/tiny/06_benchmark\n" in out
+    remark = "the measurement is noisy (a compiler ran): end what else runs there, and run the same command again"
+    assert out.splitlines()[-2:] == [remark, "report: runs/tiny/report.html"]
+
+    monkeypatch.setattr("benchmark.latency.measure", lambda *_, **__: quiet)
+    out = start(home, "seed=3")[1]
+    assert "it is measured again" in out
+    assert "the measurement is noisy" not in out
+    assert "benchmark: finished before, unchanged" in start(home, "seed=3")[1]
+    assert json.loads((folder / "latency.json").read_text()) == quiet
+    assert (folder / "accuracy.json").stat().st_mtime_ns == scored
+    assert not folder.with_name("06_benchmark.1").exists()
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(place: Path, start, monkeypatch) -> None:
