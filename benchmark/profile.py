@@ -216,7 +216,7 @@ def main(
     imgsz: Annotated[int, typer.Option(min=32, help="side of the square input, px")] = 640,
     threads: Annotated[int | None, typer.Option(min=1, help="threads of the runtime; the device's own")] = None,
     budget: Annotated[
-        Path | None, typer.Option(help="the widths to measure: a file of configs/budgets/; the device's own")
+        Path | None, typer.Option(help="the widths to measure: a file of configs/budgets/, or a device; its own")
     ] = None,
     multiple_of: Annotated[int | None, typer.Option(min=1, help="channel counts are multiples of this")] = None,
     power_of_two: Annotated[bool, typer.Option("--power-of-two", help="channel counts are powers of two")] = False,

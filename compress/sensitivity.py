@@ -276,7 +276,7 @@ def main(
             "--repair/--no-repair", help="re-estimate batch norm after a cut, unless that harms the uncut model"
         ),
     ] = True,
-    imgsz: Annotated[int, typer.Option(min=32)] = 640,
+    imgsz: Annotated[int, typer.Option(min=32, help="side of the square input, px")] = 640,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Measure what every group of channels is worth in mAP, without training."""

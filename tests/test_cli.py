@@ -74,7 +74,7 @@ def test_unknown_option_is_named(command: str) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, "scripts.cifar10", "scripts.studies.properties"])
 def test_a_python_without_packages_is_one_line(command: str) -> None:
     done = start_bare(command)
     assert (done.returncode, done.stdout) == (2, "")
