@@ -91,6 +91,8 @@ def training_stage(
         else:
             from compress.training import launch, trainers
 
+            # Ultralytics' own log, which follows, does not say which stage it is.
+            print(f"{stage}: {'goes on' if resumable else 'begins'} in {output} ({settings.epochs} epochs)")
             best, last = launch.run_training(
                 getattr(trainers, trainer)[checkpoint.task_of(loaded)],
                 model,
@@ -116,7 +118,7 @@ _VERBS = {"detect": "detect", "segment": "segment", "pose": "find key points", "
 
 
 def _check(loaded: Any, model: str, data: Path, settings: Training, imgsz: int) -> None:
-    from compress.data.dataset import class_names, keypoints
+    from compress.data.dataset import class_names, keypoints, require_polygons
 
     task = checkpoint.task_of(loaded)
     if (task == "classify") != data.is_dir():
@@ -124,6 +126,8 @@ def _check(loaded: Any, model: str, data: Path, settings: Training, imgsz: int) 
         raise DataError(f"{model} is a model to {_VERBS[task]}, {data} is no data set for it: give {wanted}")
     if task == "pose" and keypoints(data) is None:
         raise DataError(f"{data} has no 'kpt_shape': a pose model needs a data set with key points")
+    if task in ("segment", "obb"):
+        require_polygons(data)
     if task != "classify":
         check_imgsz(imgsz, int(max(loaded.stride)))  # Ultralytics would round it up and say so in the middle of its log
     if settings.epochs:
