@@ -63,11 +63,13 @@ def check(settings: Run, data: Path) -> None:
     """Meet the mistakes now that would otherwise stop the run after hours of training. Nothing is written.
 
     Raises:
-        EspalierError: a model that cannot be opened, a training argument, image size or budget that cannot work.
+        EspalierError: a model that cannot be opened, a split that is missing, a training argument, image size or budget
+            that cannot work.
     """
-    from compress.data.dataset import class_names
+    from compress.data.dataset import class_names, images
     from compress.training.launch import check_arguments
 
+    images(data, settings.benchmark.split)
     for section in (settings.train, settings.sparsify, settings.finetune):
         check_arguments(section.args)
     model: Any = checkpoint.load_trainable(settings.model)
@@ -252,15 +254,16 @@ def summarise(
 
 def dry_run(settings: Run) -> None:
     """Print the plan that the pipeline would make for its model as it is now, and stop."""
-    from compress.data.dataset import class_names, resolve
+    from compress.data.dataset import GENERATED, class_names, resolve
 
-    model: Any = checkpoint.load_model(settings.model)
     wanted, data = settings.prune, None
-    if wanted.importance == "taylor":
+    if wanted.importance == "taylor" or settings.data != GENERATED:  # which would be written, and cannot be wrong
         data = resolve(settings.data)
-        if len(model.names) != len(class_names(data)):
-            print("The model does not know these classes yet: this plan goes by bn, that of the run by taylor.")
-            wanted = wanted.model_copy(update={"importance": "bn"})
+    model: Any = checkpoint.load_model(settings.model)
+    check_imgsz(settings.imgsz, int(max(model.stride)))
+    if wanted.importance == "taylor" and data is not None and len(model.names) != len(class_names(data)):
+        print("The model does not know these classes yet: this plan goes by bn, that of the run by taylor.")
+        wanted = wanted.model_copy(update={"importance": "bn"})
     print_plan(plan_pruning(model, wanted, settings.imgsz, settings.seed, data, settings.model), wanted.budget)
 
 

@@ -114,6 +114,7 @@ def test_the_pipeline_runs_to_its_end(finished: subprocess.CompletedProcess[str]
     assert finished.returncode == 0, finished.stderr
     assert [stage for stage in STAGES if (home / "runs" / "tiny" / stage / manifest.MANIFEST).exists()] == STAGES
     for line in (
+        r"train: begins in runs/tiny/01_train \(1 epochs\)",
         r"train: runs/tiny/01_train/model\.pt \(1 epochs, val mAP50-95 0\.\d{3}\)",
         r"sparsify: runs/tiny/02_sparsify/model\.pt \(1 epochs, .*\)",
         r"prune: runs/tiny/03_prune/model\.pt \(\d\d\.\d% of the MACs kept, oracle error .*\)",
@@ -261,6 +262,19 @@ def test_a_dry_run_of_a_model_that_does_not_know_the_classes_yet(place: Path, st
     assert "plan: macs 0.6" in out
 
 
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("data=none.yaml", "none.yaml does not exist"),
+        ("imgsz=80", "imgsz 80 must be a multiple of the model's stride 32: use 64"),
+    ],
+)
+def test_a_dry_run_meets_the_mistakes_of_the_run(place: Path, start, word: str, message: str) -> None:
+    code, _, err = start(place, "--dry-run", word)
+    assert (code, err.count("\n")) == (2, 1)
+    assert message in err
+
+
 # Mistakes.
 
 
@@ -289,6 +303,14 @@ def evil_weights(place: Path) -> list[str]:
 def no_images(place: Path) -> list[str]:
     (place / "images").mkdir()
     (place / "data.yaml").write_text("train: images\nval: images\nnames: [a]\n")
+    return ["--data", "data.yaml"]
+
+
+def no_test_split(place: Path) -> list[str]:
+    source = Path(yaml.safe_load((place / "tiny.yaml").read_text())["data"])
+    content = yaml.safe_load(source.read_text())
+    root = (source.parent / content.get("path", ".")).resolve()
+    (place / "data.yaml").write_text(yaml.safe_dump({**content, "path": str(root), "test": None}))
     return ["--data", "data.yaml"]
 
 
@@ -321,6 +343,7 @@ def words(*given: str) -> Callable[[Path], list[str]]:
         (corrupt_weights, "corrupt.pt cannot be opened: it is damaged"),
         (evil_weights, f"evil.pt is not a plain model: opening it would import {os.name}.system; refused"),
         (no_images, "data.yaml: 'train' holds no images"),
+        (no_test_split, "data.yaml has no 'test' split: add the folder of its images"),
         (another_version, "runs/tiny/run.json has schema 2, this version reads schema 1: choose another folder"),
         (another_stage_version, "runs/tiny/01_train/manifest.json has schema 2, this version reads schema 1"),
         (foreign_folder, "runs/tiny/01_train is not empty and holds no stage of Espalier"),
