@@ -174,7 +174,7 @@ def check(
 @app.command()
 def add(
     context: typer.Context,
-    record: Annotated[list[Path], typer.Argument(metavar="RECORD...", help="latency.json or accuracy.json")],
+    record: Annotated[list[Path], typer.Argument(metavar="RECORD", help="latency.json or accuracy.json")],
     run: Annotated[str | None, typer.Option(help="goes before the names of the models, such as 'bccd'")] = None,
     store: Store = None,
 ) -> None:

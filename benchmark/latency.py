@@ -207,7 +207,7 @@ def main(
     streams: Annotated[int, typer.Option(min=1, help="workers of each model that run at the same time")] = 1,
     layers: Annotated[bool, typer.Option("--layers", help="what each layer costs, by the runtime's profiler")] = False,
     device: Annotated[str, typer.Option(help="a name of configs/devices, shortened or not, or a .yaml file")] = "cpu",
-    host: Annotated[str | None, typer.Option(help="[user@]host[:port], an alias of ssh, or a serial of adb")] = None,
+    host: Annotated[str | None, typer.Option(help="\\[user@]host[:port], an alias of ssh, or a serial of adb")] = None,
     python: Annotated[str | None, typer.Option(help="interpreter on the device")] = None,
     bootstrap: Annotated[bool, typer.Option("--bootstrap", help="put missing packages into a folder there")] = False,
     lock_clocks: Annotated[bool, typer.Option("--lock-clocks", help="fix the device's clocks meanwhile")] = False,
@@ -232,13 +232,18 @@ def main(
     config |= {name: value for name, value in asked.items() if value}
     parents = wanted.parents()
     with manifest.lock(output):
-        if manifest.is_finished(output, STAGE, config, parents):
+        finished = manifest.is_finished(output, STAGE, config, parents)
+        known = manifest.read_json(output / RESULT) if finished else None
+        if known and not known["noisy"]:
             print(f"latency: finished before, unchanged: {output}")
-            record = manifest.read_json(output / RESULT)
+            record = known
         else:
-            manifest.begin(output, STAGE, config, parents)
+            if known:
+                print(f"latency: what was measured before is noisy, it is measured again: {output}")
+            else:
+                manifest.begin(output, STAGE, config, parents)
             with prepare.open_models(wanted, output, host, python, bootstrap) as (site, files):
-                scores = prepare.score(wanted, site, files, output)
+                scores = _scores(known) if known else prepare.score(wanted, site, files, output)
                 record = measure(
                     files, imgsz=wanted.imgsz, threads=wanted.threads, mode=mode, seed=seed, site=site,
                     lock_clocks=lock_clocks, load=load, layers=layers,
@@ -256,6 +261,11 @@ def main(
         if (output / name).is_file():
             store.add(output / name)
     print_table(record)
+
+
+def _scores(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the accuracy of each file in a record by NAME.RUNTIME, as `prepare.score` does."""
+    return {f"{cell['model']}.{cell['runtime']}": cell["accuracy"] for cell in record["cells"] if cell["accuracy"]}
 
 
 def _batches(text: str) -> tuple[int, ...]:

@@ -268,8 +268,16 @@ def print_table(record: dict[str, Any]) -> None:
         )
     console = Console()
     console.print(table)
-    for reason in record["noise"]:
-        console.print(f"noisy: {reason}", markup=False)
+    if doubt := noise_remark(record):
+        print(doubt)
+
+
+def noise_remark(record: dict[str, Any]) -> str | None:
+    """Return in a sentence why a record is noisy and what to do, or null where it is not."""
+    if not record.get("noisy"):
+        return None
+    reasons = "; ".join(record.get("noise") or ["no reason given"])
+    return f"the measurement is noisy ({reasons}): end what else runs there, and run the same command again"
 
 
 def _values(cell: dict[str, Any]) -> list[str]:

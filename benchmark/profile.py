@@ -209,14 +209,14 @@ def main(
     model: Annotated[Path, typer.Option(help="checkpoint (.pt), dense")],
     output: Annotated[Path | None, typer.Option(help="table (.json); not given: where compress.prune finds it")] = None,
     device: Annotated[str, typer.Option(help="a name of configs/devices, shortened or not, or a .yaml file")] = "cpu",
-    host: Annotated[str | None, typer.Option(help="[user@]host[:port], an alias of ssh, or a serial of adb")] = None,
+    host: Annotated[str | None, typer.Option(help="\\[user@]host[:port], an alias of ssh, or a serial of adb")] = None,
     python: Annotated[str | None, typer.Option(help="interpreter on the device")] = None,
     bootstrap: Annotated[bool, typer.Option("--bootstrap", help="put missing packages into a folder there")] = False,
     runtime: Annotated[str | None, typer.Option(help="one that the device has; its first one")] = None,
     imgsz: Annotated[int, typer.Option(min=32, help="side of the square input, px")] = 640,
     threads: Annotated[int | None, typer.Option(min=1, help="threads of the runtime; the device's own")] = None,
     budget: Annotated[
-        Path | None, typer.Option(help="the widths to measure: a file of configs/budgets/; the device's own")
+        Path | None, typer.Option(help="the widths to measure: a file of configs/budgets/, or a device; its own")
     ] = None,
     multiple_of: Annotated[int | None, typer.Option(min=1, help="channel counts are multiples of this")] = None,
     power_of_two: Annotated[bool, typer.Option("--power-of-two", help="channel counts are powers of two")] = False,

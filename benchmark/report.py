@@ -15,6 +15,7 @@ import typer
 
 from benchmark import charts, facts, plots, sections, sources
 from benchmark.entries import Entry, entries, panels, short_table, table, to_csv
+from benchmark.latency_record import noise_remark
 from benchmark.pages import (
     Block,
     Code,
@@ -78,11 +79,13 @@ def write_reports(found: Sequence[Source], folder: Path) -> list[Entry]:
     return rows
 
 
-def print_table(summary: dict[str, Any]) -> None:
-    """Print dense against pruned, the realised speed-up and the verdict of a pipeline to the terminal."""
+def print_table(summary: dict[str, Any], record: dict[str, Any]) -> None:
+    """Print dense against pruned, the realised speed-up, the verdict of a pipeline, and why it may be doubted."""
     for block in (sections.comparison(summary), sections.realised(summary)):
         _print(block)
-    print(printable(sections.verdict(summary)))
+    for line in (sections.verdict(summary), noise_remark(record)):
+        if line:
+            print(printable(line))
 
 
 def _opening(source: Source) -> list[Block]:
@@ -158,7 +161,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def main(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="FOLDER...", help="runs, or folders of benchmark.latency and accuracy")
+        list[Path], typer.Argument(metavar="FOLDER", help="runs, or folders of benchmark.latency and accuracy")
     ],
     output: Annotated[
         Path | None, typer.Option(help="folder of the report; that of the run, or 'report' beside several")
@@ -191,7 +194,7 @@ def main(
         if source.summary and len(found) > 1:
             print(f"\n{printable(source.name)}")
         if source.summary:
-            print_table(source.summary)
+            print_table(source.summary, source.records[0])
     print(f"report: {folder / FILES[0]}")
 
 

@@ -77,7 +77,9 @@ def transport_of(device: Device, host: str | None, python: str | None) -> Transp
     if where is None:
         raise SettingsError(f"--host is missing: {device.name} is reached over ssh, as [user@]host[:port]")
     destination, port = transports.parse_host(where)
-    return Ssh(destination, port, interpreter, _ssh_config(device) if host is None else None)
+    if host is not None:
+        return Ssh(destination, port, interpreter)
+    return Ssh(destination, port, interpreter, _ssh_config(device), device.setup)
 
 
 def _ssh_config(device: Device) -> Path | None:

@@ -57,12 +57,14 @@ class Ssh:
         port: null for ssh's own.
         python: the interpreter there that sees the runtime.
         config: a file to read instead of the user's own ssh_config.
+        setup: the command that starts it, where it is one that must be started; for messages.
     """
 
     destination: str
     port: int | None = None
     python: str = "python3"
     config: Path | None = None
+    setup: str | None = None
 
     @property
     def name(self) -> str:
@@ -206,9 +208,12 @@ def explain(place: Transport, said: str, code: int, purpose: str | None) -> str:
     if "No space left" in said:  # before adb's own errors, of which a copy that fails is one
         return f"{place.name} has no space left: free some space there"
     if isinstance(place, Ssh) and (code == _UNREACHABLE or _LOST.search(last)):
-        return (
-            f"{place.name} cannot be reached over ssh ({last}): check host, port and keys with: {check_command(place)}"
+        remedy = (
+            f"start it with: {place.setup}"
+            if place.setup
+            else f"check host, port and keys with: {check_command(place)}"
         )
+        return f"{place.name} cannot be reached over ssh ({last}): {remedy}"
     if isinstance(place, Adb) and _is_adb_error(said):
         return f"{place.name} cannot be reached over adb ({last}): check cable and permission with: adb devices"
     return f"{place.name} could not {purpose} ({last}): check it there"

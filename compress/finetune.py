@@ -58,10 +58,10 @@ def main(
     teacher: Annotated[
         Path | None, typer.Option(help="checkpoint to distil from: the dense model, or any larger one")
     ] = None,
-    more: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help=MORE_HELP)] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help=MORE_HELP)] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 100,
     batch: Annotated[int, typer.Option(min=1)] = 16,
-    imgsz: Annotated[int, typer.Option(min=32)] = 640,
+    imgsz: Annotated[int, typer.Option(min=32, help="side of the square input, px")] = 640,
     device: Annotated[str, typer.Option(help="cpu, 0, 0,1 …")] = "cpu",
     optimizer: Annotated[str, typer.Option(help="as Ultralytics names them")] = "auto",
     lr0: Annotated[float, typer.Option(help="first learning rate (ignored by optimizer=auto)")] = 0.01,

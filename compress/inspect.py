@@ -182,7 +182,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     model: Annotated[str | None, typer.Argument(help="checkpoint (.pt) or architecture (.yaml) of any task")] = None,
     model_option: Annotated[str | None, typer.Option("--model", help="the same, as other commands name it")] = None,
-    imgsz: Annotated[int, typer.Option(min=32)] = 640,
+    imgsz: Annotated[int, typer.Option(min=32, help="side of the square input, px")] = 640,
     budget: Annotated[Path | None, typer.Option(help="allowed widths: a file of configs/budgets/, or a device")] = None,
     gamma: Annotated[Path | None, typer.Option(help="draw the histograms of γ (.png)")] = None,
     html: Annotated[Path | None, typer.Option(help="draw the channel graph as a page (.html)")] = None,

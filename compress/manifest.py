@@ -22,6 +22,7 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 STARTED = "started.json"
 _TEMPORARY = ".tmp"
+_SHOWN = 4  # differences that a line names
 _FORM = {"stage": str, "config": dict, "parents": dict, "files": dict}
 _TOOLS = ("torch", "torchvision", "ultralytics", "onnx", "onnxruntime", "onnxsim", "ncnn", "pnnx", "numpy")
 
@@ -134,7 +135,7 @@ def is_finished(folder: Path, stage: str, config: Mapping[str, Any], parents: Ma
 def begin(folder: Path, stage: str, config: Mapping[str, Any], parents: Mapping[str, str]) -> bool:
     """Prepare `folder` for a stage that is not finished; tell whether an interrupted start of the same work is there.
 
-    Work of another configuration is moved aside to `NAME.1`, `NAME.2` …, never overwritten.
+    Work of another configuration is moved aside to `NAME.1`, `NAME.2` …, never overwritten, and a line says so.
 
     Raises:
         RunError: the folder holds files that no stage wrote, or is a file.
@@ -149,10 +150,28 @@ def begin(folder: Path, stage: str, config: Mapping[str, Any], parents: Mapping[
     if folder.exists() and any(path.suffix != _TEMPORARY for path in folder.iterdir()):
         if not started.exists() and not (folder / MANIFEST).exists():
             raise RunError(f"{folder} is not empty and holds no stage of Espalier: choose another --output")
-        folder.rename(free_name(folder))
+        kept = free_name(folder)
+        reason = _difference(started if started.exists() else folder / MANIFEST, identity)
+        folder.rename(kept)
+        print(f"{stage}: {folder} held other work ({reason}), which is now {kept}")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(started, identity)
     return False
+
+
+def _difference(record: Path, identity: Mapping[str, Any]) -> str:
+    """Say in a few words how the work of a record, `started.json` or a manifest, differs from the one that begins."""
+    try:
+        known = read_json(record)
+        pairs = [(known[part], identity[part]) for part in ("config", "parents")]
+        changed = [name for old, new in pairs for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+        stage = known["stage"]
+    except (RunError, KeyError, TypeError, AttributeError):
+        return "its record is damaged"
+    if stage != identity["stage"]:
+        return f"stage '{stage}'"
+    shown = ", ".join(changed[:_SHOWN]) + (" …" if len(changed) > _SHOWN else "")
+    return f"another {shown}" if changed else "its files were changed"
 
 
 def finish(

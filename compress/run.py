@@ -63,11 +63,13 @@ def check(settings: Run, data: Path) -> None:
     """Meet the mistakes now that would otherwise stop the run after hours of training. Nothing is written.
 
     Raises:
-        EspalierError: a model that cannot be opened, a training argument, image size or budget that cannot work.
+        EspalierError: a model that cannot be opened, a split that is missing, a training argument, image size or budget
+            that cannot work.
     """
-    from compress.data.dataset import class_names
+    from compress.data.dataset import class_names, images
     from compress.training.launch import check_arguments
 
+    images(data, settings.benchmark.split)
     for section in (settings.train, settings.sparsify, settings.finetune):
         check_arguments(section.args)
     model: Any = checkpoint.load_trainable(settings.model)
@@ -168,10 +170,15 @@ def benchmark(
     config = {**wanted.model_dump(mode="json"), "imgsz": settings.imgsz, "seed": settings.seed, "data": str(data)}
     parents = {role: runtimes.sha256(path) for role, path in inputs.items()} | {"data": fingerprint(data)}
     with manifest.lock(output):
-        if manifest.is_finished(output, "benchmark", config, parents):
+        finished = manifest.is_finished(output, "benchmark", config, parents)
+        noisy = finished and manifest.read_json(output / "latency.json")["noisy"]
+        if finished and not noisy:
             print(f"benchmark: finished before, unchanged: {output}")
         else:
-            manifest.begin(output, "benchmark", config, parents)
+            if noisy:
+                print(f"benchmark: the latency measured before is noisy, it is measured again: {output}")
+            else:
+                manifest.begin(output, "benchmark", config, parents)
             if not (output / "accuracy.json").exists():  # an interrupted start may have come as far as to the timing
                 scores = {
                     name: {
@@ -195,7 +202,7 @@ def benchmark(
     summary = summarise(settings, scores, record, parity, folder, command)
     manifest.write_json(folder / "summary.json", summary)
     write_report(summary, record, folder)
-    print_table(summary)
+    print_table(summary, record)
     print(f"report: {folder / 'report.html'}")
     for name in ("latency.json", "accuracy.json"):
         store.add(output / name, prefix=f"{settings.name}/")
@@ -248,15 +255,16 @@ def summarise(
 
 def dry_run(settings: Run) -> None:
     """Print the plan that the pipeline would make for its model as it is now, and stop."""
-    from compress.data.dataset import class_names, resolve
+    from compress.data.dataset import GENERATED, class_names, resolve
 
-    model: Any = checkpoint.load_model(settings.model)
     wanted, data = settings.prune, None
-    if wanted.importance == "taylor":
+    if wanted.importance == "taylor" or settings.data != GENERATED:  # which would be written, and cannot be wrong
         data = resolve(settings.data)
-        if len(model.names) != len(class_names(data)):
-            print("The model does not know these classes yet: this plan goes by bn, that of the run by taylor.")
-            wanted = wanted.model_copy(update={"importance": "bn"})
+    model: Any = checkpoint.load_model(settings.model)
+    check_imgsz(settings.imgsz, int(max(model.stride)))
+    if wanted.importance == "taylor" and data is not None and len(model.names) != len(class_names(data)):
+        print("The model does not know these classes yet: this plan goes by bn, that of the run by taylor.")
+        wanted = wanted.model_copy(update={"importance": "bn"})
     print_plan(plan_pruning(model, wanted, settings.imgsz, settings.seed, data, settings.model), wanted.budget)
 
 

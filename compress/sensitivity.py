@@ -232,7 +232,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     model: Annotated[Path, typer.Option(help="checkpoint (.pt) that was trained on the data")],
     data: Annotated[str, typer.Option(help="data set YAML, or 'shapes' for the generated one")],
-    more: Annotated[list[float] | None, typer.Argument(metavar="[SHARE]...", help="more shares")] = None,
+    more: Annotated[list[float] | None, typer.Argument(metavar="SHARE", help="more shares")] = None,
     output: Annotated[Path | None, typer.Option(help="folder of the result; below runs/sensitivity")] = None,
     split: Annotated[str, typer.Option(help="train, val or test")] = "val",
     shares: Annotated[list[float] | None, typer.Option(help="shares of a tie to remove; 0.25 0.5 0.75")] = None,
@@ -244,7 +244,7 @@ def main(
             "--repair/--no-repair", help="re-estimate batch norm after a cut, unless that harms the uncut model"
         ),
     ] = True,
-    imgsz: Annotated[int, typer.Option(min=32)] = 640,
+    imgsz: Annotated[int, typer.Option(min=32, help="side of the square input, px")] = 640,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Measure what every group of channels is worth in mAP, without training."""

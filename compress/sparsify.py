@@ -82,10 +82,10 @@ def main(
         float | None, typer.Option(help="MACs that will remain: what that cut removes is chosen early and faded out")
     ] = None,
     budget: Annotated[Path | None, typer.Option(help="with --fade: a file of configs/budgets/, or a device")] = None,
-    more: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help=MORE_HELP)] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help=MORE_HELP)] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 100,
     batch: Annotated[int, typer.Option(min=1)] = 16,
-    imgsz: Annotated[int, typer.Option(min=32)] = 640,
+    imgsz: Annotated[int, typer.Option(min=32, help="side of the square input, px")] = 640,
     device: Annotated[str, typer.Option(help="cpu, 0, 0,1 …")] = "cpu",
     optimizer: Annotated[str, typer.Option(help="as Ultralytics names them")] = "SGD",
     lr0: Annotated[float, typer.Option(help="first learning rate")] = 0.01,

@@ -91,6 +91,8 @@ def training_stage(
         else:
             from compress.training import launch, trainers
 
+            # Ultralytics' own log, which follows, does not say which stage it is.
+            print(f"{stage}: {'goes on' if resumable else 'begins'} in {output} ({settings.epochs} epochs)")
             best, last = launch.run_training(
                 getattr(trainers, trainer)[checkpoint.task_of(loaded)],
                 model,
@@ -116,7 +118,7 @@ _VERBS = {"detect": "detect", "segment": "segment", "pose": "find key points", "
 
 
 def _check(loaded: Any, model: str, data: Path, settings: Training, imgsz: int) -> None:
-    from compress.data.dataset import class_names, keypoints
+    from compress.data.dataset import class_names, keypoints, require_polygons
 
     task = checkpoint.task_of(loaded)
     if (task == "classify") != data.is_dir():
@@ -124,6 +126,8 @@ def _check(loaded: Any, model: str, data: Path, settings: Training, imgsz: int) 
         raise DataError(f"{model} is a model to {_VERBS[task]}, {data} is no data set for it: give {wanted}")
     if task == "pose" and keypoints(data) is None:
         raise DataError(f"{data} has no 'kpt_shape': a pose model needs a data set with key points")
+    if task in ("segment", "obb"):
+        require_polygons(data)
     if task != "classify":
         check_imgsz(imgsz, int(max(loaded.stride)))  # Ultralytics would round it up and say so in the middle of its log
     if settings.epochs:
@@ -172,10 +176,10 @@ def main(
     model: Annotated[str, typer.Option(help="checkpoint (.pt) or architecture (.yaml) to start from")],
     data: Annotated[str, typer.Option(help="data set YAML, or 'shapes' for the generated one")],
     output: Annotated[Path, typer.Option(help="folder of this stage")],
-    more: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help=MORE_HELP)] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help=MORE_HELP)] = None,
     epochs: Annotated[int, typer.Option(min=0)] = 100,
     batch: Annotated[int, typer.Option(min=1)] = 16,
-    imgsz: Annotated[int, typer.Option(min=32)] = 640,
+    imgsz: Annotated[int, typer.Option(min=32, help="side of the square input, px")] = 640,
     device: Annotated[str, typer.Option(help="cpu, 0, 0,1 …")] = "cpu",
     optimizer: Annotated[str, typer.Option(help="as Ultralytics names them")] = "auto",
     lr0: Annotated[float, typer.Option(help="first learning rate (ignored by optimizer=auto)")] = 0.01,

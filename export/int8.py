@@ -194,6 +194,10 @@ def export_stage(
     def export_one(model: str, path: Path, _: list[Path]) -> dict[str, Any]:
         return export(path, output / f"{model}{suffix}", data, calibration, imgsz, settings)
 
+    def check(model: Path) -> None:
+        stage.require_detector(model)
+        stage.check_model(model, imgsz, data)
+
     config = {"imgsz": imgsz, "calibration": fingerprint(calibration), **settings.model_dump(mode="json")}
     records = stage.run_stage(
         name,
@@ -203,6 +207,7 @@ def export_stage(
         output,
         lambda: stage.export_models(models, data, settings.parity_images, output, export_one),
         lambda model: f"{model}{suffix}",
+        check,
     )
     for record in records.values():
         for remark in remarks(record):

@@ -139,6 +139,7 @@ def export_stage(models: dict[str, Path], data: Path, imgsz: int, settings: Expo
         output,
         lambda: stage.export_models(models, data, settings.parity_images, output, export),
         lambda name: f"{name}{NCNN_SUFFIX}",
+        lambda model: stage.check_model(model, imgsz, data if settings.parity_map else None),
     )
 
 

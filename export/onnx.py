@@ -154,6 +154,7 @@ def export_stage(models: dict[str, Path], data: Path, imgsz: int, settings: Expo
         output,
         lambda: export_models(models, data, imgsz, settings, output),
         lambda name: f"{name}.onnx",
+        lambda model: stage.check_model(model, imgsz, data if settings.parity_map else None),
     )
 
 

@@ -194,7 +194,7 @@ def summary(parity: dict[str, Any]) -> str:
             limit = _limit(tolerance.get("value"))
             parts.append(f"{output['name']} within {output['max_value_error']:.2g} of their size{limit}")
     if detections := parity.get("detections"):
-        if detections["torch"] or detections[runtime]:
+        if not finds_nothing(parity):
             parts.append(f"{detections['torch']} detections in PyTorch, {detections[runtime]} in {runtime}")
             parts.append(f"{detections['unmatched']} unmatched")
         else:
@@ -207,6 +207,12 @@ def summary(parity: dict[str, Any]) -> str:
         if (found := parity.get(metric)) is not None
     ]
     return f"{parity['images']} images: {', '.join(parts)}"
+
+
+def finds_nothing(parity: dict[str, Any]) -> bool:
+    """Tell whether there was no detection on any image, neither in PyTorch nor in the runtime."""
+    detections = parity.get("detections")
+    return detections is not None and not (detections["torch"] or detections[parity["runtime"]])
 
 
 def _limit(value: float | None) -> str:

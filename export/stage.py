@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from compress import manifest
-from compress.errors import CheckpointError, ExportError
+from compress.errors import CheckpointError, DataError, ExportError
+from compress.settings import check_imgsz
 
 PARITY = "parity.json"
 # Beside the size that was asked for, a dynamic artefact is proven on one that is wider by this: all strides divide it.
@@ -39,6 +40,29 @@ def require_detector(model: Path) -> None:
 
     if (task := task_of(load_deployable(model))) != "detect":
         raise CheckpointError(f"{model} is of the task '{task}', this export is for detectors: use export.onnx or ncnn")
+
+
+def check_model(model: Path, imgsz: int, scored_on: Path | None = None) -> None:
+    """Check that a checkpoint can be exported at an image size, px, and be scored on a data set.
+
+    Raises:
+        CheckpointError: it is missing, or of a task that cannot be exported.
+        SettingsError: the size does not fit its stride.
+        DataError: the data set has another number of classes.
+    """
+    from compress.checkpoint import load_deployable
+
+    require(model)
+    network: Any = load_deployable(model)
+    check_imgsz(imgsz, int(max(network.stride)))
+    if scored_on is not None:
+        from compress.data.dataset import class_names
+
+        classes = len(class_names(scored_on))
+        if len(network.names) != classes:
+            raise DataError(
+                f"{model} predicts {len(network.names)} classes, {scored_on} has {classes}: give the data it learned"
+            )
 
 
 def metadata(network: Any, model: Path, imgsz: int, args: dict[str, Any], batch: int = 1) -> dict[str, Any]:
@@ -98,6 +122,8 @@ def prove(artefact: Path, make: Callable[[Path], object], check: Callable[[Path]
         record = check(unproven)
         if not record["passed"]:
             replace(unproven, rejected)
+            if parity.finds_nothing(record):  # the boxes of such a model are noise, which no exporter can mend
+                remedy = "train or fine-tune the model first, or give --data that it was trained on"
             raise ExportError(
                 f"{artefact.name} does not equal PyTorch on {parity.summary(record)}: "
                 f"{', '.join(parity.failures(record))}; kept as {rejected.name}: {remedy}"
@@ -180,6 +206,7 @@ def run_stage(
     output: Path,
     export: Callable[[], dict[str, Any]],
     artefact: Callable[[str], str],
+    check: Callable[[Path], None],
 ) -> dict[str, Any]:
     """Run an export as a stage: skipped when finished and unchanged, with a manifest written last.
 
@@ -191,6 +218,7 @@ def run_stage(
         output: the stage's folder.
         export: writes everything into `output` and returns the content of `parity.json`.
         artefact: the file or the folder that `export` writes for the model of a name, relative to `output`.
+        check: called with each checkpoint, meets mistakes before anything is written or moved aside.
 
     Returns:
         The content of `parity.json`.
@@ -206,6 +234,8 @@ def run_stage(
         if manifest.is_finished(output, stage, config, parents):
             print(f"{stage}: finished before, unchanged: {output}")
             return manifest.read_json(output / PARITY)
+        for path in models.values():
+            check(path)
         manifest.begin(output, stage, config, parents)
         records = export()
         files = [name for model in models for name in _files(output, artefact(model))]

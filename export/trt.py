@@ -343,7 +343,7 @@ def main(
     calibration: Annotated[
         str | None, typer.Option(help="data set whose train split calibrates int8; --data's")
     ] = None,
-    target: Annotated[str, typer.Option(help="local, or ssh://[user@]host[:port]")] = "local",
+    target: Annotated[str, typer.Option(help="local, or ssh://\\[user@]host[:port]")] = "local",
     python: Annotated[str | None, typer.Option(help="interpreter of the target that sees TensorRT")] = None,
     flavour: Annotated[str, typer.Option(help="tensorrt, tensorrt_rtx, or auto: what the target has")] = "auto",
     precision: Annotated[str, typer.Option(help="fp32, tf32, fp16, bf16 or int8")] = "fp16",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
+from rich.text import Text
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "torchvision", "ultralytics", "onnx", "onnxruntime", "matplotlib", "tensorrt", "tensorrt_rtx")
@@ -56,6 +59,15 @@ def test_help_needs_no_heavy_library(command: str) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_shown_as_it_is_written(command: str) -> None:
+    top = typer.main.get_command(importlib.import_module(command).app)
+    for parameter in (parameter for one in (top, *getattr(top, "commands", {}).values()) for parameter in one.params):
+        text = getattr(parameter, "help", None) or ""
+        assert Text.from_markup(text).plain == text.replace("\\[", "["), "brackets are markup: write \\\\["
+        assert not set("[].") & set(getattr(parameter, "metavar", None) or ""), "the usage has its own brackets"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_unknown_option_is_named(command: str) -> None:
     done = start(command, "--no-such-option")
     assert done.returncode == 2
@@ -63,7 +75,7 @@ def test_unknown_option_is_named(command: str) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, "scripts.cifar10", "scripts.studies.properties"])
 def test_a_python_without_packages_is_one_line(command: str) -> None:
     done = start_bare(command)
     assert (done.returncode, done.stdout) == (2, "")

@@ -39,7 +39,8 @@ head:
 # The command as it is, with a benchmark of half a second in place of one for people.
 PIPELINE = """
 import runpy, sys
-from benchmark import turns
+from benchmark import latency, turns
+latency.noise = lambda *_: []  # whatever else runs meanwhile
 turns.MODES["quick"] = turns.Mode(20, 0.2, 0.05, "for tests")
 turns.WARM_UP_CAP_S = 0.3
 sys.argv[0] = "compress.run"
@@ -114,6 +115,7 @@ def test_the_pipeline_runs_to_its_end(finished: subprocess.CompletedProcess[str]
     assert finished.returncode == 0, finished.stderr
     assert [stage for stage in STAGES if (home / "runs" / "tiny" / stage / manifest.MANIFEST).exists()] == STAGES
     for line in (
+        r"train: begins in runs/tiny/01_train \(1 epochs\)",
         r"train: runs/tiny/01_train/model\.pt \(1 epochs, val mAP50-95 0\.\d{3}\)",
         r"sparsify: runs/tiny/02_sparsify/model\.pt \(1 epochs, .*\)",
         r"prune: runs/tiny/03_prune/model\.pt \(\d\d\.\d% of the MACs kept, oracle error .*\)",
@@ -213,6 +215,32 @@ def test_a_second_start_finds_everything_finished(finished, home: Path, start) -
     assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == STAGES  # nothing moved aside
 
 
+def test_a_noisy_latency_is_measured_again_and_nothing_else(finished, home: Path, start, monkeypatch) -> None:
+    folder = home / "runs" / "tiny" / "06_benchmark"
+    quiet, scored = json.loads((folder / "latency.json").read_text()), (folder / "accuracy.json").stat().st_mtime_ns
+    noisy = {**quiet, "noisy": True, "noise": ["a compiler ran"]}
+    (folder / "latency.json").write_text(json.dumps(noisy))
+    record = json.loads((folder / manifest.MANIFEST).read_text())
+    record["files"]["latency.json"] = manifest.sha256_file(folder / "latency.json")
+    (folder / manifest.MANIFEST).write_text(json.dumps(record))
+
+    monkeypatch.setattr("benchmark.latency.measure", lambda *_, **__: noisy)
+    code, out, err = start(home, "seed=3")
+    assert (code, err) == (0, "")
+    assert "benchmark: the latency measured before is noisy, it is measured again: runs/tiny/06_benchmark\n" in out
+    remark = "the measurement is noisy (a compiler ran): end what else runs there, and run the same command again"
+    assert out.splitlines()[-2:] == [remark, "report: runs/tiny/report.html"]
+
+    monkeypatch.setattr("benchmark.latency.measure", lambda *_, **__: quiet)
+    out = start(home, "seed=3")[1]
+    assert "it is measured again" in out
+    assert "the measurement is noisy" not in out
+    assert "benchmark: finished before, unchanged" in start(home, "seed=3")[1]
+    assert json.loads((folder / "latency.json").read_text()) == quiet
+    assert (folder / "accuracy.json").stat().st_mtime_ns == scored
+    assert not folder.with_name("06_benchmark.1").exists()
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(place: Path, start, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     before = sorted(place.rglob("*"))
@@ -233,6 +261,19 @@ def test_a_dry_run_of_a_model_that_does_not_know_the_classes_yet(place: Path, st
     assert (code, err) == (0, "")
     assert "does not know these classes yet: this plan goes by bn" in out
     assert "plan: macs 0.6" in out
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("data=none.yaml", "none.yaml does not exist"),
+        ("imgsz=80", "imgsz 80 must be a multiple of the model's stride 32: use 64"),
+    ],
+)
+def test_a_dry_run_meets_the_mistakes_of_the_run(place: Path, start, word: str, message: str) -> None:
+    code, _, err = start(place, "--dry-run", word)
+    assert (code, err.count("\n")) == (2, 1)
+    assert message in err
 
 
 # Mistakes.
@@ -266,6 +307,14 @@ def no_images(place: Path) -> list[str]:
     return ["--data", "data.yaml"]
 
 
+def no_test_split(place: Path) -> list[str]:
+    source = Path(yaml.safe_load((place / "tiny.yaml").read_text())["data"])
+    content = yaml.safe_load(source.read_text())
+    root = (source.parent / content.get("path", ".")).resolve()
+    (place / "data.yaml").write_text(yaml.safe_dump({**content, "path": str(root), "test": None}))
+    return ["--data", "data.yaml"]
+
+
 def another_version(place: Path) -> list[str]:
     (place / "runs" / "tiny").mkdir(parents=True)
     (place / "runs" / "tiny" / "run.json").write_text('{"schema": 2, "status": "finished"}')
@@ -295,6 +344,7 @@ def words(*given: str) -> Callable[[Path], list[str]]:
         (corrupt_weights, "corrupt.pt cannot be opened: it is damaged"),
         (evil_weights, f"evil.pt is not a plain model: opening it would import {os.name}.system; refused"),
         (no_images, "data.yaml: 'train' holds no images"),
+        (no_test_split, "data.yaml has no 'test' split: add the folder of its images"),
         (another_version, "runs/tiny/run.json has schema 2, this version reads schema 1: choose another folder"),
         (another_stage_version, "runs/tiny/01_train/manifest.json has schema 2, this version reads schema 1"),
         (foreign_folder, "runs/tiny/01_train is not empty and holds no stage of Espalier"),

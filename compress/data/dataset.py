@@ -137,6 +137,26 @@ def keypoints(data: Path) -> list[int] | None:
     return shape
 
 
+def require_polygons(data: Path) -> None:
+    """Check that the labels are polygons, of which a model learns masks or oriented boxes.
+
+    Raises:
+        DataError: a label file holds upright boxes only; the message names it.
+    """
+    of_boxes = keypoints(data) is not None  # what is behind the box there, Ultralytics drops for another task
+    for split in ("train", "val"):
+        found = images(data, split)
+        for image in found[:: -(-len(found) // _CHECKED_LABELS)]:
+            path = label_file(image)
+            text = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
+            lengths = [len(line.split()) for line in text.splitlines() if line.strip()]
+            if lengths and (of_boxes or max(lengths) < 1 + 2 * 3):
+                raise DataError(
+                    f"{path} holds upright boxes, this model learns from polygons (class x1 y1 x2 y2 …): give a data "
+                    "set with polygons, or a model to detect"
+                )
+
+
 def label_file(image: Path) -> Path:
     """Return where Ultralytics looks for the labels of an image: the last `images` folder read as `labels`."""
     parts = list(image.parts)
@@ -244,10 +264,16 @@ def _check_labels(files: list[Path], classes: int, points: list[int] | None, whe
         path = label_file(image)
         if path.is_file():
             lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+            lengths = set()
             for number, line in enumerate(lines, 1):
-                if line.strip():
-                    check_label(line.split(), classes, points, f"{path}:{number}")
+                if fields := line.split():
+                    check_label(fields, classes, points, f"{path}:{number}")
+                    lengths.add(len(fields))
                     objects += 1
+            if points is None and min(lengths, default=5) == 5 < max(lengths, default=5):
+                raise DataError(  # Ultralytics would train without this image
+                    f"{path} mixes boxes and polygons: write one kind of label in a file"
+                )
     if not objects:
         raise DataError(
             f"{where}: none of its {len(files)} images has a labelled object: labels belong in {label_file(files[0])} …"

@@ -9,13 +9,18 @@ from compress.errors import SettingsError
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping with the safe loader.
+    """Read a YAML mapping with the safe loader; `configs/…` that is not below the current folder is Espalier's own.
 
     Raises:
         SettingsError: the file is missing, is not YAML, or is not a mapping.
     """
     import yaml
 
+    import configs
+
+    own = Path(configs.__file__).parents[1] / path
+    if path.parts[:1] == ("configs",) and not path.exists() and own.is_file():
+        path = own
     try:
         content = _parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

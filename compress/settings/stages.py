@@ -89,6 +89,19 @@ def _times(value: Any) -> Any:
     return float(found[1]) if found else value
 
 
+def _such_as(pattern: str, example: str) -> BeforeValidator:
+    """Return a check that a value is text of a form, which its message shows by an example."""
+
+    def check(value: Any) -> Any:
+        import re
+
+        if not isinstance(value, str) or not re.fullmatch(pattern, value):
+            raise ValueError(f"must be such as {example}, got {value!r}")
+        return value
+
+    return BeforeValidator(check)
+
+
 class Prune(Strict):
     """How much to remove (one of `TARGETS`), by which importance, under which budget.
 
@@ -100,16 +113,12 @@ class Prune(Strict):
     params: Share | None = Field(
         default=None, description="parameters of the pruned model as a share of the dense model's"
     )
-    latency: str | None = Field(
-        default=None, pattern=r"^\d+(\.\d+)?\s*(ms|M)$", description="such as 12ms, or 120M instructions"
-    )
+    latency: Annotated[str, _such_as(r"\d+(\.\d+)?\s*(ms|M)", "12ms, or 120M for instructions")] | None = None
     speedup: Annotated[float, BeforeValidator(_times), Field(gt=1.0)] | None = Field(
         default=None, description="dense latency over that of the pruned model, such as 2x"
     )
-    memory: str | None = Field(
-        default=None,
-        pattern=r"^\d+(\.\d+)?\s*[kMG]i?B$",
-        description="with latency or speedup: weights and peak, such as 8MB",
+    memory: Annotated[str, _such_as(r"\d+(\.\d+)?\s*[kMG]i?B", "8MB")] | None = Field(
+        default=None, description="with latency or speedup: weights and peak"
     )
     device: str = Field(default="cpu", description="of latency and speedup: where the model will run")
     host: str | None = Field(default=None, description="of latency and speedup: how the device is reached")

@@ -188,12 +188,14 @@ def test_host_and_interpreter_are_those_of_the_device_or_given(tmp_path: Path, m
     with pytest.raises(Exception, match="cpu is this machine: leave out --host and --python"):
         place("cpu", "host")
     monkeypatch.setenv("ESPALIER_CACHE", str(tmp_path))
-    with pytest.raises(Exception, match=r"ssh_config does not exist: run scripts/emulated_arm\.sh up"):
+    with pytest.raises(Exception, match=r"ssh_config does not exist: run bash scripts/emulated_arm\.sh up"):
         place("arm-emulated")
     config = tmp_path / "emulated-arm" / "ssh_config"
     config.parent.mkdir()
     config.touch()
-    assert place("arm-emulated") == Ssh("espalier-arm", None, "/opt/espalier/bin/python-count", config)
+    python, setup = "/opt/espalier/bin/python-count", "bash scripts/emulated_arm.sh up"
+    assert place("arm-emulated") == Ssh("espalier-arm", None, python, config, setup)
+    assert place("arm-emulated", "other") == Ssh("other", None, python)
 
 
 def test_a_runtime_of_this_machine_alone_is_refused_elsewhere() -> None:

@@ -408,11 +408,11 @@ def test_blocks_are_escaped_by_hand_computed_examples() -> None:
 
 
 def test_the_terminal_shows_the_table_and_no_escape_sequences(capsys: pytest.CaptureFixture[str]) -> None:
-    report.print_table(summary())
+    report.print_table(summary(), record())
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "mAP50-95 0.6030 0.5920 −0.0110" in lines
     assert "onnxruntime 2.00× 1.90–2.10 2.50× 80 %" in lines
-    report.print_table(hostile()[0])
+    report.print_table(*hostile())
     out = capsys.readouterr().out
     assert "\x1b" not in out
     assert "[red]" in "".join(out.split())  # not read as markup

@@ -107,6 +107,12 @@ def test_a_host_that_is_down_is_one_line(sshd: Any) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_machine_that_must_be_started_is_said_to_be(sshd: Any) -> None:
+    with pytest.raises(DeviceError) as caught:
+        transfer.make_folder(Ssh("127.0.0.1", 1, setup="bash emulated.sh up"))
+    assert str(caught.value).endswith("Connection refused): start it with: bash emulated.sh up")
+
+
 def test_a_key_that_is_refused_is_one_line(sshd: Any, tmp_path: Path) -> None:
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / "other")], check=True)
     config = tmp_path / "config"

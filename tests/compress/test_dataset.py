@@ -115,6 +115,13 @@ def test_a_bad_label_is_named_by_file_and_line(data, line, message):
     assert f"{label}:3" in str(caught.value)
 
 
+def test_a_file_that_ultralytics_would_drop_is_refused(data):
+    label = data.parent / "labels" / "val" / "c.txt"
+    label.write_text("1 0.5 0.5 0.1 0.1\n1 0.1 0.1 0.2 0.1 0.2 0.2\n")
+    with pytest.raises(DataError, match=r"c\.txt mixes boxes and polygons: write one kind of label in a file"):
+        resolve(str(data))
+
+
 def test_polygons_are_labels(data):
     (data.parent / "labels" / "val" / "c.txt").write_text("1 0.1 0.1 0.2 0.1 0.2 0.2\n")
     assert resolve(str(data)) == data

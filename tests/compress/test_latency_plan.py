@@ -52,7 +52,9 @@ def test_targets_are_read(content: dict, limit: float | None, table: LatencyTabl
         ({"speedup": "twice"}, "speedup"),
         ({"speedup": 2.0, "macs": 0.5}, "exactly one of"),
         ({"macs": 0.5, "memory": "8MB"}, "memory goes with latency or speedup"),
-        ({"speedup": 2.0, "memory": "8 bits"}, "memory"),
+        ({"speedup": 2.0, "memory": "8 bits"}, "must be such as 8MB, got '8 bits'"),
+        ({"latency": "12"}, "must be such as 12ms, or 120M for instructions, got '12'"),
+        ({"latency": 12}, "must be such as 12ms, or 120M for instructions, got 12"),
     ],
 )
 def test_a_target_that_means_nothing_is_refused(content: dict, message: str) -> None:

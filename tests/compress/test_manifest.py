@@ -101,6 +101,33 @@ def test_other_work_is_moved_aside_and_not_lost(folder: Path) -> None:
         assert is_finished(folder.with_name(name), "train", {"epochs": epochs}, PARENTS)
 
 
+@pytest.mark.parametrize(
+    ("stage", "config", "parents", "reason"),
+    [
+        ("train", {"epochs": 4, "batch": 2}, PARENTS, "another batch, budget, epochs"),
+        ("train", {**CONFIG, **dict.fromkeys("abcde", 0)}, PARENTS, "another a, b, c, d …"),
+        ("train", CONFIG, {**PARENTS, "teacher": "x"}, "another teacher"),
+        ("prune", CONFIG, PARENTS, "stage 'train'"),
+        ("train", CONFIG, PARENTS, "its files were changed"),
+    ],
+)
+def test_where_other_work_went_is_said(folder: Path, capsys, stage: str, config: dict, parents: dict, reason) -> None:
+    work(folder)
+    assert capsys.readouterr().out == ""
+    begin(folder, stage, config, parents)
+    moved = folder.with_name("stage.1")
+    assert capsys.readouterr().out == f"{stage}: {folder} held other work ({reason}), which is now {moved}\n"
+
+
+@pytest.mark.parametrize("record", ["{", "[]", '{"stage": "train"}'])
+def test_other_work_of_a_damaged_record_is_moved_aside_too(folder: Path, capsys, record: str) -> None:
+    work(folder)
+    (folder / MANIFEST).write_text(record)
+    begin(folder, "train", CONFIG, PARENTS)
+    assert "(its record is damaged)" in capsys.readouterr().out
+    assert (folder.with_name("stage.1") / MANIFEST).read_text() == record
+
+
 def test_a_free_name_is_found_beside_other_folders(folder: Path) -> None:
     work(folder)
     folder.with_name("stage.1").mkdir()

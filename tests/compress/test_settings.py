@@ -265,6 +265,18 @@ def test_every_pipeline_loads(path: Path, monkeypatch) -> None:
     assert path.read_text(encoding="utf-8").startswith("# ")  # the command that runs it
 
 
+def test_our_own_files_are_found_from_every_folder(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = load_run(Path("configs/pipelines/demo.yaml"), [])
+    assert (run.name, run.prune.budget.multiple_of) == ("demo", 16)  # its budget is configs/budgets/…
+    (tmp_path / "configs" / "pipelines").mkdir(parents=True)
+    (tmp_path / "configs" / "pipelines" / "demo.yaml").write_text("name: [")
+    with pytest.raises(SettingsError, match=r"^configs/pipelines/demo\.yaml is not valid YAML"):
+        load_run(Path("configs/pipelines/demo.yaml"), [])
+    with pytest.raises(SettingsError, match=r"^configs/none\.yaml does not exist"):
+        load_budget(Path("configs/none.yaml"))
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/budgets/*.yaml")), ids=lambda path: path.name)
 def test_every_budget_loads(path: Path) -> None:
     assert load_budget(path).source  # where its rule comes from

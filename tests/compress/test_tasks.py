@@ -28,7 +28,7 @@ PRUNE = Prune(macs=0.7, importance="taylor", budget=Budget(multiple_of=2, min_wi
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("sets")
-    tasks: tuple[drawn.Task, ...] = ("segment", "pose", "obb", "classify")
+    tasks: tuple[drawn.Task, ...] = ("detect", "segment", "pose", "obb", "classify")
     return {task: generate(folder / task, Shapes(8, 8, 1, 64, task=task)) for task in tasks}
 
 
@@ -128,6 +128,9 @@ def test_data_of_another_task_is_refused(
         ("classify", "obb", "is a model to classify, .* is no data set for it: give a folder"),
         ("obb", "classify", "is a model to detect, .* is no data set for it: give its .yaml"),
         ("pose", "obb", "has no 'kpt_shape': a pose model needs a data set with key points"),
+        ("segment", "pose", r"000000\.txt holds upright boxes, this model learns from polygons .*: give a data set"),
+        ("segment", "detect", r"000000\.txt holds upright boxes, this model learns from polygons .*: give a data set"),
+        ("obb", "detect", r"000000\.txt holds upright boxes, this model learns from polygons .*: give a data set"),
     ):
         cfg = tmp_path / f"{task}.yaml"
         cfg.write_text(yaml.safe_dump(architectures[task]))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -324,6 +325,32 @@ def test_mistakes_are_one_line(
     assert message in error
     assert len(error.splitlines()) == 1
     assert not list(tmp_path.glob("out/*.onnx"))
+
+
+def test_mistakes_leave_what_is_there(
+    run: Any, detector: Path, world: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What an earlier export left is not moved aside by one that cannot begin."""
+    data = shutil.copytree(data.parent, tmp_path / "data") / data.name
+    right = {"--model": detector, "--data": data, "--imgsz": "64", "--output": tmp_path / "out", "--parity-images": 1}
+    assert run(*(word for pair in right.items() for word in pair)) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    other = data.with_name("other.yaml")
+    other.write_text(data.read_text("utf-8").replace("names:", "names: {0: a}\nold:"), "utf-8")
+    labels = data.parent / "labels" / "val"
+    labels.mkdir(parents=True, exist_ok=True)
+    for image in (data.parent / "images" / "val").iterdir():
+        (labels / f"{image.stem}.txt").write_text("0 0.5 0.5 0.5 0.5\n")
+    for wrong, message in (
+        ({"--imgsz": 100}, "imgsz 100 must be a multiple of the model's stride 32: use 96"),
+        ({"--model": world}, "has a WorldDetect head"),
+        ({"--data": other, "--parity-map": None}, "predicts 3 classes, "),
+    ):
+        words = [word for pair in {**right, **wrong}.items() for word in pair if word is not None]
+        assert run(*words) == 2
+        assert message in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert not (tmp_path / "out.1").exists()
 
 
 def test_damaged_files_are_one_line(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -307,6 +308,17 @@ def test_mistakes_are_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+def test_data_of_other_classes_is_met_before_the_work(
+    run: Any, detector: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels(data)
+    other = shutil.copytree(data.parent, tmp_path / "data") / data.name
+    other.write_text(data.read_text("utf-8").replace("names:", "names: {0: a}\nold:"), "utf-8")
+    assert run("--model", detector, "--data", other, "--imgsz", 64, "--output", tmp_path / "out") == 2
+    assert f"{detector} predicts 3 classes, {other} has 1: give the data it learned" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def labels(data: Path) -> None:
