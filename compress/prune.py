@@ -164,9 +164,11 @@ def prune(model: Path, data: Path, settings: Prune, imgsz: int, seed: int, outpu
         from compress.data.dataset import sample_images
         from compress.pruning.oracle import check_oracle
         from compress.pruning.plan import save_plan
-        from compress.pruning.repair import recalibrate_batch_norm
+        from compress.pruning.repair import kept, repair_batch_norm
         from compress.pruning.surgery import apply_plan
+        from compress.training.mean_ap import val_scorer
 
+        repaired = None
         dense, rounds = checkpoint.load_model(model), []
         if settings.by_latency:
             from compress.latency.measured import plan_measured
@@ -179,13 +181,17 @@ def prune(model: Path, data: Path, settings: Prune, imgsz: int, seed: int, outpu
         if settings.recalibrate_images:
             _warn_of_other_size(model, imgsz)
             sample = sample_images(data, "train", settings.recalibrate_images, seed)
-            recalibrate_batch_norm(pruned, sample, imgsz)
+            score = val_scorer(pruned, data, imgsz, seed)
+            if repaired := repair_batch_norm(pruned, sample, imgsz, score):
+                print(f"prune: {kept(repaired)}")
         manifest.begin(output, "prune", config, parents)
         save_plan(planned.plan, output / PLAN)
         checkpoint.save_model(pruned, result, {**checkpoint.load_training_args(model), "imgsz": imgsz})
         metrics = {**planned.metrics(), "oracle_error": error}
         if rounds:
             metrics["latency"]["measured"] = rounds
+        if repaired:
+            metrics["batch_norm_map50_95"] = repaired
         manifest.finish(output, "prune", config, parents, [MODEL, PLAN], metrics, seed)
     before, after = metrics["macs"]
     print(f"prune: {result} ({after / before:.1%} of the MACs kept, oracle error {error:.1e})")

@@ -21,8 +21,8 @@ def sparsify(
 ) -> Path:
     """Train with a penalty on the γ of prunable channels and return the checkpoint, `output/model.pt`.
 
-    The last epoch's weights are kept: their γ are the sparsest. Their batch-norm statistics, which lagged behind the
-    shrinking γ, are estimated anew. Watch `output/tensorboard`.
+    The last epoch's weights are kept: their γ are the sparsest. Their batch-norm statistics, which may lag behind
+    shrinking γ, are estimated anew, and kept where they are better. Watch `output/tensorboard`.
 
     Args:
         cut: what will be pruned afterwards; with `settings.fade` its channels are chosen early and faded out, and with
@@ -31,10 +31,13 @@ def sparsify(
 
     def repair(trained: Any) -> None:
         from compress.data.dataset import sample_images
-        from compress.pruning.repair import recalibrate_batch_norm
+        from compress.pruning.repair import kept, repair_batch_norm
+        from compress.training.mean_ap import val_scorer
 
         sample = sample_images(data, "train", _REPAIR_IMAGES, common.seed)
-        recalibrate_batch_norm(trained, sample, common.imgsz)
+        score = val_scorer(trained, data, common.imgsz, common.seed)
+        if repaired := repair_batch_norm(trained, sample, common.imgsz, score):
+            print(f"sparsify: {kept(repaired)}")
 
     share = _share(model, settings, cut, common) if settings.sr == AUTO else None
     fade = cut.model_dump(mode="json", exclude_none=True) if cut and settings.fade else None

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from compress.checkpoint import task_of
 from compress.errors import DataError, SettingsError
 from compress.tasks import LETTERS, map_key, validator_of
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _BATCH = 16
+_VAL_IMAGES = 128
 
 
 def sample_images(data: Path, split: str, count: int, seed: int = 0) -> list[Path]:
@@ -46,7 +48,7 @@ def scorer(model: nn.Module, data: Path, chosen: list[Path], imgsz: int) -> Call
     """
     from ultralytics.cfg import get_cfg
 
-    from compress.checkpoint import quiet, task_of
+    from compress.checkpoint import quiet
     from compress.data.dataset import class_names
     from compress.pruning.taylor import labelled
 
@@ -75,6 +77,16 @@ def scorer(model: nn.Module, data: Path, chosen: list[Path], imgsz: int) -> Call
             return float(validator.get_stats()[map_key(task)])
 
     return measure
+
+
+def val_scorer(model: nn.Module, data: Path, imgsz: int, seed: int = 0) -> Callable[[nn.Module], float] | None:
+    """Return what measures mAP50-95 on some images of the val split; None where the model has none there."""
+    if task_of(model) not in LETTERS:
+        return None
+    try:
+        return scorer(model, data, sample_images(data, "val", _VAL_IMAGES, seed), imgsz)
+    except DataError:  # classes of other data, or no labels: what needs images alone still works
+        return None
 
 
 def _validator(task: str, files: Any, names: dict[int, str], network: nn.Module, imgsz: int, scratch: Path) -> Any:
