@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from benchmark import runtimes
-from benchmark.transports import Adb, Transport
+from benchmark.transports import Adb, Local, Transport
 from compress import checkpoint
 from compress.settings import Export, ExportTrt
 
@@ -78,6 +79,20 @@ def export(model: nn.Module, name: str, wanted: Wanted, folder: Path, place: Tra
     finally:
         source.unlink()
     return graph if kind == "onnxruntime" else _build(graph, wanted, folder / name, place)
+
+
+def export_here(networks: Mapping[str, nn.Module], wanted: Wanted, folder: Path) -> dict[str, dict[str, Path]]:
+    """Export networks for this machine and return their files by name and runtime, as `latency.measure` takes them.
+
+    Args:
+        networks: by names that are file names too.
+
+    Raises:
+        ExportError: as `export`.
+    """
+    return {
+        name: {wanted.runtime: export(network, name, wanted, folder, Local())} for name, network in networks.items()
+    }
 
 
 def _build(graph: Path, wanted: Wanted, folder: Path, place: Transport) -> Path:

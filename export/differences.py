@@ -37,41 +37,8 @@ def differences_of(facts: dict[str, Any], suppression: dict[str, Any] | None, sl
 
 
 @dataclass
-class _Tensors:
-    """What the boxes and scores in the raw tensors of all images differ by."""
-
-    max_box_error_px: float = 0.0
-    max_score_error: float = 0.0
-    box_squares: float = 0.0
-    box_sides: int = 0
-    score_squares: float = 0.0
-    reference_squares: float = 0.0
-
-    def add_boxes(self, expected: np.ndarray, actual: np.ndarray) -> None:
-        error = np.abs(actual - expected)
-        self.max_box_error_px = max(self.max_box_error_px, float(error.max(initial=0.0)))
-        self.box_squares += _sum_of_squares(error)
-        self.box_sides += error.size
-
-    def add_scores(self, expected: np.ndarray, actual: np.ndarray) -> None:
-        error = np.abs(actual - expected)
-        self.max_score_error = max(self.max_score_error, float(error.max(initial=0.0)))
-        self.score_squares += _sum_of_squares(error)
-        self.reference_squares += _sum_of_squares(expected)
-
-    def record(self, shape: tuple[int, ...]) -> dict[str, Any]:
-        return {
-            "shape": list(shape),
-            "max_box_error_px": self.max_box_error_px,
-            "max_score_error": self.max_score_error,
-            "box_rms_error_px": (self.box_squares / max(self.box_sides, 1)) ** 0.5,
-            "score_rms_error": (self.score_squares / max(self.reference_squares, 1e-12)) ** 0.5,
-        }
-
-
-@dataclass
 class _Values:
-    """What values of one kind, neither boxes nor scores, differ by in all images."""
+    """What values of one kind differ by in all images."""
 
     max_error: float = 0.0
     error_squares: float = 0.0
@@ -92,6 +59,24 @@ class _Values:
             "max_error": self.max_error,
             "max_value_error": self.max_error / size,
             "value_rms_error": (self.error_squares / max(self.count, 1)) ** 0.5 / size,
+        }
+
+
+@dataclass
+class _Tensors:
+    """What the boxes and scores in the raw tensors of all images differ by."""
+
+    boxes: _Values = field(default_factory=_Values)
+    scores: _Values = field(default_factory=_Values)
+
+    def record(self, shape: tuple[int, ...]) -> dict[str, Any]:
+        boxes, scores = self.boxes, self.scores
+        return {
+            "shape": list(shape),
+            "max_box_error_px": boxes.max_error,
+            "max_score_error": scores.max_error,
+            "box_rms_error_px": (boxes.error_squares / max(boxes.count, 1)) ** 0.5,
+            "score_rms_error": (scores.error_squares / max(scores.reference_squares, 1e-12)) ** 0.5,
         }
 
 
@@ -152,16 +137,16 @@ class Detections:
             first, second = rows
             if self.suppression is None:
                 # Sorted scores compare by position even where rows swap, and even where nothing is detected.
-                self.tensors.add_scores(expected[0][..., 4], actual[0][..., 4])
+                self.tensors.scores.add(expected[0][..., 4], actual[0][..., 4])
             else:
-                self.tensors.add_scores(first[:, 4], second[:, 4])
-            self.tensors.add_boxes(first[:, :4], second[:, :4])
+                self.tensors.scores.add(first[:, 4], second[:, 4])
+            self.tensors.boxes.add(first[:, :4], second[:, :4])
             extras = first[:, 6:].T, second[:, 6:].T
         else:
             first, second = expected[0][0], actual[0][0]
             behind = 4 + self.facts["classes"]
-            self.tensors.add_scores(first[4:behind], second[4:behind])
-            self.tensors.add_boxes(first[:4], second[:4])
+            self.tensors.scores.add(first[4:behind], second[4:behind])
+            self.tensors.boxes.add(first[:4], second[:4])
             extras = first[behind:], second[behind:]
         for name, wanted in self._kinds(len(extras[0])).items():
             self.others.setdefault(name, _Values()).add(extras[0][wanted], extras[1][wanted])
@@ -218,7 +203,7 @@ class Classes:
         """Compare the outputs for one image."""
         first, second = expected[0][0], actual[0][0]
         self.shape = actual[0].shape
-        self.tensors.add_scores(first, second)
+        self.tensors.scores.add(first, second)
         self.images += 1
         # Where two classes are as likely, either may win.
         self.other_class += bool(first.max() - first[second.argmax()] > 2 * self.slack)

@@ -11,7 +11,6 @@ from torch import nn
 from benchmark import latency, variants
 from benchmark.accuracy import evaluate
 from benchmark.profile import profile
-from benchmark.transports import Local
 from compress import checkpoint, manifest
 from compress.channels.graph import build_graph
 from compress.data.dataset import sample_images
@@ -165,10 +164,8 @@ def measured(study: Study, runtime: str, path: Path, dense: Path) -> dict[str, A
     if not file.exists():
         wanted = study.wanted(runtime)
         with tempfile.TemporaryDirectory() as scratch:
-            files = {
-                name: {runtime: variants.export(network, name, wanted, Path(scratch), Local())}
-                for name, network in (("dense", checkpoint.load_model(dense)), ("cut", model))
-            }
+            networks = {"dense": checkpoint.load_model(dense), "cut": model}
+            files = variants.export_here(networks, wanted, Path(scratch))
             record = quietly_measured(study, files, "quick")
         cells, comparison = {cell["model"]: cell for cell in record["cells"]}, record["comparisons"][0]
         content = {
@@ -187,10 +184,7 @@ def interleaved(study: Study, runtime: str, tuned: dict[str, nn.Module], dense: 
     wanted = study.wanted(runtime)
     with tempfile.TemporaryDirectory() as scratch:
         named = {"dense": checkpoint.load_model(dense), **{key[:16]: network for key, network in tuned.items()}}
-        files = {
-            name: {runtime: variants.export(network, name, wanted, Path(scratch), Local())}
-            for name, network in named.items()
-        }
+        files = variants.export_here(named, wanted, Path(scratch))
         record = quietly_measured(study, files, "standard")
     cells = {cell["model"]: cell for cell in record["cells"]}
     found = {comparison["model"]: comparison for comparison in record["comparisons"]}

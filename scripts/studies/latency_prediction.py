@@ -25,7 +25,6 @@ from torch import nn
 from benchmark import latency, variants
 from benchmark.observe import Wanted
 from benchmark.profile import profile
-from benchmark.transports import Local
 from compress import manifest
 from compress.channels.graph import Graph
 from compress.checkpoint import load_model
@@ -102,12 +101,9 @@ def measure(case: Case, networks: list[np.ndarray], folder: Path) -> list[dict[s
 
 def _measure_together(case: Case, networks: list[np.ndarray]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        models = {"dense": variants.export(case.model, "dense", case.wanted, folder, Local())}
-        for number, widths in enumerate(networks):
-            network = variants.cut(case.model, case.graph, widths)
-            models[f"plan{number}"] = variants.export(network, f"plan{number}", case.wanted, folder, Local())
-        files = {name: {case.runtime: path} for name, path in models.items()}
+        cuts = [variants.cut(case.model, case.graph, widths) for widths in networks]
+        models = {"dense": case.model, **{f"plan{number}": network for number, network in enumerate(cuts)}}
+        files = variants.export_here(models, case.wanted, Path(scratch))
         record = latency.measure(files, imgsz=case.imgsz, threads=1, mode=case.mode)
     for cell in record["cells"]:
         del cell["samples_ms"]

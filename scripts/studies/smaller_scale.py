@@ -24,7 +24,6 @@ from benchmark import latency, variants
 from benchmark.accuracy import evaluate
 from benchmark.observe import Wanted
 from benchmark.profile import profile
-from benchmark.transports import Local
 from compress import checkpoint, manifest
 from compress.channels.graph import build_graph
 from compress.data.dataset import class_names, resolve
@@ -122,10 +121,7 @@ def architecture(start: str, classes: int) -> nn.Module:
 def measured(networks: dict[str, nn.Module], wanted: Wanted, mode: str) -> dict[str, Any]:
     """Measure networks in turns; the first one is what the others are compared with."""
     with tempfile.TemporaryDirectory() as scratch:
-        files = {
-            name: {wanted.runtime: variants.export(network, f"model{number}", wanted, Path(scratch), Local())}
-            for number, (name, network) in enumerate(networks.items())
-        }
+        files = variants.export_here(networks, wanted, Path(scratch))
         return latency.measure(files, imgsz=wanted.imgsz, threads=wanted.threads, mode=mode)
 
 

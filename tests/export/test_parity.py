@@ -240,9 +240,9 @@ def test_map_is_compared_where_data_is_given(
 
 def test_root_mean_squares_by_hand() -> None:
     tensors = differences._Tensors()
-    tensors.add_boxes(np.array([1.0, 2.0, 3.0]), np.array([1.0, 2.0, 7.0]))
-    tensors.add_boxes(np.array([0.0]), np.array([0.0]))
-    tensors.add_scores(np.array([0.6, 0.8]), np.array([0.6, 0.5]))
+    tensors.boxes.add(np.array([1.0, 2.0, 3.0]), np.array([1.0, 2.0, 7.0]))
+    tensors.boxes.add(np.array([0.0]), np.array([0.0]))
+    tensors.scores.add(np.array([0.6, 0.8]), np.array([0.6, 0.5]))
     assert tensors.record((1, 2)) == {
         "shape": [1, 2],
         "max_box_error_px": 4.0,
