@@ -203,6 +203,8 @@ def benchmark(
     manifest.write_json(folder / "summary.json", summary)
     write_report(summary, record, folder)
     print_table(summary, record)
+    for runtime, path in artefacts["pruned"].items():
+        print(f"pruned, for {runtime}: {path}")
     print(f"report: {folder / 'report.html'}")
     for name in ("latency.json", "accuracy.json"):
         store.add(output / name, prefix=f"{settings.name}/")
