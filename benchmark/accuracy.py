@@ -94,7 +94,8 @@ def _open(model: Path, runtime: str | None, threads: int) -> Network:
         runner, session = open_model(runtimes.runner(runtime) if runtime else own.__name__, str(model), threads)
     except ValueError as error:
         raise BenchmarkError(str(error)) from None
-    return Network(runner.describe(session), lambda images: runner.infer(session, images))
+    facts = runner.describe(session)
+    return Network({**facts, "runtime": runtime or facts["runtime"]}, lambda images: runner.infer(session, images))
 
 
 def _check_fit(model: Path, facts: dict[str, Any], task: str, data: Path, classes: int, imgsz: int) -> None:

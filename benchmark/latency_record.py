@@ -91,6 +91,7 @@ def cell_record(cell: Cell, cost: dict[str, Any], threads: int, imgsz: int, seed
         "precision_executed": facts.get("precision_executed"),
         "providers": facts.get("providers"),
         "memory_format": facts.get("memory_format"),
+        "huge_page_bytes": facts.get("huge_page_bytes"),
         "file": cell.path.name,
         "file_bytes": runtimes.size_bytes(cell.path),
         "model_sha256": runtimes.sha256(cell.path),

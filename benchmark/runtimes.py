@@ -27,7 +27,12 @@ VARIANTS = {
     "onnxruntime-cuda": "onnxruntime",
     "onnxruntime-tensorrt": "onnxruntime",
     "ncnn-vulkan": "ncnn",
+    "torch-hugepages": "torch",
+    "onnxruntime-hugepages": "onnxruntime",
+    "ncnn-hugepages": "ncnn",
 }
+# With it glibc asks Linux for pages of 2 MB. It is read when a process starts, so no runner can ask for it.
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 MODULES = {"onnxruntime": "onnxruntime", "ncnn": "ncnn", "tensorrt": "tensorrt"}  # what a device must import
 NCNN_SUFFIX = "_ncnn_model"  # Ultralytics' ending of such a folder
 SUFFIXES = {".pt": "torch", ".onnx": "onnxruntime", NCNN_SUFFIX: "ncnn", ".engine": "tensorrt"}
@@ -57,6 +62,11 @@ def runner(runtime: str) -> str:
     """
     module, variant = RUNNERS[base(runtime)], runtime[len(base(runtime)) + 1 :]
     return f"{module}:{variant}" if variant else module
+
+
+def environment(runtime: str) -> dict[str, str]:
+    """Return the variables that a process must be started with for a runtime or a variant."""
+    return HUGE_PAGES if runtime.endswith("-hugepages") else {}
 
 
 def suffix(model: Path) -> str | None:

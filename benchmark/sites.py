@@ -148,12 +148,13 @@ def worker(
     numbers = [str(threads), str(imgsz), str(seed), *([] if batch == 1 else [str(batch)])]
     if site.folder is None:
         arguments = programs.own("benchmark.worker", runner, model.resolve(), *numbers)
-        return connect(name, site.place, arguments, programs.own_environment(threads))
+        environment = programs.own_environment(threads) | runtimes.environment(runtime)
+        return connect(name, site.place, arguments, environment)
     number = str(next(site.numbers))
     there = _push_model(site.place, site.folder, number, model)
     slow = COUNTING if site.device.counter else 1
     # What a runtime leaves in its temporary folder goes away with ours.
-    environment = dict.fromkeys(THREAD_VARIABLES, str(threads))
+    environment = dict.fromkeys(THREAD_VARIABLES, str(threads)) | runtimes.environment(runtime)
     environment |= {WATCHDOG: f"{WATCHDOG_S * slow:g}", "TMPDIR": site.folder}
     if site.packages is not None:
         environment["PYTHONPATH"] = site.packages

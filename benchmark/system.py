@@ -89,6 +89,12 @@ def peak_memory_bytes() -> int | None:
     return peak if platform.system() == "Darwin" else peak * 1024
 
 
+def huge_page_bytes() -> int | None:
+    """Return how much of this process's memory lies in transparent huge pages. Null where the kernel does not tell."""
+    found = re.search(r"^AnonHugePages:\s+(\d+) kB", _text(Path("/proc/self/smaps_rollup")) or "", re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
+
+
 def _cpu_model() -> str | None:
     found = re.search(r"^model name\s*:\s*(.+)$", _text(Path("/proc/cpuinfo")) or "", re.MULTILINE)
     board = _text(Path("/proc/device-tree/model"))

@@ -32,13 +32,15 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from benchmark.frames import pack_outputs, unpack_image
-from benchmark.system import energy_uj, peak_memory_bytes
+from benchmark.system import energy_uj, huge_page_bytes, peak_memory_bytes
 
 _CHECKS = 2
 # How long nothing may arrive, before the other side is taken for gone; null where the end of the input tells.
 WATCHDOG = "ESPALIER_WATCHDOG_S"
 # A file that holds the instructions between the last two calls of getppid, where an emulator counts them.
 COUNTER = "ESPALIER_INSTRUCTIONS"
+# A variant of every runtime, which the environment makes: `benchmark.runtimes.HUGE_PAGES`.
+_HUGE_PAGES = "hugepages"
 _GRACE_S = 5.0
 
 
@@ -70,6 +72,8 @@ def serve(arguments: list[str], requests: Callable[[], Any], answer: Callable[..
     for _ in range(_CHECKS):
         _check_shapes(_shapes(runner.infer(session, images)), shapes)
     load_ms = _ms(loaded - start)
+    if runner_name.endswith(f":{_HUGE_PAGES}"):
+        facts.update(runtime=f"{facts['runtime']}-{_HUGE_PAGES}", huge_page_bytes=_huge_pages())
     answer(
         {
             "facts": facts,
@@ -100,6 +104,8 @@ def serve(arguments: list[str], requests: Callable[[], Any], answer: Callable[..
 def open_model(runner: str, model: str, threads: int) -> tuple[Any, Any]:
     """Return the module of MODULE or MODULE:VARIANT, and the session in which it opened a model.
 
+    Huge pages are nothing that a runner does: there it is the runtime itself that is opened.
+
     Raises:
         ValueError: the runtime is not installed, or what `load` of the runner says.
     """
@@ -108,7 +114,18 @@ def open_model(runner: str, model: str, threads: int) -> tuple[Any, Any]:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise ValueError(needs(error.name)) from None
-    return module, module.load(model, threads, variant) if variant else module.load(model, threads)
+    plain = variant in ("", _HUGE_PAGES)
+    return module, module.load(model, threads) if plain else module.load(model, threads, variant)
+
+
+def _huge_pages() -> int:
+    found = huge_page_bytes()
+    if not found:
+        raise ValueError(
+            "runs without huge pages here: they need Linux with glibc 2.35 or newer, and madvise or always in "
+            "/sys/kernel/mm/transparent_hugepage/enabled"
+        )
+    return found
 
 
 def needs(package: str | None) -> str:

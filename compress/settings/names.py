@@ -18,6 +18,9 @@ Variant = Literal[
     "onnxruntime-cuda",
     "onnxruntime-tensorrt",
     "ncnn-vulkan",
+    "torch-hugepages",
+    "onnxruntime-hugepages",
+    "ncnn-hugepages",
 ]
 AUTO = "auto"
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import os
+import platform
 import signal
 import sys
 from datetime import datetime, timedelta
@@ -19,6 +20,10 @@ from benchmark import latency, latency_record, prepare, records, runtimes, sites
 from benchmark.transports import Local
 from compress.devices import load_device
 from compress.errors import BenchmarkError
+
+_THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_GLIBC = platform.libc_ver() >= ("glibc", "2.35") and platform.libc_ver()[0] == "glibc"
+HAS_HUGE_PAGES = _GLIBC and _THP.exists() and "[madvise]" in _THP.read_text()
 
 # A runner whose model files say how to behave. Every inference is logged, so that the order can be checked.
 RUNNER = """
@@ -55,7 +60,7 @@ def infer(session, images):
 
 def describe(session):
     shape = {"64 px": [1, 3, 64, 64], "batch 4": [4, 3, 32, 32]}.get(session["behaviour"])
-    return {"version": "1.2.3", "precision": "fp32", "input_shape": shape}
+    return {"runtime": "fake", "version": "1.2.3", "precision": "fp32", "input_shape": shape}
 """
 
 
@@ -118,6 +123,25 @@ def test_every_cell_has_its_queries_in_the_same_rounds(folder: Path) -> None:
         assert cell["output_shapes"] == [[1, 6, 4]]
         assert cell["cold_start_ms"] >= cell["load_ms"]
     assert json.loads(json.dumps(record)) == record
+
+
+def test_huge_pages_are_those_of_the_variant_alone(folder: Path) -> None:
+    if not HAS_HUGE_PAGES:
+        pytest.skip("this system gives no huge pages to those who ask for them alone")
+    path = model(folder, "a.pt")
+    files = {"torch": path, "torch-hugepages": path}
+    plain, huge = latency.measure({"a": files}, imgsz=32, threads=1, mode="quick")["cells"]
+    assert not plain["huge_page_bytes"]
+    assert huge["huge_page_bytes"] >= 2 << 20
+    assert huge["runtime"] == "torch-hugepages"
+
+
+def test_huge_pages_that_did_not_come_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtimes, "HUGE_PAGES", {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"})
+    if not HAS_HUGE_PAGES:
+        pytest.skip("this system gives huge pages to all or to none")
+    with pytest.raises(BenchmarkError, match=r"^a\.pt on torch-hugepages: runs without huge pages here: they need Lin"):
+        latency.measure({"a": {"torch-hugepages": model(folder, "a.pt")}}, imgsz=32, threads=1, mode="quick")
 
 
 def test_the_model_is_named_by_its_bytes(folder: Path) -> None:
