@@ -16,13 +16,13 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmark import clocks, prepare, runtimes, sites, statistics, store
+from benchmark import clocks, drift, prepare, runtimes, sites, statistics, store
 from benchmark.latency_record import INSTRUCTIONS, Cell, cell_record, compare, noise, others_cores, print_table, profile
 from benchmark.sites import Site
 from benchmark.turns import LEAD_IN, MODES, Show, count_cells, counted_protocol, time_cells, timed_protocol
 from compress import manifest
 from compress.devices import load_device
-from compress.errors import BenchmarkError, SettingsError, run_app
+from compress.errors import BenchmarkError, SettingsError, printable, run_app
 
 SCHEMA = 1
 STAGE = "latency"
@@ -257,10 +257,10 @@ def main(
                 written.append(ACCURACY)
             manifest.finish(output, STAGE, config, parents, written, _metrics(record), seed)
             prepare.clean_up(output, keep_outputs)
-    for name in (RESULT, ACCURACY):
-        if (output / name).is_file():
-            store.add(output / name)
+    rows = [row for name in (RESULT, ACCURACY) if (output / name).is_file() for row in store.add(output / name)]
     print_table(record)
+    if moved := drift.remark(rows):
+        print(printable(moved))
 
 
 def _scores(record: dict[str, Any]) -> dict[str, dict[str, Any]]:

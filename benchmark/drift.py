@@ -1,0 +1,58 @@
+"""Drift: how far the p50 of a file has moved since it was measured before on the same device.
+
+An interval tells what one run saw. Between runs a machine gets warmer, its clocks change, a virtual machine has other
+neighbours; only networks that take turns in one run share all of that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmark import store as stored
+from benchmark import wording
+from benchmark.store import Row
+
+TOLERANCE = 0.03  # what repeated runs on a quiet machine may differ by
+_SAME = ("device", "runtime", "runtime_version", "precision", "threads", "imgsz", "batch")
+
+
+def remark(ids: Sequence[int], store: Path | None = None) -> str | None:
+    """Say of the latency that moved farthest since earlier runs of the same file, how far; nothing where none has.
+
+    A p50 has moved where it differs by more than `TOLERANCE` from an earlier one, which its interval leaves out.
+
+    Args:
+        ids: rows of the store that have just been added.
+        store: the store.
+
+    Raises:
+        RunError: the store cannot be read.
+    """
+    worst, said = TOLERANCE, None
+    for row in stored.find(store, ids=ids):
+        if row.p50 is None or row.low is None or row.high is None or row.unit != "ms":
+            continue
+        before = [other.p50 for other in _earlier(row, store) if other.p50]
+        outside = [p50 for p50 in before if not row.low <= p50 <= row.high]
+        moved = max((abs(row.p50 / p50 - 1) for p50 in outside), default=0.0)
+        if moved > worst:
+            worst, said = moved, _say(row, before)
+    return said
+
+
+def _earlier(row: Row, store: Path | None) -> list[Row]:
+    rows = stored.find(store, model_sha256=row.model_sha256)
+    same = [other for other in rows if all(getattr(other, name) == getattr(row, name) for name in _SAME)]
+    return [other for other in same if other.record < row.record and not other.noisy and other.unit == row.unit]
+
+
+def _say(row: Row, before: Sequence[float]) -> str:
+    least, most = (wording.cost(value, "ms") for value in (min(before), max(before)))
+    span = least if len(before) == 1 else f"{least} to {most}"
+    runs = "an earlier run" if len(before) == 1 else f"{len(before)} earlier runs"
+    now = wording.cost(row.p50, "ms")
+    return (
+        f"{row.model} on {row.runtime}: {runs} of this file had a p50 of {span}, this one {now}: "
+        "the machine drifts by more than intervals tell, compare only what is measured in one run"
+    )
