@@ -363,6 +363,8 @@ def main(
     stage.require(model)
     if bundle:
         deploy.check_bundle(model, bundle)
+        if bundle.resolve() in (output.resolve(), *output.resolve().parents):
+            raise SettingsError(f"--bundle {bundle} is where --output goes: choose another --bundle")
     if int8:
         content = {
             "method": method,

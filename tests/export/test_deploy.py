@@ -140,6 +140,12 @@ def test_the_command_writes_a_bundle_of_what_it_proved(
     assert run(*arguments[:-4], "--output", tmp_path / "other", "--bundle", bundle) == 2
     assert capsys.readouterr().err == f"error: {bundle} exists: remove it, or choose another --bundle\n"
     assert not (tmp_path / "other").exists()
+    for place in (tmp_path / "other", tmp_path / "other" / "in"):
+        assert run(*arguments[:-4], "--output", place, "--bundle", tmp_path / "other") == 2
+        assert capsys.readouterr().err == (
+            f"error: --bundle {tmp_path / 'other'} is where --output goes: choose another --bundle\n"
+        )
+        assert not (tmp_path / "other").exists()
 
 
 def test_a_bundle_of_another_task_is_refused_before_the_export(
