@@ -91,11 +91,11 @@ def compare(
 
     Returns:
         `task`, `runtime`, `precision`, `images`, `imgsz`, `batch`, `tolerance`, `outputs` (first boxes and scores with
-        their shape and errors, then every other kind of value with its errors as shares of its size), `passed`, and
-        `map50_95` (torch, the runtime, difference) or null; of a classifier `top1` instead. `detections` above a score
-        of 0.25 (torch and the runtime: how many; unmatched; of the matched min_iou, mean_iou, max_box_error_px,
-        max_score_error); overlaps are null without detections. Of a classifier `classes` instead: images, and how
-        many of them get another class.
+        their shape and, where any were compared, their errors, then every other kind of value with its errors as shares
+        of its size), `passed`, and `map50_95` (torch, the runtime, difference) or null; of a classifier `top1` instead.
+        `detections` above a score of 0.25 (torch and the runtime: how many; unmatched; of the matched min_iou,
+        mean_iou, max_box_error_px, max_score_error); overlaps are null without detections. Of a classifier `classes`
+        instead: images, and how many of them get another class.
 
     Raises:
         BenchmarkError: no runtime opens the artefact.
