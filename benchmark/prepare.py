@@ -210,13 +210,15 @@ def score(wanted: Request, site: Site, files: dict[str, dict[str, Path]], output
     for number, (name, given) in enumerate(files.items()):
         for runtime, path in given.items():
             kept = scores / f"{number}-{runtime}.json"
-            if not kept.is_file():
+            model_sha256 = runtimes.sha256(path)
+            # An engine may have been built anew since then.
+            if not kept.is_file() or manifest.read_json(kept).get("model_sha256") != model_sha256:
                 if site.is_here:
                     record = evaluate(path, wanted.data, runtime=runtime, **options)
                 else:
                     with remote_network(site, runtime, path, wanted.threads, wanted.imgsz, outputs) as network:
                         record = evaluate(path, wanted.data, network=network, **options)
-                facts = {"model": wanted.models[name][runtime].name, "model_sha256": runtimes.sha256(path)}
+                facts = {"model": wanted.models[name][runtime].name, "model_sha256": model_sha256}
                 manifest.write_json(kept, {**facts, "device": wanted.device.name, **record})
             found[f"{name}.{runtime}"] = manifest.read_json(kept)
     return found

@@ -71,13 +71,15 @@ class _Tensors:
 
     def record(self, shape: tuple[int, ...]) -> dict[str, Any]:
         boxes, scores = self.boxes, self.scores
-        return {
-            "shape": list(shape),
-            "max_box_error_px": boxes.max_error,
-            "max_score_error": scores.max_error,
-            "box_rms_error_px": (boxes.error_squares / max(boxes.count, 1)) ** 0.5,
-            "score_rms_error": (scores.error_squares / max(scores.reference_squares, 1e-12)) ** 0.5,
-        }
+        found: dict[str, Any] = {"shape": list(shape)}
+        # Of rows that are only compared where they match there may be none: that is no error of 0.
+        if boxes.count:
+            found["max_box_error_px"] = boxes.max_error
+            found["box_rms_error_px"] = (boxes.error_squares / boxes.count) ** 0.5
+        if scores.count:
+            found["max_score_error"] = scores.max_error
+            found["score_rms_error"] = (scores.error_squares / max(scores.reference_squares, 1e-12)) ** 0.5
+        return found
 
 
 @dataclass

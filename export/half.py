@@ -36,7 +36,8 @@ def convert(graph: Any, precision: Half) -> Any:
         precision: fp16 or bf16.
 
     Raises:
-        ExportError: the graph is quantized with an old opset, has no convolution, or a weight does not fit into fp16.
+        ExportError: the graph is quantized with an old opset, has no convolution, has branches or loops, or a weight
+            does not fit into fp16.
     """
     import onnx
 
@@ -45,6 +46,9 @@ def convert(graph: Any, precision: Half) -> Any:
         raise ExportError(f"16-bit scales of Q/DQ nodes need opset {QDQ_OPSET}, the graph has {opset}: export it again")
     if not qdq.layers_of(graph):
         raise ExportError(f"the graph has no convolution that could compute in {precision}: use fp32")
+    kind = onnx.AttributeProto.GRAPH
+    if inner := {node.op_type for node in graph.graph.node for item in node.attribute if item.type == kind}:
+        raise ExportError(f"the graph has {', '.join(sorted(inner))}, inside which nothing is converted: use fp32")
     made = copy.deepcopy(graph)
     half = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}[precision]
     kinds = _kinds(made)

@@ -70,8 +70,6 @@ def export_ncnn(model: Path, output: Path, *, imgsz: int, half: bool = False, dy
         SettingsError: `imgsz` does not fit the model's stride.
         ExportError: an operation has no ncnn layer, pnnx fails, or ncnn cannot run the result.
     """
-    import tempfile
-
     from benchmark.runners.torch_runner import inference_network
 
     stage.require(model)
@@ -80,13 +78,13 @@ def export_ncnn(model: Path, output: Path, *, imgsz: int, half: bool = False, dy
     traced = _trace(network, model, imgsz)
     _refuse_unsupported(traced, model)
     # Beside the output, so that the finished folder only has to be renamed.
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
-        made = Path(scratch) / "converted"
+    with stage.scratch(output) as scratch:
+        made = scratch / "converted"
         made.mkdir()
         traced.save(str(made / "model.pt"))
         report = _convert(made, model, half, _shapes(network, imgsz) if dynamic else ())
         outputs = _check_layers(made / PARAM, report, model, _count_outputs(network))
-        folder = Path(scratch) / output.name
+        folder = scratch / output.name
         folder.mkdir()
         for name in (PARAM, BIN):
             (made / name).replace(folder / name)
@@ -363,6 +361,8 @@ def main(
     stage.require(model)
     if bundle:
         deploy.check_bundle(model, bundle)
+        if bundle.resolve() in (output.resolve(), *output.resolve().parents):
+            raise SettingsError(f"--bundle {bundle} is where --output goes: choose another --bundle")
     if int8:
         content = {
             "method": method,

@@ -91,8 +91,6 @@ def export_checked(
     Raises:
         ExportError: as `export_onnx`, or parity fails: the artefact is then kept as `NAME.rejected.onnx`.
     """
-    import tempfile
-
     precision = "fp16" if settings.half else "fp32"
 
     def export(path: Path, wanted: Export) -> Path:
@@ -113,8 +111,8 @@ def export_checked(
     def check(path: Path) -> dict[str, Any]:
         if not settings.nms:
             return compare(model, path, precision, data)
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
-            raw = export(Path(scratch) / path.name, settings.model_copy(update={"nms": False}))
+        with stage.scratch(output) as scratch:
+            raw = export(scratch / path.name, settings.model_copy(update={"nms": False}))
             record = compare(model, raw, precision, data)
             if not record["passed"]:
                 return record

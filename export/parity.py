@@ -91,16 +91,16 @@ def compare(
 
     Returns:
         `task`, `runtime`, `precision`, `images`, `imgsz`, `batch`, `tolerance`, `outputs` (first boxes and scores with
-        their shape and errors, then every other kind of value with its errors as shares of its size), `passed`, and
-        `map50_95` (torch, the runtime, difference) or null; of a classifier `top1` instead. `detections` above a score
-        of 0.25 (torch and the runtime: how many; unmatched; of the matched min_iou, mean_iou, max_box_error_px,
-        max_score_error); overlaps are null without detections. Of a classifier `classes` instead: images, and how
-        many of them get another class.
+        their shape and, where any were compared, their errors, then every other kind of value with its errors as shares
+        of its size), `passed`, and `map50_95` (torch, the runtime, difference) or null; of a classifier `top1` instead.
+        `detections` above a score of 0.25 (torch and the runtime: how many; unmatched; of the matched min_iou,
+        mean_iou, max_box_error_px, max_score_error); overlaps are null without detections. Of a classifier `classes`
+        instead: images, and how many of them get another class.
 
     Raises:
         BenchmarkError: no runtime opens the artefact.
         DataError: no images, or a file that is not an image.
-        ExportError: the artefact's output has another shape, or is not finite.
+        ExportError: the artefact cannot run, its output has another shape, or an output is not finite.
     """
     from benchmark import runtimes
 
@@ -118,7 +118,7 @@ def compare(
     for start in range(0, len(images), batch):
         places = [(start + i) % len(images) for i in range(batch)]
         pixels = np.concatenate([prepare(images[place], imgsz) for place in places])
-        expected, actual = origin.infer(reference, pixels), runner.infer(candidate, pixels)
+        expected, actual = _infer(origin, reference, model, pixels), _infer(runner, candidate, artefact, pixels)
         _check_outputs(actual, expected, artefact, suppression)
         for i in range(min(batch, len(images) - start)):
             compared.add([one[i : i + 1] for one in expected], [other[i : i + 1] for other in actual])
@@ -226,6 +226,13 @@ def _load(runner: ModuleType, artefact: Path) -> Any:
         raise ExportError(str(error)) from None
 
 
+def _infer(runner: ModuleType, session: Any, artefact: Path, pixels: np.ndarray) -> list[np.ndarray]:
+    try:
+        return runner.infer(session, pixels)
+    except ValueError as error:
+        raise ExportError(f"{artefact.name}: {error}") from None
+
+
 def _maps(model: Path, artefact: Path, data: Path, imgsz: int | tuple[int, int], metric: str) -> tuple[float, float]:
     from benchmark.accuracy import evaluate
 
@@ -247,5 +254,7 @@ def _check_outputs(
         wanted[0] = [wanted[0][0], *shapes[0][1:]]
     if shapes != wanted:
         raise ExportError(f"{artefact.name} returns {shapes}, PyTorch returns {wanted}")
-    if not all(np.isfinite(output).all() for output in outputs):
-        raise ExportError(f"{artefact.name} returns values that are not finite: check the weights")
+    # Of PyTorch's own too: no error is larger than a limit when it is no number.
+    for name, side in ((artefact.name, outputs), ("PyTorch", expected)):
+        if not all(np.isfinite(output).all() for output in side):
+            raise ExportError(f"{name} returns values that are not finite: check the weights")

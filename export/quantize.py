@@ -6,10 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from compress import manifest
-from compress.errors import run_app
+from compress.errors import ExportError, run_app
 from compress.settings import Quantize, parse
 from export import int8, stage
 
@@ -43,7 +44,8 @@ def export_int8(
 
     Raises:
         DataError: a split has no images, or no labels to compute mAP from.
-        ExportError: no choice of layers meets the budget, or parity fails: the file is kept as `NAME.rejected.onnx`.
+        ExportError: the model returns no numbers, no choice of layers meets the budget, or parity fails: the file is
+            kept as `NAME.rejected.onnx`.
     """
     from compress.data.pixels import letterbox
     from compress.progress import track
@@ -55,6 +57,7 @@ def export_int8(
     images = int8.calibration_images(calibration, settings)
     with stage.scratch(output) as scratch:
         dense = export_onnx(model, scratch / "fp32.onnx", imgsz=imgsz, opset=settings.opset)
+        _require_finite(dense, model, letterbox(images[0], imgsz))
         graph = qdq.load(dense)
         layers = list(qdq.layers_of(graph))
         samples = (letterbox(path, imgsz) for path in track(images, "calibration"))
@@ -85,6 +88,15 @@ def export_int8(
             int8.Quantizer(dense, layers, write, write_alone, facts),
             measured=measured and settings.target == "onnxruntime",
         )
+
+
+def _require_finite(dense: Path, model: Path, image: np.ndarray) -> None:
+    """Check what comes out before calibration, whose histograms of values that are no numbers have no range."""
+    from benchmark.runners import onnxruntime_runner
+
+    outputs = onnxruntime_runner.infer(onnxruntime_runner.load(str(dense), threads=1), image)
+    if not all(np.isfinite(output).all() for output in outputs):
+        raise ExportError(f"{model} returns values that are not finite: check the weights")
 
 
 def _describe(graph: Any, facts: dict[str, Any], images: list[Path], float_layers: list[str]) -> None:

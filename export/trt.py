@@ -64,6 +64,8 @@ def export_stage(
             or lacks TensorRT, memory or space, or the build fails.
     """
     name = name or model.stem
+    if model.suffix == ".onnx" and output.resolve() in model.resolve().parents:
+        raise ExportError(f"{model} lies in --output, where what is built of it goes: choose another --output")
     parents = _parents(model, data, calibration)
     facts = probe(target, settings.flavour)
     check_support(settings, facts)
@@ -378,7 +380,8 @@ def main(
     }
     settings = parse(ExportTrt, content, "trt")
     place = trt_target.parse_target(target, python)
-    yaml = None if data is None else resolve(data)
+    # Only the search for the layers of 8 bits scores anything.
+    yaml = None if data is None else resolve(data, labels=precision == "int8")
     source = None if calibration is None else resolve(calibration, labels=False)
     if trt_version is not None and not script:
         raise ExportError("--trt-version goes with --script: an engine is built by the version that the target has")

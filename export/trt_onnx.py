@@ -60,7 +60,7 @@ def make_onnx(
 
 
 def load_onnx(path: Path) -> Any:
-    """Open an ONNX file.
+    """Open an ONNX file, and give every node a name of its own, because layers are told apart by theirs.
 
     Raises:
         ExportError: it is missing, cut short, not ONNX, or keeps its weights in other files.
@@ -75,10 +75,24 @@ def load_onnx(path: Path) -> Any:
         if any(item.data_location == onnx.TensorProto.EXTERNAL for item in graph.graph.initializer):
             raise ExportError(f"{path} keeps its weights in other files: save it as one file")
         onnx.checker.check_model(graph)
-    except (DecodeError, onnx.checker.ValidationError) as error:
+    except (DecodeError, UnicodeDecodeError, onnx.checker.ValidationError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ExportError(f"{path} is not an ONNX file, or is damaged ({reason}): export it again") from None
+    _name_nodes(graph)
     return graph
+
+
+def _name_nodes(graph: Any) -> None:
+    """Name the nodes that have no name, or that of another: ONNX allows both."""
+    taken = {node.name for node in graph.graph.node}
+    seen = {""}
+    for number, node in enumerate(graph.graph.node):
+        if node.name in seen:
+            node.name = f"{node.op_type}_{number}"
+            while node.name in taken:
+                node.name += "_"
+            taken.add(node.name)
+        seen.add(node.name)
 
 
 def profiles_of(name: str, graph: Any, batch: str | None, imgsz: str | None) -> dict[str, list[list[int]]]:

@@ -78,9 +78,15 @@ def infer(session: Session, images: np.ndarray) -> list[np.ndarray]:
     Returns:
         The graph's outputs in its order, as `torch_runner.infer` returns them; of a graph with suppression in it as
         those of an end-to-end head, filled up with rows of zeros.
+
+    Raises:
+        ValueError: the graph takes another shape or type, or onnxruntime cannot run it.
     """
     name = session.graph.get_inputs()[0].name
-    outputs: Any = session.graph.run(None, {name: np.ascontiguousarray(images)})
+    try:
+        outputs: Any = session.graph.run(None, {name: np.ascontiguousarray(images)})
+    except Exception as error:  # onnxruntime's own exceptions share no base class of their own
+        raise ValueError(f"onnxruntime cannot run the graph: {error}") from None
     return list(outputs)
 
 

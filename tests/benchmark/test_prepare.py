@@ -177,6 +177,23 @@ def test_an_engine_goes_there_with_its_sidecar(adb: Path, tmp_path: Path) -> Non
     assert names == ["model.engine", "model.engine.json"]
 
 
+def test_the_score_of_an_interrupted_start_is_that_of_the_same_file(
+    models: list[Path], tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmark import accuracy
+
+    scored: list[Path] = []
+    monkeypatch.setattr(accuracy, "evaluate", lambda path, *_, **__: scored.append(path) or {"map50_95": len(scored)})
+    engine = tmp_path / "dense.engine"
+    wanted = asked("cpu", models[:1], data=str(tiny_data), runtime="torch")
+
+    def score(content: bytes) -> float:
+        engine.write_bytes(content)
+        return prepare.score(wanted, sites.here(), {"dense": {"torch": engine}}, tmp_path)["dense.torch"]["map50_95"]
+
+    assert [score(b"first"), score(b"first"), score(b"built anew")] == [1, 1, 2]
+
+
 def test_host_and_interpreter_are_those_of_the_device_or_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def place(name: str, host: str | None = None, python: str | None = None) -> Any:
         return sites.transport_of(load_device(name), host, python)

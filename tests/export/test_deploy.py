@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -140,6 +141,12 @@ def test_the_command_writes_a_bundle_of_what_it_proved(
     assert run(*arguments[:-4], "--output", tmp_path / "other", "--bundle", bundle) == 2
     assert capsys.readouterr().err == f"error: {bundle} exists: remove it, or choose another --bundle\n"
     assert not (tmp_path / "other").exists()
+    for place in (tmp_path / "other", tmp_path / "other" / "in"):
+        assert run(*arguments[:-4], "--output", place, "--bundle", tmp_path / "other") == 2
+        assert capsys.readouterr().err == (
+            f"error: --bundle {tmp_path / 'other'} is where --output goes: choose another --bundle\n"
+        )
+        assert not (tmp_path / "other").exists()
 
 
 def test_a_bundle_of_another_task_is_refused_before_the_export(
@@ -149,6 +156,27 @@ def test_a_bundle_of_another_task_is_refused_before_the_export(
     assert run(*arguments, "--bundle", tmp_path / "bundle") == 2
     assert capsys.readouterr().err == "error: segment.pt is a model for segment: a bundle can only run detectors\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_app_calls_the_library_as_it_is_written() -> None:
+    app = deploy.TEMPLATES / "android/app/src/main"
+    kotlin = (app / "java/org/espalier/detector/Detector.kt").read_text()
+    kinds = {"String": "jstring", "ByteBuffer": "jobject", "Int": "jint", "Long": "jlong", "FloatArray": "jfloatArray"}
+    called = {
+        name: (kinds.get(returned, "void"), [kinds[kind] for kind in re.findall(r": (\w+)", words)])
+        for name, words, returned in re.findall(r"external fun (\w+)\(([^)]*)\)(?:: (\w+))?", kotlin)
+    }
+    native = re.sub(r"/\*.*?\*/", "", (app / "cpp/detector_jni.cpp").read_text())
+    prefix = "Java_org_espalier_detector_Detector_"
+    exported = {
+        name: (returned, re.findall(r"(j\w+)\s+\w+", words))
+        for returned, name, words in re.findall(rf"JNIEXPORT (\w+) JNICALL\s+{prefix}(\w+)\(([^)]*)\)", native)
+    }
+    assert len(exported) == 3
+    assert exported == called
+    read = re.search(r"val FILES = listOf\((.*)\)", kotlin)
+    assert read
+    assert set(re.findall(r'"([^"]+)"', read[1])) == {deploy.CONSTANTS, deploy.PARAM, deploy.BIN}
 
 
 def test_every_template_is_installed_with_the_package(root: Path) -> None:

@@ -185,6 +185,16 @@ def test_what_cannot_be_narrow_is_named() -> None:
         convert(small([conv("x", "z")], {"w": WEIGHT["w"] * 1e6}, ["z"]), "fp16")
     with pytest.raises(ExportError, match="no convolution that could compute in bf16"):
         convert(small([helper.make_node("Relu", ["x"], ["z"], name="r")], {}, ["z"]), "bf16")
+    branch = helper.make_graph(
+        [helper.make_node("Relu", ["y"], ["inner"], name="r")],
+        "branch",
+        [],
+        [helper.make_tensor_value_info("inner", TensorProto.FLOAT, [1, 2, 4, 4])],
+    )
+    choice = helper.make_node("If", ["yes"], ["c"], name="i", then_branch=branch, else_branch=branch)
+    weights = {**WEIGHT, "yes": np.array(True)}
+    with pytest.raises(ExportError, match="the graph has If, inside which nothing is converted: use fp32"):
+        convert(small([conv("x", "y"), choice, conv("c", "z")], weights, ["z"]), "fp16")
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,9 @@ def test_metadata_is_what_the_runner_and_a_person_need(detector: Path, ncnn_mode
 
 
 def test_the_same_model_gives_the_same_bytes(detector: Path, ncnn_model: Path, tmp_path: Path) -> None:
+    (tmp_path / ".b_ncnn_model.1234" / "converted").mkdir(parents=True)  # of a start that was killed
     again = exporter.export_ncnn(detector, tmp_path / "b_ncnn_model", imgsz=64)
+    assert list(tmp_path.iterdir()) == [again]
     for name in FILES:
         assert (again / name).read_bytes() == (ncnn_model / name).read_bytes()
 

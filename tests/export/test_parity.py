@@ -266,6 +266,9 @@ def test_an_end2end_head_that_detects_nothing_is_still_compared(
     assert record["detections"]["torch"] == record["detections"]["onnxruntime"] == 0
     moved = 1 / (1 + np.exp(2.9)) - 1 / (1 + np.exp(3.0))
     assert record["outputs"][0]["max_score_error"] == pytest.approx(moved, rel=0.02)
+    # Which rows belong together is not known, so no box was compared, and none is said to be right.
+    assert "max_box_error_px" not in record["outputs"][0]
+    assert "boxes" not in parity.summary(record)
     assert not record["passed"]
 
 
@@ -279,6 +282,13 @@ def test_values_that_are_not_finite_fail(detector: Path, onnx_file: Path, images
     onnx.save(graph, tmp_path / "nan.onnx")
     with pytest.raises(ExportError, match=r"nan\.onnx returns values that are not finite"):
         parity.compare(detector, tmp_path / "nan.onnx", images, 64)
+    with pytest.raises(ExportError, match="PyTorch returns values that are not finite"):
+        parity.compare(tmp_path / "nan.onnx", onnx_file, images, 64)
+
+
+def test_what_cannot_run_is_named(detector: Path, onnx_file: Path, images: list[Path]) -> None:
+    with pytest.raises(ExportError, match=r"tiny\.onnx: onnxruntime cannot run the graph: .*[Gg]ot invalid dimensions"):
+        parity.compare(detector, onnx_file, images, 96)
 
 
 def test_another_shape_fails(detector: Path, end2end: Path, images: list[Path], tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from benchmark.runners import onnxruntime_runner
 from compress import manifest
+from compress.checkpoint import load_model, save_model
 from compress.data.pixels import letterbox
 from compress.errors import CheckpointError
 from compress.settings import Quantize
@@ -308,6 +309,25 @@ def test_mistakes_are_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile", "entropy"])
+def test_weights_that_are_no_numbers_are_one_line(
+    method: str,
+    run: Any,
+    detector: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model: Any = load_model(detector)
+    model.model[5].conv.weight.data[0] = math.nan
+    save_model(model, tmp_path / "nan.pt", {})
+    labels(data)
+    arguments = ("--model", tmp_path / "nan.pt", "--data", data, "--imgsz", 64, "--output", tmp_path / "out")
+    assert run(*arguments, "--method", method) == 2
+    error = capsys.readouterr().err
+    assert error == f"error: {tmp_path / 'nan.pt'} returns values that are not finite: check the weights\n"
 
 
 def test_data_of_other_classes_is_met_before_the_work(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import warnings
 from collections.abc import Callable
@@ -461,7 +462,9 @@ def test_a_file_that_is_no_onnx_is_named(onnx_file: Path, tmp_path: Path) -> Non
     (tmp_path / "cut.onnx").write_bytes(onnx_file.read_bytes()[:100_000])
     (tmp_path / "text.onnx").write_text("not a model")
     (tmp_path / "empty.onnx").write_bytes(b"")
-    for name in ("cut", "text", "empty"):
+    # A field of text that is none: protobuf decodes it, and Python then cannot.
+    (tmp_path / "torn.onnx").write_bytes(onnx_file.read_bytes().replace(b"Sigmoid", b"\xffigmoid"))
+    for name in ("cut", "text", "empty", "torn"):
         with pytest.raises(ExportError, match=rf"{name}\.onnx is not an ONNX file, or is damaged .*: export it again"):
             trt_onnx.load_onnx(tmp_path / f"{name}.onnx")
     with pytest.raises(ExportError, match="does not exist"):
@@ -469,6 +472,21 @@ def test_a_file_that_is_no_onnx_is_named(onnx_file: Path, tmp_path: Path) -> Non
     onnx.save(onnx.load(onnx_file), tmp_path / "far.onnx", save_as_external_data=True, location="weights")
     with pytest.raises(ExportError, match="keeps its weights in other files: save it as one file"):
         trt_onnx.load_onnx(tmp_path / "far.onnx")
+
+
+@pytest.mark.parametrize("name", ["", "node"])
+def test_nodes_without_a_name_of_their_own_compute_as_those_with_one(
+    name: str, onnx_file: Path, tmp_path: Path
+) -> None:
+    graph = onnx.load(onnx_file)
+    for node in graph.graph.node:
+        node.name = name
+    onnx.save(graph, tmp_path / "unnamed.onnx")
+    for source, made in ((onnx_file, "a.onnx"), (tmp_path / "unnamed.onnx", "b.onnx")):
+        trt_onnx.make_onnx(source, tmp_path / made, settings(), True, None, None)
+    first, second = ([node.op_type for node in onnx.load(tmp_path / made).graph.node] for made in ("a.onnx", "b.onnx"))
+    assert first == second
+    assert first.count("Cast") == 7  # of what decodes the head, which stays in fp32, and the image
 
 
 @pytest.mark.parametrize(
@@ -530,6 +548,16 @@ def test_checkpoints_and_other_files(device: Any, detector: Path, data: Path, tm
         trt.export_stage(data, settings(), Ssh("jetson"), tmp_path / "out")
 
 
+def test_an_engine_of_a_file_in_its_own_folder_is_refused_and_moves_nothing(
+    device: Any, onnx_file: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    trt.export_stage(onnx_file, settings(), Ssh("jetson"), output)
+    with pytest.raises(ExportError, match=r"tiny\.onnx lies in --output, .*: choose another --output"):
+        trt.export_stage(output / "tiny.onnx", settings(workspace=64), Ssh("jetson"), output)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -569,3 +597,17 @@ def test_the_command_says_what_does_not_go_together(onnx_file: Path, tmp_path: P
     )
     assert CliRunner().invoke(trt.app, [*arguments, "--script", "--precision", "bf16"]).exit_code == 0
     assert "--bf16" in (tmp_path / "out" / "tiny.trtexec.sh").read_text()
+
+
+def test_images_without_labels_prove_what_is_not_quantized(detector: Path, data: Path, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    folder = tmp_path / "unlabelled"
+    shutil.copytree(data.parent / "images", folder / "images")
+    shutil.copyfile(data, folder / "data.yaml")
+    arguments = ["--model", detector, "--data", folder / "data.yaml", "--imgsz", IMGSZ, "--output", tmp_path / "out"]
+    words = [*map(str, arguments), "--script", "--trt-version", "10.3"]
+    assert CliRunner().invoke(trt.app, words).exit_code == 0
+    assert (tmp_path / "out" / "tiny.trtexec.sh").is_file()
+    result = CliRunner().invoke(trt.app, [*words, "--precision", "int8"])
+    assert "none of its 3 images has a labelled object" in str(result.exception)

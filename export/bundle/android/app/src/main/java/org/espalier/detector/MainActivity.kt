@@ -54,7 +54,8 @@ class MainActivity : ComponentActivity() {
 
     private fun startCamera() {
         val future = ProcessCameraProvider.getInstance(this)
-        future.addListener({ bind(future.get()) }, ContextCompat.getMainExecutor(this))
+        // A turn of the phone may have ended this activity meanwhile, and another one waits for the camera too.
+        future.addListener({ if (!isDestroyed) bind(future.get()) }, ContextCompat.getMainExecutor(this))
     }
 
     private fun bind(provider: ProcessCameraProvider) {
