@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
-from benchmark import observe, statistics
+from benchmark import observe, runtimes, statistics, system
 from benchmark.observe import Wanted
 from compress import checkpoint, manifest
 from compress.devices import load_device
 from compress.errors import BenchmarkError, SettingsError, run_app
-from compress.settings import Budget, load_budget, parse
+from compress.settings import Budget, check_imgsz, load_budget, parse
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,14 +38,16 @@ MAX_REFUSED = 0.1
 def profile(model: nn.Module, wanted: Wanted, output: Path | None = None) -> tuple[LatencyTable, Path]:
     """Measure a model and write its latency table; return it and its path.
 
-    A table that is there and was made of the same model with the same settings is read, not measured again.
+    A table that is there and was made of the same model with the same settings is read, not measured again, unless
+    it is of this machine with another processor or another version of the runtime: then it is kept under another name.
 
     Args:
         model: the dense model; its weights do not matter.
         output: path of the table; where `compress.prune` looks for it when not given.
 
     Raises:
-        SettingsError: a device that does not run the runtime, or `output` is something else.
+        SettingsError: a device that does not run the runtime, an image size that does not fit the model's stride, or
+            `output` is something else.
         BenchmarkError: a network cannot be measured, or too many of them are noisy.
         ExportError: a network cannot be exported; for TensorRT also where nothing builds engines on the device.
     """
@@ -53,6 +55,7 @@ def profile(model: nn.Module, wanted: Wanted, output: Path | None = None) -> tup
     from compress.latency.table import default_path, load_table
 
     observe.check(wanted)
+    check_imgsz(wanted.imgsz, int(max(model.stride)))  # type: ignore[arg-type]  (Ultralytics' models have it)
     # Where a rule comes from changes no width.
     wanted = replace(wanted, device=wanted.site.name, budget=wanted.budget.model_copy(update={"source": ""}))
     structure = checkpoint.structure_hash(model)
@@ -62,8 +65,12 @@ def profile(model: nn.Module, wanted: Wanted, output: Path | None = None) -> tup
         if path.exists():
             table = load_table(path)
             _check_same(table, wanted, structure, path)
-            print(f"profile: finished before: {path}")
-            return table, path
+            heading = _heading(points_path(path))
+            reason = _outdated(table, heading, wanted)
+            if reason is None:
+                print(f"profile: finished before{_otherwise(heading, wanted)}: {path}")
+                return table, path
+            print(f"profile: {path} {reason}: it is measured anew, the old one is now {_set_aside(path)}")
         graph = build_graph(model, wanted.imgsz)
         with observe.reach(wanted) as site:
             machine = observe.machine(site)
@@ -80,6 +87,34 @@ def _check_same(table: LatencyTable, wanted: Wanted, structure: str, path: Path)
 
     names = ("device", "runtime", "threads", "imgsz", "budget")
     check_fits(table, {name: getattr(wanted, name) for name in names} | {"structure": structure}, path)
+
+
+def _outdated(table: LatencyTable, heading: dict[str, Any], wanted: Wanted) -> str | None:
+    """Return why a table of this machine no longer speaks of it; None where it does, and for any other device."""
+    if wanted.site.transport != "local":
+        return None  # `compress.prune` finds out when it measures there
+    if table.machine != (machine := system.device()["cpu"]):
+        return f"was measured on {table.machine}, this is {machine}"
+    runtime = runtimes.base(wanted.runtime)
+    before, now = (tools.get(runtime) for tools in (heading.get("tools", {}), manifest.tool_versions()))
+    return f"was measured in {runtime} {before}, {now} is installed" if before and before != now else None
+
+
+def _otherwise(heading: dict[str, Any], wanted: Wanted) -> str:
+    """Say in which of the settings that do not make it another table a finished one was measured otherwise."""
+    known = heading.get("wanted", {})
+    pairs = [(name, known.get(name), getattr(wanted, name)) for name in ("variants", "max_interval", "seed")]
+    other = [f"{name} {old}, not {new}" for name, old, new in pairs if old is not None and old != new]
+    return f" (with {', '.join(other)}: for those choose another --output)" if other else ""
+
+
+def _set_aside(path: Path) -> Path:
+    """Move a table and its points to free names; return that of the table."""
+    kept = manifest.free_name(path)
+    path.rename(kept)
+    if (points := points_path(path)).exists():
+        points.rename(manifest.free_name(points))
+    return kept
 
 
 def _measure(
@@ -138,6 +173,12 @@ def _read_points(file: Path, heading: dict[str, Any]) -> list[dict[str, Any]]:
     kept = [heading, *(point for point in found[1:] if not point["noisy"])]
     manifest.write_bytes_atomic(file, "".join(json.dumps(content) + "\n" for content in kept).encode())
     return kept[1:]
+
+
+def _heading(file: Path) -> dict[str, Any]:
+    """Return the first line of a file of points; nothing where there is none."""
+    first = file.read_text(encoding="utf-8").partition("\n")[0] if file.exists() else ""
+    return _parse_line(first) or {}
 
 
 def _parse_line(line: str) -> dict[str, Any] | None:
@@ -223,7 +264,9 @@ def main(
     min_width: Annotated[int | None, typer.Option(min=1, help="no layer becomes narrower")] = None,
     max_removed: Annotated[float | None, typer.Option(help="largest share that one group may lose")] = None,
     variants: Annotated[int, typer.Option(min=12, help="how many networks are measured")] = 64,
-    max_interval: Annotated[float, typer.Option(help="widest interval, as a share of the latency")] = 0.05,
+    max_interval: Annotated[
+        float, typer.Option(min=0.001, max=1.0, help="widest interval, as a share of the latency")
+    ] = 0.05,
     seed: Annotated[int, typer.Option(help="of the widths and the input")] = 0,
 ) -> None:
     """Measure a model at the widths of a budget and write the latency table that `compress.prune --latency` reads."""

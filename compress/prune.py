@@ -11,7 +11,7 @@ import typer
 
 from compress import checkpoint, manifest
 from compress.errors import SettingsError, run_app, warn
-from compress.settings import Budget, Importance, Prune, load_budget
+from compress.settings import Budget, Importance, Prune, check_imgsz, load_budget
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,7 +69,8 @@ def plan_pruning(
         source: how the user names the model, for messages.
 
     Raises:
-        SettingsError: the importance needs `data`, or a latency target has no table that fits.
+        SettingsError: the importance needs `data`, the image size does not fit the model's stride, or a latency target
+            has no table that fits.
         GraphError: the model cannot be captured.
         BudgetError: no widths under the budget meet the target.
     """
@@ -87,6 +88,8 @@ def score(model: nn.Module, settings: Prune, imgsz: int, seed: int = 0, data: Pa
     from compress.pruning.sensitivity_file import load_sensitivity, rescaled
     from compress.pruning.taylor import taylor_scores
 
+    if (stride := getattr(model, "stride", None)) is not None:
+        check_imgsz(imgsz, int(max(stride)))
     measured = None
     if settings.sensitivity:
         measured = load_sensitivity(Path(settings.sensitivity), checkpoint.structure_hash(model))
@@ -271,7 +274,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     model: Annotated[Path, typer.Option(help="checkpoint (.pt), best after sparsity training")],
     output: Annotated[Path | None, typer.Option(help="folder of this stage (not needed with --dry-run)")] = None,
-    data: Annotated[str | None, typer.Option(help="data set YAML or 'shapes', to re-estimate batch norm")] = None,
+    data: Annotated[str | None, typer.Option(help="data set YAML or 'shapes', for batch norm and taylor")] = None,
     percent: Annotated[float | None, typer.Option(help="share of the prunable channels to remove")] = None,
     macs: Annotated[float | None, typer.Option(help="MACs that remain, as a share of the dense model's")] = None,
     params: Annotated[float | None, typer.Option(help="parameters that remain, as a share")] = None,
@@ -280,11 +283,11 @@ def main(
     ] = None,
     speedup: Annotated[str | None, typer.Option(help="dense latency over the pruned one, such as 2x")] = None,
     memory: Annotated[
-        str | None, typer.Option(help="with --latency: weights and peak activations, such as 8MB")
+        str | None, typer.Option(help="with --latency, --speedup, --front: weights and peak activations, such as 8MB")
     ] = None,
-    device: Annotated[str, typer.Option(help="with --latency, --speedup: where the model will run")] = "cpu",
+    device: Annotated[str, typer.Option(help="with --latency, --speedup, --front: where the model will run")] = "cpu",
     host: Annotated[str | None, typer.Option(help="with --device: \\[user@]host[:port], or a serial of adb")] = None,
-    runtime: Annotated[str | None, typer.Option(help="with --device: onnxruntime or ncnn; its first one")] = None,
+    runtime: Annotated[str | None, typer.Option(help="with --device: one that it has; its first one")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="with --device: of the runtime; its own")] = None,
     table: Annotated[Path | None, typer.Option(help="latency table, if not where benchmark.profile puts it")] = None,
     front: Annotated[int | None, typer.Option(min=2, help="print so many best trade-offs of latency, and stop")] = None,
@@ -309,6 +312,8 @@ def main(
     where |= {"threads": threads, "table": table}
     if front is not None and (asked := _first_given(amount)):
         raise SettingsError(f"--front draws what all latencies cost: leave out --{asked}")
+    if front is not None and dry_run:
+        raise SettingsError("--front cuts nothing: leave out --dry-run")
     if not (latency or speedup or front) and (asked := _first_given(where)):
         remedy = f"the widths that {device} likes are --budget {device}" if asked == "device" else "leave it out"
         raise SettingsError(f"--{asked} goes with --latency, --speedup or --front: {remedy}")

@@ -268,6 +268,9 @@ def dry_run(settings: Run) -> None:
         print("The model does not know these classes yet: this plan goes by bn, that of the run by taylor.")
         wanted = wanted.model_copy(update={"importance": "bn"})
     print_plan(plan_pruning(model, wanted, settings.imgsz, settings.seed, data, settings.model), wanted.budget)
+    if settings.iterations > 1:
+        rounds.check_schedule(model, settings.prune, settings.iterations, settings.imgsz)
+        print(f"The run comes down to this in {settings.iterations} rounds of equal ratios, and may choose otherwise.")
 
 
 def _write_run(folder: Path, settings: Run, command: str, status: str) -> None:

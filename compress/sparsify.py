@@ -9,7 +9,7 @@ import typer
 
 from compress import checkpoint
 from compress.errors import SettingsError, run_app
-from compress.prune import plan_pruning
+from compress.prune import Planned, plan_pruning
 from compress.settings import AUTO, Budget, Prune, Sparsity, load_budget, parse, training_args
 from compress.train import MORE_HELP, Common, training_stage
 
@@ -63,12 +63,16 @@ def _share(model: str, settings: Sparsity, cut: Prune | None, common: Common) ->
         raise SettingsError("--sr auto needs to know how many γ shall come near zero: give --share, such as 0.5")
     if cut.percent is not None:
         return cut.percent
-    # How many channels a cut removes hardly depends on which ones.
-    planned = plan_pruning(
-        checkpoint.load_trainable(model), cut.model_copy(update={"importance": "random"}), common.imgsz
+    planned = _plan_at_random(model, cut, common.imgsz)  # how many channels go hardly depends on which ones
+    before, after = (
+        sum(w for w, g in zip(widths, planned.graph.groups, strict=True) if not g.frozen)
+        for widths in (planned.graph.widths.tolist(), planned.choice.widths.tolist())
     )
-    before, after = planned.metrics()["channels"]
     return 1.0 - after / before
+
+
+def _plan_at_random(model: str, cut: Prune, imgsz: int) -> Planned:
+    return plan_pruning(checkpoint.load_trainable(model), cut.model_copy(update={"importance": "random"}), imgsz)
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -104,9 +108,13 @@ def main(
     if budget and fade is None:
         raise SettingsError("--budget goes with --fade: without, no cut is planned here")
     rules = load_budget(budget) if budget else Budget()
-    cut = {"macs": fade, "importance": "taylor", "budget": rules.model_dump(mode="json")}
-    common = Common(imgsz=imgsz, device=device, workers=workers, seed=seed)
-    sparsify(model, resolve(data), settings, common, output, None if fade is None else parse(Prune, cut, "--fade"))
+    common, cut = Common(imgsz=imgsz, device=device, workers=workers, seed=seed), None
+    if fade is not None:
+        content = {"macs": fade, "importance": "taylor", "budget": rules.model_dump(mode="json")}
+        cut = parse(Prune, content, "--fade")
+        # It is planned in the middle of the training: what no choice of channels can reach is said before.
+        _plan_at_random(model, cut, imgsz)
+    sparsify(model, resolve(data), settings, common, output, cut)
 
 
 def _number_or_word(text: str) -> float | str:

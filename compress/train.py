@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from compress import checkpoint, manifest
-from compress.errors import DataError, run_app
+from compress.errors import DataError, run_app, warn
 from compress.settings import Strict, Training, check_imgsz, parse, training_args
 from compress.tasks import map_key
 
@@ -88,6 +88,8 @@ def training_stage(
         metrics: dict[str, Any] = {"epochs": settings.epochs}
         if settings.epochs == 0:
             trained, arguments = loaded, checkpoint.load_training_args(model)
+            if (size := arguments.get("imgsz", common.imgsz)) != common.imgsz:
+                warn(f"{model} was trained at {size} px, and is taken as it is at {common.imgsz} px: give imgsz {size}")
         else:
             from compress.training import launch, trainers
 

@@ -258,6 +258,11 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(place: Path, start, monkey
     assert sorted(place.rglob("*")) == before
 
 
+def test_a_dry_run_of_rounds_goes_through_them(place: Path, start) -> None:
+    code, out, _ = start(place, "--dry-run", "iterations=3")
+    assert (code, "comes down to this in 3 rounds of equal ratios" in out) == (0, True)
+
+
 def test_a_dry_run_of_a_model_that_does_not_know_the_classes_yet(place: Path, start, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     code, out, err = start(place, "--dry-run", "prune.importance=taylor", "model=yolov8n.yaml")

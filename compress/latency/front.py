@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import checkpoint, manifest
+from compress.errors import BudgetError
 
 if TYPE_CHECKING:
     from compress.settings import Prune
@@ -27,6 +28,10 @@ def draw_front(
     Returns:
         Per point: latency, speed-up, kept importance, loss, bound and gap of the loss, MACs, memory, and the widths of
         the groups that may be cut.
+
+    Raises:
+        SettingsError: there is no latency table that fits.
+        BudgetError: no widths are within the limit of memory.
     """
     from compress.latency.memory import memory_of
     from compress.latency.plan import find_table, memory_limit
@@ -57,6 +62,8 @@ def draw_front(
         }
         for found in front(problem, count)
     ]
+    if not rows:
+        raise BudgetError(f"no widths that the budget allows need at most {settings.memory} of memory: ask for more")
     _print(rows, table.unit, graph.macs(graph.widths))
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)

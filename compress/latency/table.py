@@ -32,6 +32,7 @@ SCHEMA = 1
 FOLDER = Path("runs/tables")
 BLOCKS = (4, 8, 16)
 Unit = Literal["ms", "instructions"]
+_REMEDY = "delete it, and profile the model anew"  # what is there is never overwritten
 # Terms of one segment: they multiply (reads, makes, before) as `features` lays them out.
 TERMS = (
     "constant",
@@ -202,16 +203,16 @@ def load_table(path: Path) -> LatencyTable:
             f"{path} does not exist: make it with python -m benchmark.profile --output {path}"
         ) from None
     except (OSError, ValueError) as error:
-        raise SettingsError(f"{path} is not a latency table ({error}): profile the model anew") from None
+        raise SettingsError(f"{path} is not a latency table ({error}): {_REMEDY}") from None
     found = content.get("schema_version") if isinstance(content, dict) else None
     if found != SCHEMA:
-        raise SettingsError(f"{path} is no latency table of schema {SCHEMA} (it has {found}): profile the model anew")
+        raise SettingsError(f"{path} is no latency table of schema {SCHEMA} (it has {found}): {_REMEDY}")
     digest = content.pop("sha256", None)
     table = parse(LatencyTable, content, str(path))
     if any(name not in TERMS or value < 0 for segment in table.segments for name, value in segment.terms.items()):
-        raise SettingsError(f"{path} has terms that are unknown or below zero: profile the model anew")
+        raise SettingsError(f"{path} has terms that are unknown or below zero: {_REMEDY}")
     if digest != table.sha256:
-        raise SettingsError(f"{path} was changed after it was measured: profile the model anew")
+        raise SettingsError(f"{path} was changed after it was measured: {_REMEDY}")
     return table
 
 

@@ -60,6 +60,10 @@ class Run(Grown):
             raise ValueError("map_budget ends rounds of pruning: set iterations above 1")
         if self.iterations > 1 and self.prune.by_latency:
             raise ValueError("iterations need a target of percent, macs or params: a latency is reached in one cut")
+        if self.iterations > 1 and self.prune.sensitivity is not None:
+            raise ValueError(
+                "prune.sensitivity is of the dense model, iterations cut others too: leave one of them out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -50,6 +50,8 @@ class Sparsity(Training):
     def _share_of_auto(self) -> Sparsity:
         if self.share is not None and self.sr != "auto":
             raise ValueError(f"share goes with sr: auto, sr is {self.sr:g}")
+        if self.sr == "auto" and self.epochs == 1:
+            raise ValueError("sr: auto watches an epoch before it pulls: give epochs of 2 at least")
         return self
 
 
@@ -71,7 +73,17 @@ class Finetune(Training, Grown):
     def _something_to_learn(self) -> Finetune:
         if self.distill and not (self.dis or self.cwd or self.ld):
             raise ValueError("dis, cwd and ld are all 0: leave out the teacher (distill: false)")
+        if not self.distill and (asked := next((name for name in self.later if self._is_set(name)), None)):
+            raise ValueError(f"{asked} goes with distill: true")
+        if self.distill and 0 < self.epochs <= self.distil_off_epochs:
+            raise ValueError(
+                f"distil_off_epochs {self.distil_off_epochs} must be below epochs {self.epochs}: "
+                "the teacher would never be asked"
+            )
         return self
+
+    def _is_set(self, name: str) -> bool:
+        return getattr(self, name) != type(self).model_fields[name].default
 
     @property
     def terms(self) -> dict[str, float]:
@@ -145,6 +157,12 @@ class Prune(Strict):
             raise ValueError(f"exactly one of {', '.join(TARGETS)} is needed, got {', '.join(given) or 'none'}")
         if self.memory is not None and not self.by_latency:
             raise ValueError("memory goes with latency or speedup")
+        place = {name: getattr(self, name) for name in ("host", "runtime", "threads", "table")}
+        place["device"] = self.device if self.device != "cpu" else None
+        if not self.by_latency and (asked := [name for name, value in place.items() if value is not None]):
+            raise ValueError(
+                f"{', '.join(asked)}: only with latency or speedup; the widths that a device likes are budget: DEVICE"
+            )
         return self
 
     @property

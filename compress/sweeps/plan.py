@@ -38,6 +38,10 @@ class Sweep(Strict):
     )
 
 
+# A target that is none of latency knows of no device, whatever the pipeline's own target asks for.
+_NO_DEVICE = ("prune.device=cpu", *(f"prune.{name}=null" for name in ("host", "runtime", "threads", "table", "memory")))
+
+
 @dataclass(frozen=True)
 class Cut:
     """A pipeline after its cut: MACs of the pruned model, and its mAP50-95 on the val split before fine-tuning."""
@@ -66,6 +70,8 @@ def expand(sweep: Sweep, overrides: Sequence[str] = (), texts: dict[str, str] | 
     Raises:
         SettingsError: a combination that is no pipeline.
     """
+    if "target" in sweep.grid:
+        raise SettingsError(f"sweep {sweep.name}: 'target' is no setting of a pipeline: write targets: [macs=0.5]")
     axes = [[(key, value) for value in values] for key, values in sweep.grid.items()]
     if sweep.targets:
         axes.insert(0, [("target", _target(text)) for text in sweep.targets])
@@ -123,7 +129,8 @@ def _target(text: str) -> tuple[str, str]:
 def _changes(key: str, value: Any) -> list[str]:
     if key == "target":
         name, amount = value
-        return [f"prune.{other}={amount if other == name else 'null'}" for other in TARGETS]
+        changes = [f"prune.{other}={amount if other == name else 'null'}" for other in TARGETS]
+        return changes if name in ("latency", "speedup") else [*changes, *_NO_DEVICE]
     return [f"{key}={json.dumps(value)}"]
 
 

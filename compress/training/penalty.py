@@ -42,7 +42,7 @@ class GroupPenalty:
         self.device = device = next(model.parameters()).device
         names = batch_norm_scales(graph, model)
         self.units = int(offsets[-1])
-        self.saliency = torch.zeros(self.units, device=device)
+        self.saliency, self.watched = torch.zeros(self.units, device=device), False
         self.gammas: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]] = []
         for axis in graph.axes:
             if axis.tensor in names:
@@ -77,6 +77,7 @@ class GroupPenalty:
             if gamma.grad is not None:
                 change.index_add_(0, unit, (gamma * gamma.grad).float() * weight)
         self.saliency += change.square()
+        self.watched = True
 
     @torch.no_grad()
     def least(self, share: float) -> torch.Tensor:
@@ -131,9 +132,29 @@ class GammaLog:
         for name, values in gammas.items():
             self.writer.add_histogram(f"gamma/{name.removesuffix('.weight')}", values, epoch)
         self.writer.add_scalar("sparsity/near_zero_share", self.near_zero, epoch)
+        left = self.graph.macs(widths_without(self.graph, batch_norm_scales(self.graph, model), self.threshold))
+        self.writer.add_scalar("sparsity/macs_if_pruned", left / self.graph.macs(self.graph.widths), epoch)
         self.writer.add_scalar("sparsity/mean_gamma", float(every.mean()), epoch)
         self.writer.add_scalar("sparsity/lambda", strength, epoch)
         for key, value in metrics.items():
             if key.startswith("metrics/"):
                 self.writer.add_scalar(key.removesuffix(f"({LETTERS['detect']})"), float(value), epoch)
         self.writer.flush()
+
+
+def widths_without(graph: Graph, gammas: dict[str, np.ndarray], threshold: float) -> np.ndarray:
+    """Return the width of each group without the units whose γ are all below a threshold, shape (groups,).
+
+    A group keeps at least one unit, and those that no batch norm makes.
+
+    Args:
+        gammas: |γ| by name, as `batch_norm_scales` returns them.
+    """
+    largest = [np.full(group.width, -1.0) for group in graph.groups]
+    for axis in graph.axes:
+        if axis.tensor in gammas:
+            for index in np.unique(axis.group[axis.group != FIXED]).tolist():
+                mine = axis.group == index
+                np.maximum.at(largest[index], axis.unit[mine], gammas[axis.tensor][mine])
+    kept = [int(((values < 0) | (values >= threshold)).sum()) for values in largest]
+    return np.array([g.width if g.frozen else max(n, 1) for g, n in zip(graph.groups, kept, strict=True)])

@@ -111,11 +111,12 @@ class Sparse(Planned):
         full = steps * group.get("initial_lr", group["lr"]) / (1.0 - self.args.momentum)
         decided: list[Any] = [0.0, None]
         if RANK in (-1, 0) and self.epoch >= (watched := self.steering.watched(self.epochs)):
-            if self.steering.units is None:
+            if self.steering.units is None and self.penalty.watched:  # a resumed training watches one epoch more
                 units = self.penalty.least(self.share)
                 self.steering.choose(units.nonzero().flatten().tolist(), self.penalty.values(units))
             pulls = [full * schedule(epoch) for epoch in range(watched, self.epochs)]
-            decided = [self.steering.strength(self.epoch - watched, pulls), self.steering.units]
+            if self.steering.units is not None:
+                decided = [self.steering.strength(self.epoch - watched, pulls), self.steering.units]
         if RANK != -1 and self.world_size > 1:
             torch.distributed.broadcast_object_list(decided, src=0)
         (self.steered, chosen), self.pulled = decided, 0.0
@@ -153,7 +154,7 @@ class Sparse(Planned):
     def choose_what_fades(self) -> None:
         """Plan the cut when it is time, by the weights as they are then; a resumed training keeps its plan."""
         self.batches = 0
-        if self.fade is not None or self.epoch < START * self.epochs:
+        if self.fade is not None or self.epoch < min(START * self.epochs, self.epochs - 1):
             return
         folder, model = Path(self.save_dir).parent, unwrap_model(self.model)  # type: ignore[arg-type]
         # One process plans for all: two plans that differ in a channel would drive their weights apart.

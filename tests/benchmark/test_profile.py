@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmark import layer_times, observe, profile, sites, variants
+from benchmark import layer_times, observe, profile, sites, system, variants
 from benchmark.observe import Wanted
 from benchmark.profile import points_path
 from benchmark.transports import Local
+from compress import manifest
 from compress.channels.graph import build_graph
 from compress.checkpoint import build_model, save_model
 from compress.errors import BenchmarkError, SettingsError
@@ -192,6 +194,41 @@ def test_points_of_other_settings_are_not_mixed(model: Any, stand_in: list[str],
     path.unlink()
     with pytest.raises(SettingsError, match="holds points of other settings: choose another --output, or delete it"):
         profile.profile(model, wanted(seed=1), path)
+
+
+@pytest.mark.parametrize(
+    ("now", "reason"),
+    [
+        ({"cpu": "a toaster"}, "was measured on .*, this is a toaster"),
+        ({"version": "99.0"}, r"was measured in onnxruntime .*, 99\.0 is installed"),
+    ],
+)
+def test_a_table_that_no_longer_speaks_of_this_machine_is_measured_anew(
+    now: dict[str, str], reason: str, model: Any, stand_in: list[str], tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """`compress.prune` refuses such a table and asks for a new one."""
+    path = tmp_path / "table.json"
+    old, _ = profile.profile(model, wanted(), path)
+    tools, device = manifest.tool_versions(), system.device()
+    changed = {"onnxruntime": now.get("version", tools["onnxruntime"])}
+    monkeypatch.setattr(manifest, "tool_versions", lambda: tools | changed)
+    monkeypatch.setattr(system, "device", lambda: {**device, "cpu": now.get("cpu", device["cpu"])})
+    table, _ = profile.profile(model, wanted(), path)
+    assert len(stand_in) == 2 * 14
+    assert table.machine == now.get("cpu", old.machine)
+    assert load_table(tmp_path / "table.json.1") == old
+    assert points_path(path).with_name("table.points.jsonl.1").exists()
+    assert re.search(reason, capsys.readouterr().out)
+    profile.profile(model, wanted(), path)
+    assert len(stand_in) == 2 * 14
+
+
+def test_a_finished_table_says_what_it_was_measured_with(
+    model: Any, stand_in: list[str], tmp_path: Path, capsys
+) -> None:
+    profile.profile(model, wanted(), tmp_path / "table.json")
+    profile.profile(model, wanted(variants=20), tmp_path / "table.json")
+    assert "finished before (with variants 14, not 20: for those choose another --output)" in capsys.readouterr().out
 
 
 def test_a_table_of_something_else_is_not_overwritten(model: Any, stand_in: list[str], tmp_path: Path) -> None:

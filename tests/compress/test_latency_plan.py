@@ -11,6 +11,7 @@ import pytest
 from compress import prune
 from compress.checkpoint import load_model
 from compress.errors import BudgetError, SettingsError
+from compress.latency.front import draw_front
 from compress.latency.plan import choose_by_latency, find_table, limit_of
 from compress.latency.table import LatencyTable, evaluate, save_table
 from compress.pruning.importance import importance
@@ -166,6 +167,13 @@ def test_the_command_prints_the_prediction(dense: Path, path: Path, capsys) -> N
     said = capsys.readouterr().out
     assert "predicted (1.1" in said
     assert "no widths within the target lose less than" in said
+
+
+def test_a_front_without_points_is_refused(dense: Path, path: Path) -> None:
+    wanted = settings(speedup=2.0, memory="1kB", table=str(path))
+    with pytest.raises(BudgetError, match="no widths that the budget allows need at most 1kB of memory"):
+        draw_front(dense, wanted, IMGSZ, 0, None, 4, path.parent / "front")
+    assert not (path.parent / "front").exists()
 
 
 def test_the_front_is_printed_drawn_and_written(dense: Path, path: Path, table: LatencyTable, capsys) -> None:

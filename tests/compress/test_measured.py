@@ -10,8 +10,10 @@ import pytest
 
 from benchmark import observe, system, variants
 from compress import manifest, prune
+from compress.channels.graph import Graph
 from compress.checkpoint import load_model, plans_of
-from compress.errors import SettingsError
+from compress.errors import BudgetError, SettingsError
+from compress.latency import solver
 from compress.latency.measured import plan_measured
 from compress.latency.table import LatencyTable, evaluate, save_table
 from compress.pruning.plan import parse_plan
@@ -35,7 +37,7 @@ def wanted(table: LatencyTable, tmp_path: Path) -> Prune:
 
 
 def measure_as(
-    monkeypatch, table: LatencyTable, dense: Path, factors: list[float], version: str = "1.0"
+    monkeypatch, table: LatencyTable, dense: Path, factors: list[float], version: str = "1.0", width: float = 0.02
 ) -> list[float]:
     """Let networks take `factors` times what the table says, one after another; return what was measured."""
     _, graph = table_of(load_model(dense), IMGSZ)
@@ -53,7 +55,8 @@ def measure_as(
         widths = [kept.get(group.name, group.width) for group in graph.groups]
         seen.append(float(latency(np.array(widths))) * factors[len(seen)])
         ratio = table.dense / seen[-1]
-        return {"speedup": ratio, "interval": [ratio * 0.99, ratio * 1.01], "record": {"version": version}}
+        found = {"speedup": ratio, "interval": [ratio * 0.99, ratio * 1.01], "record": {"version": version}}
+        return {**found, "interval_width": width, "noisy": width > settings.max_interval}
 
     monkeypatch.setattr(variants, "export", export)
     monkeypatch.setattr(observe, "observe", seen_as)
@@ -99,6 +102,35 @@ def test_after_three_rounds_the_nearest_is_taken_and_said(table, wanted, dense: 
     assert planned.prediction is not None
     assert planned.prediction.predicted == nearest["predicted"]
     assert capsys.readouterr().out.count("prune: round") == 3
+
+
+def test_a_plan_within_the_tolerance_stands_where_the_corrected_table_allows_none(
+    table, wanted, dense: Path, monkeypatch
+) -> None:
+    _, graph = table_of(load_model(dense), IMGSZ)
+    least = solver_least(table, graph)
+    tight = wanted.model_copy(update={"speedup": table.dense / (least * 1.0003)})
+    measure_as(monkeypatch, table, dense, [1.0302])  # more than 3 % above what was predicted, less above the target
+    planned, rounds = run(dense, tight)
+    assert [entry["used"] for entry in rounds] == [True]
+    assert planned.prediction is not None
+    assert planned.prediction.predicted == pytest.approx(least)
+    measure_as(monkeypatch, table, dense, [1.10])
+    with pytest.raises(BudgetError, match="cannot bring the latency down to"):
+        run(dense, tight)
+
+
+def test_a_noisy_measurement_is_said(table, wanted, dense: Path, monkeypatch, capsys) -> None:
+    measure_as(monkeypatch, table, dense, [1.0], width=0.2)
+    run(dense, wanted)
+    assert "this measurement is noisy, its 95 % interval is 20% wide" in capsys.readouterr().err
+
+
+def solver_least(table: LatencyTable, graph: Graph) -> float:
+    """The least latency that the budget allows."""
+    scores = [np.ones(group.width) for group in graph.groups]
+    problem = solver.build_problem(graph, BUDGET, scores, evaluate(table, graph))
+    return float(problem.cost(solver.cheapest(problem)))
 
 
 def test_a_table_of_another_machine_is_refused(table, wanted, dense: Path, tmp_path: Path) -> None:

@@ -82,6 +82,7 @@ def test_a_schedule_that_cannot_reach_its_target_is_refused(dense: Path) -> None
     [
         ({"iterations": 1, "map_budget": 0.1}, "map_budget ends rounds of pruning: set iterations above 1"),
         ({"prune": {"speedup": 2.0}}, "iterations need a target of percent, macs or params"),
+        ({"prune": {"macs": 0.5, "sensitivity": "s.json"}}, "prune.sensitivity is of the dense model"),
         ({"iterations": 0}, "iterations: Input should be greater than or equal to 1"),
     ],
 )

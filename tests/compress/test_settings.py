@@ -7,7 +7,18 @@ import pytest
 import yaml
 
 from compress.errors import SettingsError
-from compress.settings import Budget, LayerRule, Prune, Run, Sparsity, load_budget, load_run, parse, training_args
+from compress.settings import (
+    Budget,
+    Finetune,
+    LayerRule,
+    Prune,
+    Run,
+    Sparsity,
+    load_budget,
+    load_run,
+    parse,
+    training_args,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -112,6 +123,31 @@ def test_nothing_may_be_removed() -> None:
 def test_exactly_one_target(given: dict[str, float], named: str) -> None:
     text = refusal(Run, content(prune=given))
     assert text == f"run.yaml: prune: exactly one of percent, macs, params, latency, speedup is needed, {named}"
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"macs": 0.5, "device": "rpi5"}, "device: only with latency or speedup"),
+        ({"percent": 0.5, "threads": 2, "table": "t.json"}, "threads, table: only with latency or speedup"),
+    ],
+)
+def test_where_it_runs_is_asked_for_with_a_latency_only(given: dict[str, Any], named: str) -> None:
+    assert named in refusal(Prune, given)
+    rest = {key: value for key, value in given.items() if key not in ("macs", "percent")}
+    assert parse(Prune, {**rest, "speedup": 2.0}, "run.yaml").by_latency
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"distill": False, "cwd": 1.0}, "cwd goes with distill: true"),
+        ({"distill": False, "teacher": "large.pt"}, "teacher goes with distill: true"),
+        ({"distil_off_epochs": 3}, "distil_off_epochs 3 must be below epochs 3: the teacher would never be asked"),
+    ],
+)
+def test_a_distillation_that_would_not_happen_is_refused(given: dict[str, Any], message: str) -> None:
+    assert message in refusal(Finetune, {"epochs": 3, **given})
 
 
 @pytest.mark.parametrize("key", ["percent", "macs", "params"])

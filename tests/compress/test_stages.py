@@ -24,6 +24,7 @@ from compress.checkpoint import load_model, plans_of, structure_hash
 from compress.data.dataset import label_file
 from compress.errors import DataError, PlanError, SurgeryError, run_app
 from compress.manifest import MANIFEST, is_finished, read_json
+from compress.prune import plan_pruning
 from compress.pruning.plan import load_plan
 from compress.pruning.surgery import apply_plan
 from compress.settings import Budget, Finetune, LayerRule, Prune, Sparsity, Training
@@ -126,6 +127,7 @@ def test_tensorboard_shows_the_sparsity_training(stages: Path) -> None:
     assert scalars["sparsity/lambda"] == [2.0, 1.0]
     assert scalars["sparsity/mean_gamma"][1] < scalars["sparsity/mean_gamma"][0]
     assert all(0.0 <= share <= 1.0 for share in scalars["sparsity/near_zero_share"])
+    assert all(0.0 < share <= 1.0 for share in scalars["sparsity/macs_if_pruned"])
     assert len(scalars["metrics/mAP50-95"]) == 2
 
 
@@ -367,6 +369,27 @@ def test_training_by_the_command_line(narrow: Path, data: Path, tmp_path: Path, 
     assert f"train: {tmp_path / 'train' / 'model.pt'} (1 epochs, val mAP50-95 0.0" in capfd.readouterr().out
 
 
+def test_a_model_that_is_taken_at_another_size_is_said(dense: Path, data: Path, tmp_path: Path, capfd) -> None:
+    words = ("--model", dense, "--data", data, "--epochs", "0", "--workers", "0")
+    assert command(train.app, *words, "--imgsz", "96", "--output", tmp_path / "larger") == 0
+    said = f"warning: {dense} was trained at 64 px, and is taken as it is at 96 px: give imgsz 64\n"
+    assert capfd.readouterr().err == said
+    assert command(train.app, *words, "--imgsz", "64", "--output", tmp_path / "same") == 0
+    assert capfd.readouterr().err == ""
+
+
+def test_the_share_that_auto_brings_near_zero_is_that_of_what_may_go(dense: Path) -> None:
+    """Outputs are frozen and have no γ: counted in, they would make the share too small."""
+    cut = Prune(macs=0.5, budget=Budget(multiple_of=2, min_width=2))
+    planned = plan_pruning(load_model(dense), cut.model_copy(update={"importance": "random"}), 64)
+    pairs = zip(planned.graph.groups, planned.choice.widths.tolist(), strict=True)
+    free = [(group.width, width) for group, width in pairs if not group.frozen]
+    before, after = (sum(column) for column in zip(*free, strict=True))
+    assert len(free) < len(planned.graph.groups)
+    found = sparsify._share(str(dense), Sparsity(epochs=2, sr="auto"), cut, COMMON)
+    assert found == pytest.approx(1 - after / before)
+
+
 TRAINERS = [train.app, sparsify.app, finetune.app]
 
 
@@ -424,12 +447,35 @@ def test_a_mistake_is_one_line_and_nothing_is_begun(
         (prune.app, ["--percent", "0.5", "--model", "none.pt"], "none.pt does not exist: check the path"),
         (finetune.app, ["--teacher", "none.pt"], "none.pt does not exist: check the path"),
         (finetune.app, ["--teacher", "text.pt"], "text.pt cannot be opened"),
-        (finetune.app, ["--dis", "0"], "dis, cwd and ld are all 0: leave out the teacher (distill: false)"),
+        (
+            finetune.app,
+            ["--teacher", "none.pt", "--dis", "0"],
+            "dis, cwd and ld are all 0: leave out the teacher (distill: false)",
+        ),
+        (finetune.app, ["--cwd", "1"], "--cwd goes with --teacher: there is nobody to learn from"),
+        (finetune.app, ["--distil-off-epochs", "5"], "--distil-off-epochs goes with --teacher"),
+        (
+            finetune.app,
+            ["--teacher", "none.pt", "--epochs", "5", "--distil-off-epochs", "5"],
+            "distil_off_epochs 5 must be below epochs 5: the teacher would never be asked",
+        ),
         (prune.app, ["--front", "4", "--latency", "5ms"], "--front draws what all latencies cost: leave out --latency"),
+        (prune.app, ["--front", "4", "--dry-run"], "--front cuts nothing: leave out --dry-run"),
+        (
+            prune.app,
+            ["--macs", "0.5", "--imgsz", "100"],
+            "imgsz 100 must be a multiple of the model's stride 32: use 96",
+        ),
         (prune.app, ["--macs", "0.5", "--threads", "2"], "--threads goes with --latency, --speedup or --front"),
         (prune.app, ["--macs", "0.5", "--device", "rpi5"], "the widths that rpi5 likes are --budget rpi5"),
         (sparsify.app, ["--sr", "inf"], "sr: Input should be a finite number"),
         (sparsify.app, ["--share", "0.5"], "share goes with sr: auto, sr is 0.0001"),
+        (
+            sparsify.app,
+            ["--sr", "auto", "--share", "0.5", "--epochs", "1"],
+            "sr: auto watches an epoch before it pulls",
+        ),
+        (sparsify.app, ["--fade", "0.001"], "the budget cannot bring macs down to 0.1% of the dense model's"),
         (sparsify.app, ["--budget", "rpi5"], "--budget goes with --fade: without, no cut is planned here"),
     ],
 )

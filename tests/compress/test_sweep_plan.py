@@ -52,6 +52,13 @@ def test_every_target_meets_every_point_of_the_grid(make) -> None:
     assert {(p.prune.percent, p.finetune.epochs, p.train.epochs) for p in found} == {(None, 7, 3)}
 
 
+def test_a_target_of_macs_takes_the_place_of_a_latency_on_a_device(make) -> None:
+    settings = make(targets=["macs=0.5", "speedup=2x"])
+    own = ["prune.percent=null", "prune.speedup=3x", "prune.device=rpi5", "prune.memory=8MB"]
+    found = [(p.prune.macs, p.prune.speedup, p.prune.device, p.prune.memory) for p in expand(settings, own)]
+    assert found == [(0.5, None, "cpu", None), (None, 2.0, "rpi5", "8MB")]
+
+
 def test_without_targets_the_pipeline_keeps_its_own(make) -> None:
     found = expand(make(grid={"model": ["../w/yolov8n.pt", "yolov8s.pt"]}))
     assert [(p.name, p.model, p.prune.percent) for p in found] == [
@@ -75,6 +82,7 @@ def test_a_limit_draws_some_of_the_grid_in_their_order(make) -> None:
         ({"grid": {"imgsz": [64, 64]}}, "two pipelines would be called imgsz-64"),
         ({"grid": {"prune.importanse": ["l1"]}}, "unknown key 'prune.importanse', did you mean 'importance'"),
         ({"grid": {"iterations": [1, 3]}}, "sweep many: iterations-3 prunes in 3 rounds, a sweep compares single cuts"),
+        ({"grid": {"target": ["macs=0.5"]}}, "'target' is no setting of a pipeline: write targets:"),
         ({"gird": {}}, "unknown key 'gird', did you mean 'grid'"),
     ],
 )

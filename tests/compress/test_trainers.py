@@ -18,10 +18,11 @@ from compress.channels.slots import FIXED
 from compress.checkpoint import build_model, load_model, plans_of, structure_hash
 from compress.errors import CheckpointError, EspalierError, PlanError, SettingsError
 from compress.manifest import read_json, write_json
+from compress.pruning.importance import batch_norm_scales
 from compress.settings import Training
 from compress.training import launch, sparse
 from compress.training.launch import check_arguments, run_training
-from compress.training.penalty import NEAR_ZERO, SPARSITY, GammaLog, GroupPenalty
+from compress.training.penalty import NEAR_ZERO, SPARSITY, GammaLog, GroupPenalty, widths_without
 from compress.training.planned import RESUME, RESUME_BEST
 from compress.training.sparse import FADE_PLAN
 from compress.training.trainers import PlanTrainer, SparsityTrainer
@@ -224,6 +225,27 @@ def test_lambda_steers_itself(sparsity, tmp_path: Path) -> None:
     assert strengths[:3] == pytest.approx([0.0, 0.0, 0.95 / 24])
 
 
+def test_a_training_that_is_resumed_before_it_has_chosen_watches_first(sparsity, tmp_path: Path) -> None:
+    """Killed after the two epochs that watch: what they saw is gone, and one more is watched before any is pulled."""
+    model: Any = Chain()
+    trainer = sparsity(model, sr="auto", epochs=10, share=0.5)
+    vars(trainer).update(lf=lambda _: 1.0, accumulate=1, fitness=0.3, world_size=1)
+    trainer.args.momentum = 0.0
+    for trainer.epoch in (2, 3):
+        for callback in trainer.callbacks["on_train_epoch_start"]:
+            callback(trainer)
+        assert (trainer.pulled_units is None) == (trainer.epoch == 2)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        model.a.bn.weight.grad[4:] = 1.0  # what the loss misses
+        model.b.bn.weight.grad[6:] = 1.0
+        trainer.optimizer.step()
+        for callback in trainer.callbacks["on_fit_epoch_end"]:
+            callback(trainer)
+    assert read_json(tmp_path / "steering.json")["units"] == [0, 1, 2, 3, *range(8, 14)]
+    assert trainer.steered == pytest.approx(0.95 / 20)  # five epochs are left of six
+
+
 def test_statistics_keep_step_with_the_shrinking_scales(sparsity) -> None:
     model = Chain()
     model.a.bn.momentum, model.b.bn.momentum = 0.03, 0.5
@@ -252,6 +274,17 @@ def test_what_will_be_cut_fades_on_schedule(sparsity, tmp_path: Path) -> None:
     assert (model.a.bn.weight[2:] >= 0.5).all()
 
 
+def test_what_will_be_cut_fades_in_a_single_epoch_too(sparsity, tmp_path: Path) -> None:
+    model: Any = randomised(Chain())
+    model.a.bn.weight.data[:2] = torch.tensor([0.02, 0.01])
+    trainer = sparsity(model, sr=0.0, epochs=1, fade={"percent": 0.1, "budget": {"multiple_of": 1, "min_width": 1}})
+    trainer.choose_what_fades()
+    for _ in trainer.train_loader:
+        trainer.optimizer.step()
+        trainer.count_batch()
+    assert model.a.bn.weight[:2].tolist() == [0.0, 0.0]
+
+
 def test_a_resumed_training_keeps_what_fades(sparsity, tmp_path: Path) -> None:
     """Killed at the start of epoch 5, half way down: the plan of the first start holds, whatever γ are now."""
     model: Any = randomised(Chain())
@@ -270,6 +303,22 @@ def test_a_resumed_training_keeps_what_fades(sparsity, tmp_path: Path) -> None:
         again.count_batch()
     assert model.a.bn.weight[3].item() == pytest.approx((1 / 3) / (1 / 2))  # from a half to a third of the schedule
     assert model.a.bn.weight[5].item() == pytest.approx(0.01)
+
+
+def test_channels_near_zero_are_told_from_those_that_stay() -> None:
+    """A channel of a residual goes when all its γ are near zero; of a group one channel stays."""
+    model = Residual()
+    for block in (model.a, model.b, model.c):
+        block.bn.weight.data[:2] = torch.tensor([0.01, 0.01])
+    model.c.bn.weight.data[1] = 1.0
+    graph = build_graph(model.eval(), 16)
+    (width,) = [group.width for group in graph.groups if not group.frozen]
+    found = widths_without(graph, batch_norm_scales(graph, model), 0.05)
+    assert [w for w, g in zip(found, graph.groups, strict=True) if not g.frozen] == [width - 1]
+    for block in (model.a, model.b, model.c):
+        block.bn.weight.data[:] = 0.0
+    found = widths_without(graph, batch_norm_scales(graph, model), 0.05)
+    assert [w for w, g in zip(found, graph.groups, strict=True) if not g.frozen] == [1]
 
 
 # A λ that ruins the loss.
@@ -333,6 +382,8 @@ def test_tensorboard_shows_the_gammas(sparsity, tmp_path: Path) -> None:
     scalars = {tag: [event.value for event in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}
     assert scalars == {
         "sparsity/near_zero_share": pytest.approx([5 / 20, 8 / 20]),
+        # Per place 216 MACs of a, 864 of b, 48 of the head, which stays; of a 3 of 8 channels, then one.
+        "sparsity/macs_if_pruned": pytest.approx([(81 + 324 + 48) / 1128, (27 + 108 + 48) / 1128]),
         "sparsity/mean_gamma": pytest.approx([(15 + 5 * 0.049) / 20, (12 + 8 * 0.049) / 20]),
         "sparsity/lambda": pytest.approx([0.5, 0.25]),
         "metrics/mAP50-95": [0.25, 0.25],
