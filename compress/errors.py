@@ -28,7 +28,13 @@ _PROGRAMS = {"benchmark.layer_times", "benchmark.probe", "benchmark.worker"}
 
 
 class EspalierError(Exception):
-    """A mistake that the user can mend. Its message is one line: what is wrong, then what to do."""
+    """A mistake that the user can mend. Its message is one line: what is wrong, then what to do.
+
+    Attributes:
+        exit_code: of a command that ends with it.
+    """
+
+    exit_code = 2
 
 
 class SettingsError(EspalierError):
@@ -64,7 +70,13 @@ class RunError(EspalierError):
 
 
 class ExportError(EspalierError):
-    """An artefact that could not be made or that does not agree with PyTorch."""
+    """An artefact that could not be made."""
+
+
+class ParityError(ExportError):
+    """An artefact that was made and does not agree with PyTorch: what was asked for was right, the answer is no."""
+
+    exit_code = 1
 
 
 class BenchmarkError(EspalierError):
@@ -98,14 +110,14 @@ def warn(message: str) -> None:
 
 
 def run_app(app: Callable[[], object]) -> None:
-    """Run a command-line app: a user's mistake becomes one `error:` line and exit code 2, never a traceback.
+    """Run a command-line app: a user's mistake becomes one `error:` line and its exit code, 2, never a traceback.
 
     Ctrl-C exits with 130: finished stages are on disk by then and the next start resumes from them.
     """
     try:
         app()
     except EspalierError as error:
-        _fail(str(error))
+        _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, SystemExit) as stop:
         # Typer turns Ctrl-C into a silent exit with code 130.
         if isinstance(stop, SystemExit) and stop.code != 130:
@@ -131,9 +143,9 @@ def _explain_missing(names: Iterable[str]) -> str:
     )
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, code: int = EspalierError.exit_code) -> None:
     print(f"error: {_one_line(message)}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 def _one_line(message: str) -> str:

@@ -67,7 +67,7 @@ def export_mixed(
 
     Raises:
         DataError: the val split has no images, or no labels to compute mAP from.
-        ExportError: no choice of layers meets the budget, or parity fails: the model is kept as `NAME.rejected`.
+        ParityError: no choice of layers meets the budget, or parity fails: the model is kept as `NAME.rejected`.
     """
     from benchmark import runtimes
     from benchmark.accuracy import evaluate

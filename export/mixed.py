@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from compress import manifest
-from compress.errors import ExportError, RunError
+from compress.errors import ParityError, RunError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -77,7 +77,7 @@ def choose_float_layers(
         lowest: the mAP that is needed.
 
     Raises:
-        ExportError: not even with every layer in float.
+        ParityError: not even with one layer in 8 bits, the least sensitive.
     """
     steps: list[dict[str, Any]] = []
 
@@ -92,15 +92,16 @@ def choose_float_layers(
         return Choice([], steps[-1]["map50_95"], steps)
     found = rank()
     order = sorted(layers, key=lambda layer: -found[layer])
-    fails, count = 0, 1
-    while not passes(order, count):
-        if count == len(layers):
+    most = len(layers) - 1  # a model with every layer in float is no model in 8 bits
+    fails, count = 0, min(1, most)
+    while not count or not passes(order, count):
+        if count == most:
             best = max(step["map50_95"] for step in steps)
-            raise ExportError(
+            raise ParityError(
                 f"8 bits reach an mAP50-95 of {best:.4f}, {lowest:.4f} is needed: "
                 "raise --map-budget, or use the fp32 export"
             )
-        fails, count = count, min(2 * count, len(layers))
+        fails, count = count, min(2 * count, most)
     while count - fails > 1:
         middle = (fails + count) // 2
         if passes(order, middle):

@@ -363,16 +363,20 @@ def main(
         deploy.check_bundle(model, bundle)
         if bundle.resolve() in (output.resolve(), *output.resolve().parents):
             raise SettingsError(f"--bundle {bundle} is where --output goes: choose another --bundle")
+    content = {
+        "method": method,
+        "calibration_images": calibration_images,
+        "map_budget": map_budget,
+        "parity_images": parity_images,
+        "seed": seed,
+    }
+    quantization = parse(QuantizeNcnn, content, "ncnn")
     if int8:
-        content = {
-            "method": method,
-            "calibration_images": calibration_images,
-            "map_budget": map_budget,
-            "parity_images": parity_images,
-            "seed": seed,
-        }
-        made = output / _export_int8(model, data, calibration, imgsz, parse(QuantizeNcnn, content, "ncnn"), output)
+        made = output / _export_int8(model, data, calibration, imgsz, quantization, output)
     else:
+        asked = quantization.changed("method", "calibration_images", "map_budget", "seed")
+        if asked := asked or ("calibration" if calibration else None):
+            raise SettingsError(f"--{asked.replace('_', '-')} goes with --int8")
         content = {"half": half, "dynamic": dynamic, "parity_images": parity_images, "parity_map": parity_map}
         settings = parse(ExportNcnn, content, "ncnn")
         export_stage({model.stem: model}, resolve(data, labels=parity_map), imgsz, settings, output)

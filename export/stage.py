@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compress import manifest
-from compress.errors import CheckpointError, DataError, ExportError
+from compress.errors import CheckpointError, DataError, ParityError
 from compress.settings import check_imgsz
 
 PARITY = "parity.json"
@@ -112,7 +112,7 @@ def prove(artefact: Path, make: Callable[[Path], object], check: Callable[[Path]
         remedy: what to try when the check fails.
 
     Raises:
-        ExportError: parity fails: the artefact is then kept as `NAME.rejected` with its ending.
+        ParityError: it fails: the artefact is then kept as `NAME.rejected` with its ending.
     """
     from export import parity
 
@@ -124,7 +124,7 @@ def prove(artefact: Path, make: Callable[[Path], object], check: Callable[[Path]
             replace(unproven, rejected)
             if parity.finds_nothing(record):  # the boxes of such a model are noise, which no exporter can mend
                 remedy = "train or fine-tune the model first, or give --data that it was trained on"
-            raise ExportError(
+            raise ParityError(
                 f"{artefact.name} does not equal PyTorch on {parity.summary(record)}: "
                 f"{', '.join(parity.failures(record))}; kept as {rejected.name}: {remedy}"
             )

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from compress import manifest
-from compress.errors import ExportError, run_app
+from compress.errors import ExportError, ParityError, SettingsError, run_app
 from compress.settings import ExportTrt, parse
 from export import stage, trt_builder, trt_target, trtexec
 from export.trt_onnx import TOLERANCE, checkpoint_imgsz, load_onnx, make_onnx, profiles_of
@@ -319,7 +319,7 @@ def _prove_engine(engine: Path, output: Path, prove: Callable[[Path], dict[str, 
     if not record["passed"]:
         rejected = output.with_suffix(f".rejected{ENGINE}")
         engine.replace(rejected)
-        raise ExportError(
+        raise ParityError(
             f"{output.name} does not equal PyTorch on {parity.summary(record)}: {', '.join(parity.failures(record))}; "
             f"kept as {rejected.name}: use a wider --precision"
         )
@@ -382,6 +382,8 @@ def main(
     place = trt_target.parse_target(target, python)
     # Only the search for the layers of 8 bits scores anything.
     yaml = None if data is None else resolve(data, labels=precision == "int8")
+    if calibration is not None and precision != "int8":
+        raise SettingsError(f"--calibration goes with --precision int8, precision is {precision}")
     source = None if calibration is None else resolve(calibration, labels=False)
     if trt_version is not None and not script:
         raise ExportError("--trt-version goes with --script: an engine is built by the version that the target has")

@@ -27,9 +27,11 @@ class Export(Strict):
     parity_map: bool = Field(default=False, description="compare the mAP on the val split too")
 
     @model_validator(mode="after")
-    def _map_of_all_boxes(self) -> Export:
+    def _fits(self) -> Export:
         if self.nms and self.parity_map:
             raise ValueError("parity_map needs the boxes that nms removes: ask for one of them")
+        if not self.nms and (asked := self.changed("conf", "iou", "max_det")):
+            raise ValueError(f"{asked} goes with nms: without, all boxes leave the graph")
         return self
 
 

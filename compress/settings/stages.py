@@ -73,7 +73,7 @@ class Finetune(Training, Grown):
     def _something_to_learn(self) -> Finetune:
         if self.distill and not (self.dis or self.cwd or self.ld):
             raise ValueError("dis, cwd and ld are all 0: leave out the teacher (distill: false)")
-        if not self.distill and (asked := next((name for name in self.later if self._is_set(name)), None)):
+        if not self.distill and (asked := self.changed(*self.later)):
             raise ValueError(f"{asked} goes with distill: true")
         if self.distill and 0 < self.epochs <= self.distil_off_epochs:
             raise ValueError(
@@ -81,9 +81,6 @@ class Finetune(Training, Grown):
                 "the teacher would never be asked"
             )
         return self
-
-    def _is_set(self, name: str) -> bool:
-        return getattr(self, name) != type(self).model_fields[name].default
 
     @property
     def terms(self) -> dict[str, float]:

@@ -17,6 +17,11 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
+    def changed(self, *names: str) -> str | None:
+        """Return the first of these settings that is not as it is by default."""
+        fields = type(self).model_fields
+        return next((name for name in names if getattr(self, name) != fields[name].default), None)
+
 
 class Grown(Strict):
     """A section with settings that came later: unless they are set, it is written as before, and old runs are found."""
@@ -26,9 +31,7 @@ class Grown(Strict):
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         content = handler(self)
-        fields = type(self).model_fields
-        unset = {name for name in self.later if getattr(self, name) == fields[name].default}
-        return {key: value for key, value in content.items() if key not in unset}
+        return {key: value for key, value in content.items() if key not in self.later or self.changed(key)}
 
 
 def parse(kind: type[Section], content: dict[str, Any], source: str) -> Section:

@@ -9,6 +9,7 @@ import yaml
 from compress.errors import SettingsError
 from compress.settings import (
     Budget,
+    Export,
     Finetune,
     LayerRule,
     Prune,
@@ -148,6 +149,13 @@ def test_where_it_runs_is_asked_for_with_a_latency_only(given: dict[str, Any], n
 )
 def test_a_distillation_that_would_not_happen_is_refused(given: dict[str, Any], message: str) -> None:
     assert message in refusal(Finetune, {"epochs": 3, **given})
+
+
+@pytest.mark.parametrize(("given", "named"), [({"conf": 0.5}, "conf"), ({"iou": 0.5, "max_det": 3}, "iou")])
+def test_suppression_is_told_something_only_where_it_is(given: dict[str, Any], named: str) -> None:
+    assert parse(Export, {**given, "nms": True}, "export").changed(named) == named
+    with pytest.raises(SettingsError, match=f"{named} goes with nms: without, all boxes leave the graph"):
+        parse(Export, given, "export")
 
 
 @pytest.mark.parametrize("key", ["percent", "macs", "params"])

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compress.errors import ExportError
+from compress.errors import ParityError
 from export import mixed
 
 
@@ -30,7 +30,7 @@ def fake_search(needed: set[str], lowest: float = 0.5) -> tuple[mixed.Choice, li
         ({"a"}, "a", [0, 1]),
         ({"c"}, "abc", [0, 1, 2, 4, 3]),
         ({"b", "f"}, "abcdef", [0, 1, 2, 4, 8, 6, 5]),
-        ({"j"}, "abcdefghij", [0, 1, 2, 4, 8, 10, 9]),
+        ({"i"}, "abcdefghi", [0, 1, 2, 4, 8, 9]),
     ],
 )
 def test_as_few_layers_as_needed_stay_in_float(needed: set[str], chosen: str, tried: list[int]) -> None:
@@ -43,9 +43,16 @@ def test_as_few_layers_as_needed_stay_in_float(needed: set[str], chosen: str, tr
 
 def test_a_budget_that_nothing_meets_names_what_was_reached() -> None:
     with pytest.raises(
-        ExportError, match=r"8 bits reach an mAP50-95 of 0\.5000, 0\.6000 is needed: raise --map-budget"
+        ParityError, match=r"8 bits reach an mAP50-95 of 0\.5000, 0\.6000 is needed: raise --map-budget"
     ):
         fake_search({"a"}, lowest=0.6)
+
+
+def test_every_layer_in_float_is_no_answer() -> None:
+    with pytest.raises(ParityError, match=r"^8 bits reach an mAP50-95 of 0\.4000, 0\.5000 is needed"):
+        fake_search({"j"})
+    with pytest.raises(ParityError):
+        mixed.choose_float_layers(["a"], lambda _: 0.4, lambda: {"a": 1.0}, 0.5)
 
 
 def test_errors_by_hand() -> None:

@@ -338,7 +338,7 @@ def test_a_budget_that_is_missed_leaves_no_folder(
     labels(data)
     monkeypatch.setattr(mixed, "sensitivity", lambda dense, layers, *rest: dict.fromkeys(layers, 0.1))
     arguments = ("--model", detector, "--data", data, "--imgsz", 64, "--output", tmp_path / "out", "--int8")
-    assert run(*arguments, "--calibration-images", 1) == 2
+    assert run(*arguments, "--calibration-images", 1) == 1
     error = capsys.readouterr().err
     assert "8 bits reach an mAP50-95 of 0.3000, 0.3850 is needed: raise --map-budget" in error
     assert len(error.splitlines()) == 1
@@ -379,6 +379,15 @@ def test_mistakes_are_one_line(
     assert message in error
     assert len(error.splitlines()) == 1
     assert not list(tmp_path.glob("out/*_ncnn_model"))
+
+
+def test_what_8_bits_are_told_is_not_ignored_without_them(run: Any, tmp_path: Path, capsys) -> None:
+    model = tmp_path / "a.pt"
+    model.touch()
+    words = ("--model", model, "--data", "none.yaml", "--output", tmp_path / "out")
+    for option, value in (("--method", "kl"), ("--map-budget", "0.5"), ("--calibration", "none.yaml")):
+        assert run(*words, option, value) == 2
+        assert capsys.readouterr().err == f"error: {option} goes with --int8\n"
 
 
 def test_only_detectors_are_quantized(models: dict[str, Path], data: Path, tmp_path: Path) -> None:

@@ -595,6 +595,8 @@ def test_the_command_says_what_does_not_go_together(onnx_file: Path, tmp_path: P
     assert str(result.exception) == (
         "--trt-version goes with --script: an engine is built by the version that the target has"
     )
+    result = CliRunner().invoke(trt.app, [*arguments, "--script", "--calibration", "shapes"])
+    assert str(result.exception) == "--calibration goes with --precision int8, precision is fp16"
     assert CliRunner().invoke(trt.app, [*arguments, "--script", "--precision", "bf16"]).exit_code == 0
     assert "--bf16" in (tmp_path / "out" / "tiny.trtexec.sh").read_text()
 
