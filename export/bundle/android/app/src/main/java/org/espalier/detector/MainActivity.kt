@@ -72,7 +72,9 @@ class MainActivity : ComponentActivity() {
             .build()
         frames.setAnalyzer(worker) { frame -> frame.use { detect(it) } }
         provider.unbindAll()
-        provider.bindToLifecycle(this, CameraSelector.DEFAULT_BACK_CAMERA, picture, frames)
+        val back = CameraSelector.DEFAULT_BACK_CAMERA
+        val camera = if (provider.hasCamera(back)) back else CameraSelector.DEFAULT_FRONT_CAMERA
+        provider.bindToLifecycle(this, camera, picture, frames)
     }
 
     private fun detect(frame: ImageProxy) {
