@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmark import prepare, runtimes, store
+from benchmark import prepare, runtimes, sites, store
 from benchmark.outputs import Network
 from benchmark.worker import open_model
 from compress import manifest, usable_cores
@@ -211,6 +211,7 @@ def main(
         target, [*model, *(more or [])], runtime=runtime, precision=precision, imgsz=imgsz, threads=threads or cores,
         data=data, split=split, host=host,
     )  # fmt: skip
+    sites.transport_of(wanted.device, host, python)  # a mistake there moves no earlier work aside
     config = {key: value for key, value in wanted.config().items() if key != "threads"}
     parents = wanted.parents()
     with manifest.lock(output):

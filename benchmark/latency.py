@@ -221,6 +221,7 @@ def main(
         load_device(device), [*models, *(more or [])], runtime=runtime, precision=precision, imgsz=imgsz,
         threads=threads, data=data, split=split, host=host, batches=load.batches,
     )  # fmt: skip
+    sites.transport_of(wanted.device, host, python)  # a mistake there moves no earlier work aside
     output = output or Path("runs") / STAGE / wanted.device.name
     config = {**wanted.config(), "mode": mode, "lock_clocks": lock_clocks, "seed": seed}
     # Only where they were asked for: what was measured without them stays finished.
