@@ -334,9 +334,12 @@ def _run(
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
+_INT8_ALONE = ("method", "calibration", "calibration_images", "map_budget", "seed")
+
 
 @app.command()
 def main(
+    context: typer.Context,
     model: Annotated[Path, typer.Option(help="checkpoint (.pt)")],
     data: Annotated[str, typer.Option(help="data set YAML or 'shapes'; images of its val split prove parity")],
     output: Annotated[Path, typer.Option(help="folder for NAME_ncnn_model, parity.json and the manifest")],
@@ -360,6 +363,10 @@ def main(
     for given, name in ((half, "--half"), (dynamic, "--dynamic")):
         if given and int8:
             raise SettingsError(f"{name} and --int8 exclude each other: choose one")
+    for name in () if int8 else _INT8_ALONE:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise SettingsError(f"--{name.replace('_', '-')} goes with --int8: add that, or leave it out")
     stage.require(model)
     if bundle:
         deploy.check_bundle(model, bundle)

@@ -346,6 +346,17 @@ def test_a_budget_that_is_missed_leaves_no_folder(
 
 
 @pytest.mark.parametrize(
+    ("option", "value"), [("--method", "percentile"), ("--calibration-images", 8), ("--map-budget", 0.1)]
+)
+def test_what_goes_with_8_bits_is_not_ignored_without_them(
+    run: Any, option: str, value: object, detector: Path, data: Path, tmp_path: Path, capsys: Any
+) -> None:
+    assert run("--model", detector, "--data", data, "--output", tmp_path / "out", option, value) == 2
+    assert f"{option} goes with --int8" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"--half": None}, "--half and --int8 exclude each other: choose one"),
