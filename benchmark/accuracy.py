@@ -228,11 +228,10 @@ def main(
             manifest.finish(output, STAGE, config, parents, [RESULT], metrics)
             prepare.clean_up(output, keep_outputs)
     store.add(output / RESULT)
-    names = runtimes.distinct_names([path for files in wanted.models.values() for path in files.values()])
-    _print_table(records, names, split, wanted.imgsz)
+    _print_table(records, split, wanted.imgsz)
 
 
-def _print_table(records: list[dict[str, Any]], names: list[str], split: str, imgsz: int) -> None:
+def _print_table(records: list[dict[str, Any]], split: str, imgsz: int) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -243,8 +242,8 @@ def _print_table(records: list[dict[str, Any]], names: list[str], split: str, im
     shown = [key for key in SCORE_NAMES if key in records[0]]
     for key in shown:
         table.add_column(SCORE_NAMES[key], justify="right", no_wrap=True)
-    for name, record in zip(names, records, strict=True):
-        table.add_row(escape(name), record["runtime"], *(f"{record[key]:.4f}" for key in shown))
+    for record in records:
+        table.add_row(escape(record["model"]), record["runtime"], *(f"{record[key]:.4f}" for key in shown))
     Console().print(table)
 
 
