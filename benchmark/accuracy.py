@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmark import prepare, runtimes, store
+from benchmark import prepare, runtimes, sites, store
 from benchmark.outputs import Network
 from benchmark.worker import open_model
 from compress import manifest, usable_cores
@@ -211,6 +211,7 @@ def main(
         target, [*model, *(more or [])], runtime=runtime, precision=precision, imgsz=imgsz, threads=threads or cores,
         data=data, split=split, host=host,
     )  # fmt: skip
+    sites.transport_of(wanted.device, host, python)  # a mistake there moves no earlier work aside
     config = {key: value for key, value in wanted.config().items() if key != "threads"}
     parents = wanted.parents()
     with manifest.lock(output):
@@ -227,11 +228,10 @@ def main(
             manifest.finish(output, STAGE, config, parents, [RESULT], metrics)
             prepare.clean_up(output, keep_outputs)
     store.add(output / RESULT)
-    names = runtimes.distinct_names([path for files in wanted.models.values() for path in files.values()])
-    _print_table(records, names, split, wanted.imgsz)
+    _print_table(records, split, wanted.imgsz)
 
 
-def _print_table(records: list[dict[str, Any]], names: list[str], split: str, imgsz: int) -> None:
+def _print_table(records: list[dict[str, Any]], split: str, imgsz: int) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -242,8 +242,8 @@ def _print_table(records: list[dict[str, Any]], names: list[str], split: str, im
     shown = [key for key in SCORE_NAMES if key in records[0]]
     for key in shown:
         table.add_column(SCORE_NAMES[key], justify="right", no_wrap=True)
-    for name, record in zip(names, records, strict=True):
-        table.add_row(escape(name), record["runtime"], *(f"{record[key]:.4f}" for key in shown))
+    for record in records:
+        table.add_row(escape(record["model"]), record["runtime"], *(f"{record[key]:.4f}" for key in shown))
     Console().print(table)
 
 

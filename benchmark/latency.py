@@ -221,6 +221,7 @@ def main(
         load_device(device), [*models, *(more or [])], runtime=runtime, precision=precision, imgsz=imgsz,
         threads=threads, data=data, split=split, host=host, batches=load.batches,
     )  # fmt: skip
+    sites.transport_of(wanted.device, host, python)  # a mistake there moves no earlier work aside
     output = output or Path("runs") / STAGE / wanted.device.name
     config = {**wanted.config(), "mode": mode, "lock_clocks": lock_clocks, "seed": seed}
     # Only where they were asked for: what was measured without them stays finished.
@@ -259,8 +260,19 @@ def main(
             prepare.clean_up(output, keep_outputs)
     rows = [row for name in (RESULT, ACCURACY) if (output / name).is_file() for row in store.add(output / name)]
     print_table(record)
+    if layers:
+        print(_layers_remark(record, output))
     if moved := drift.remark(rows):
         print(printable(moved))
+
+
+def _layers_remark(record: dict[str, Any], output: Path) -> str:
+    """Return in a sentence where the cost of the layers is, which fills no table of a terminal."""
+    silent = sorted({cell["runtime"] for cell in record["cells"] if not cell.get("layers")})
+    remarks = [f"{', '.join(silent)}: does not tell what its layers cost"] if silent else []
+    if any(cell.get("layers") for cell in record["cells"]):
+        remarks.append(f"python -m benchmark.report {output} shows what each layer costs")
+    return "layers: " + "; ".join(remarks)
 
 
 def _scores(record: dict[str, Any]) -> dict[str, dict[str, Any]]:

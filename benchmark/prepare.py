@@ -206,6 +206,8 @@ def score(wanted: Request, site: Site, files: dict[str, dict[str, Path]], output
         return {}
     found, scores, outputs = {}, output / SCORES, output / OUTPUTS
     scores.mkdir(exist_ok=True)
+    asked = [path for given in wanted.models.values() for path in given.values()]
+    names = dict(zip(asked, runtimes.distinct_names(asked), strict=True))  # every stage calls its model model.pt
     options: dict[str, Any] = {"split": wanted.split, "imgsz": wanted.imgsz, "threads": wanted.threads}
     for number, (name, given) in enumerate(files.items()):
         for runtime, path in given.items():
@@ -218,7 +220,7 @@ def score(wanted: Request, site: Site, files: dict[str, dict[str, Path]], output
                 else:
                     with remote_network(site, runtime, path, wanted.threads, wanted.imgsz, outputs) as network:
                         record = evaluate(path, wanted.data, network=network, **options)
-                facts = {"model": wanted.models[name][runtime].name, "model_sha256": model_sha256}
+                facts = {"model": names[wanted.models[name][runtime]], "model_sha256": model_sha256}
                 manifest.write_json(kept, {**facts, "device": wanted.device.name, **record})
             found[f"{name}.{runtime}"] = manifest.read_json(kept)
     return found

@@ -108,7 +108,8 @@ def build_model(cfg: str | dict[str, Any], nc: int | None = None) -> nn.Module:
             return kind(content, nc=nc, verbose=False).eval()
         except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError, OSError) as error:
             name = cfg if isinstance(cfg, str) else cfg.get("yaml_file", "the model YAML")
-            raise CheckpointError(f"{name} does not describe a model of Ultralytics' form: {error}") from None
+            reason = f"it has no {error}" if isinstance(error, KeyError) else error
+            raise CheckpointError(f"{name} does not describe a model of Ultralytics' form: {reason}") from None
 
 
 def read_architecture(cfg: str) -> dict[str, Any]:

@@ -146,8 +146,9 @@ def begin(folder: Path, stage: str, config: Mapping[str, Any], parents: Mapping[
         return True
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is a file: choose another --output")
-    # A kill -9 may leave the temporary file of the very first write, which is nobody's work.
-    if folder.exists() and any(path.suffix != _TEMPORARY for path in folder.iterdir()):
+    # A kill -9 may leave the temporary file of the very first write, which is nobody's work, and a mistake that is met
+    # at once leaves nothing but the record of its start.
+    if folder.exists() and any(path.suffix != _TEMPORARY and path != started for path in folder.iterdir()):
         if not started.exists() and not (folder / MANIFEST).exists():
             raise RunError(f"{folder} is not empty and holds no stage of Espalier: choose another --output")
         kept = free_name(folder)

@@ -39,7 +39,7 @@ main() {
     done
 }
 
-# open_cache: set $version and $cache, and keep others out of it.
+# open_cache: set $version and $cache.
 open_cache() {
     version=${NCNN_VERSION:-$(sed -n 's/^ncnn==\([0-9.]*\).*/\1/p' "$repository/requirements.lock")}
     if [[ -n "${NCNN_SOURCE:-}" ]]; then
@@ -52,6 +52,10 @@ open_cache() {
     fi
     cache=${XDG_CACHE_HOME:-$HOME/.cache}/espalier/ncnn-$version
     mkdir -p "$cache"
+}
+
+# lock_cache: keep other builds of ncnn out. What is built already is used without: it appears whole or not at all.
+lock_cache() {
     exec 9>"$cache/lock"
     flock -n 9 || { echo "build_bundle: waiting for another build of ncnn" >&2; flock 9; }
 }
@@ -80,6 +84,8 @@ check_tools() {
 build_ncnn() {
     local target=$1 installed=$cache/$1-$RECIPE options=()
     [[ -d "$installed" ]] && return
+    lock_cache
+    [[ -d "$installed" ]] && return # that other build made it
     fetch_source
     echo "build_bundle: building ncnn $version for $target, once; this takes some minutes"
     case "$target" in
@@ -94,11 +100,13 @@ build_ncnn() {
     compile "$installed.build" --target install
     mv "$installed.partial" "$installed"
     rm -rf "$installed.build"
+    flock -u 9
 }
 
 # make_headers: ncnn's headers in $cache/include, whole or not at all.
 make_headers() {
     local partial=$cache/include.partial
+    lock_cache
     if [[ ! -d "$cache/include" ]]; then
         fetch_source
         rm -rf "$partial" && mkdir "$partial"

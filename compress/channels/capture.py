@@ -10,6 +10,7 @@ from contextlib import contextmanager, redirect_stderr
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import GraphError
+from compress.settings import check_imgsz
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,6 +24,7 @@ def capture(model: nn.Module, imgsz: int, channels: int = 3) -> ExportedProgram:
 
     Raises:
         GraphError: torch.export cannot capture the model.
+        SettingsError: it cannot, and the image size does not fit the model's stride.
     """
     import torch
 
@@ -33,6 +35,7 @@ def capture(model: nn.Module, imgsz: int, channels: int = 3) -> ExportedProgram:
         try:
             return torch.export.export(model, (image,), strict=False)
         except Exception as error:  # whatever a stranger's forward raises
+            check_imgsz(imgsz, int(max(getattr(model, "stride", [1]))))  # else torch speaks of sizes of tensors
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise GraphError(f"torch.export cannot capture {type(model).__name__}: {reason[0]}") from error
 

@@ -9,6 +9,7 @@ from compress import checkpoint, manifest
 from compress.errors import BudgetError
 
 if TYPE_CHECKING:
+    from compress.latency.table import LatencyTable
     from compress.settings import Prune
 
 RECORD, PICTURE = "front.json", "front.png"
@@ -64,7 +65,7 @@ def draw_front(
     ]
     if not rows:
         raise BudgetError(f"no widths that the budget allows need at most {settings.memory} of memory: ask for more")
-    _print(rows, table.unit, graph.macs(graph.widths))
+    _print(rows, table, graph.macs(graph.widths))
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         content = {"unit": table.unit, "dense": table.dense, "table": str(path), "table_sha256": table.sha256}
@@ -74,7 +75,7 @@ def draw_front(
     return rows
 
 
-def _print(rows: list[dict[str, Any]], unit: str, dense_macs: float) -> None:
+def _print(rows: list[dict[str, Any]], table: LatencyTable, dense_macs: float) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -85,13 +86,18 @@ def _print(rows: list[dict[str, Any]], unit: str, dense_macs: float) -> None:
         shown.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         shown.add_row(
-            amount(row["latency"], unit),
+            amount(row["latency"], table.unit),
             f"{row['speedup']:.2f}×",
             f"{row['kept']:.2%}",
             f"{row['gap']:.2%}",
             f"{row['macs'] / dense_macs:.1%}",
         )
     Console().print(shown)
+    fit = table.fit
+    print(  # why the dense widths' own prediction need not be 1.00×
+        f"speed-up: over the {amount(table.dense, table.unit)} that the dense model was measured at; predictions are "
+        f"within {fit.median_error:.1%} (median), {fit.p95_error:.1%} (95th percentile)"
+    )
 
 
 def _plot(rows: list[dict[str, Any]], unit: str, path: Path) -> None:

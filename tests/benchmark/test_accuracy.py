@@ -222,9 +222,17 @@ def test_a_real_detector_agrees_with_stock_validation(tmp_path: Path) -> None:
     assert (result["map50_95"], result["map50"]) == pytest.approx(stock(model, yaml, 320, tmp_path), abs=1e-3)
 
 
-def test_the_table_tells_files_of_one_name_apart(capsys: pytest.CaptureFixture[str]) -> None:
-    score = {"model": "model.pt", "runtime": "torch", "images": 4, "map50_95": 0.5, "map50": 0.75}
-    accuracy._print_table([score, score], ["a/model.pt", "b/model.pt"], "val", 64)
+def test_files_of_one_name_are_told_apart(
+    run: Any, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [tmp_path / stage / "model.pt" for stage in ("train", "finetune")]
+    for path in models:
+        path.parent.mkdir()
+        path.write_bytes(path.parent.name.encode())
+    score = {"runtime": "torch", "images": 4, "map50_95": 0.5, "map50": 0.75}
+    monkeypatch.setattr(accuracy, "evaluate", lambda *_, **__: score)
+    assert run("--models", *models, "--data", data, "--imgsz", IMGSZ, "--output", tmp_path / "out") == 0
+    named = ["train/model.pt", "finetune/model.pt"]
+    assert [record["model"] for record in json.loads((tmp_path / "out" / "accuracy.json").read_text())] == named
     shown = capsys.readouterr().out
-    assert "a/model.pt" in shown
-    assert "b/model.pt" in shown
+    assert all(name in shown for name in named)

@@ -509,6 +509,7 @@ def test_command_line_sweeps_batches_and_tells_them_apart(
     shown = capsys.readouterr().out
     assert "streams: 2" in shown
     assert "images/s" in shown
+    assert f"layers: python -m benchmark.report {folder / 'out'} shows what each layer costs" in shown
 
 
 def test_models_of_one_name_keep_their_folders(run: Any, folder: Path) -> None:

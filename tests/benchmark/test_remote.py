@@ -346,6 +346,18 @@ def test_mistakes_are_one_line(
     assert list(sshd.tmp.iterdir()) == []
 
 
+def test_a_missing_host_moves_no_earlier_work_aside(
+    run_command: Any, artefact: Path, tmp_path: Path, capsys: Any
+) -> None:
+    empty = {"schema": 1, "stage": "latency", "config": {}, "parents": {}, "files": {}}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(empty))
+    command = ("--models", artefact, "--device", board(tmp_path), "--imgsz", IMGSZ, "--output", tmp_path / "out")
+    assert run_command(latency.app, *command) == 2
+    assert "--host is missing" in error_of(capsys)
+    assert not (tmp_path / "out.1").exists()
+
+
 def test_other_classes_than_the_data_has_are_an_error_before_anything_is_measured(
     run_command: Any, sshd: Any, artefact: Path, tiny_data: Path, tmp_path: Path, capsys: Any
 ) -> None:

@@ -13,7 +13,7 @@ from compress.checkpoint import load_model
 from compress.errors import BudgetError, SettingsError
 from compress.latency.front import draw_front
 from compress.latency.plan import choose_by_latency, find_table, limit_of
-from compress.latency.table import LatencyTable, evaluate, save_table
+from compress.latency.table import LatencyTable, amount, evaluate, save_table
 from compress.pruning.importance import importance
 from compress.settings import Budget, Prune
 from tables import BUDGET, table_of
@@ -182,7 +182,10 @@ def test_the_front_is_printed_drawn_and_written(dense: Path, path: Path, table: 
     words = ["--model", dense, "--imgsz", IMGSZ, "--table", path, "--importance", "l1", "--front", 4]
     words += ["--budget", path.parent / "budget.yaml", "--output", output]
     prune.app([str(word) for word in words], standalone_mode=False)
-    assert "1.00×" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1.00×" in said
+    assert f"over the {amount(table.dense, table.unit)} that the dense model was measured at" in said
+    assert f"within {table.fit.median_error:.1%} (median), {table.fit.p95_error:.1%} (95th percentile)" in said
     record = json.loads((output / "front.json").read_text())
     points = record["points"]
     assert (record["table_sha256"], len(points)) == (table.sha256, 4)

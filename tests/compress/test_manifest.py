@@ -182,6 +182,14 @@ def test_an_interrupted_start_of_other_work_is_moved_aside(folder: Path, stage: 
     assert (folder.with_name("stage.1") / "half").read_text() == "epoch 1"
 
 
+def test_a_start_that_left_nothing_is_not_kept(folder: Path, capsys) -> None:
+    begin(folder, "train", CONFIG, PARENTS)
+    assert not begin(folder, "train", {"epochs": 4}, PARENTS)
+    assert capsys.readouterr().out == ""
+    assert not folder.with_name("stage.1").exists()
+    assert read_json(folder / STARTED)["config"] == {"epochs": 4}
+
+
 def test_a_start_killed_at_its_first_write_is_begun_again(folder: Path) -> None:
     folder.mkdir()
     (folder / f".{STARTED}.4711.tmp").write_text('{"sch')

@@ -346,6 +346,17 @@ def test_a_budget_that_is_missed_leaves_no_folder(
 
 
 @pytest.mark.parametrize(
+    ("option", "value"), [("--method", "percentile"), ("--calibration-images", 8), ("--map-budget", 0.1)]
+)
+def test_what_goes_with_8_bits_is_not_ignored_without_them(
+    run: Any, option: str, value: object, detector: Path, data: Path, tmp_path: Path, capsys: Any
+) -> None:
+    assert run("--model", detector, "--data", data, "--output", tmp_path / "out", option, value) == 2
+    assert f"{option} goes with --int8" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"--half": None}, "--half and --int8 exclude each other: choose one"),
@@ -379,15 +390,6 @@ def test_mistakes_are_one_line(
     assert message in error
     assert len(error.splitlines()) == 1
     assert not list(tmp_path.glob("out/*_ncnn_model"))
-
-
-def test_what_8_bits_are_told_is_not_ignored_without_them(run: Any, tmp_path: Path, capsys) -> None:
-    model = tmp_path / "a.pt"
-    model.touch()
-    words = ("--model", model, "--data", "none.yaml", "--output", tmp_path / "out")
-    for option, value in (("--method", "kl"), ("--map-budget", "0.5"), ("--calibration", "none.yaml")):
-        assert run(*words, option, value) == 2
-        assert capsys.readouterr().err == f"error: {option} goes with --int8\n"
 
 
 def test_only_detectors_are_quantized(models: dict[str, Path], data: Path, tmp_path: Path) -> None:
