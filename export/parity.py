@@ -48,9 +48,11 @@ class Tolerance:
 
 # With less than fp32 single boxes of anchors that see nothing may move by many px, and where two boxes of one object
 # have nearly the same score the other one may win, although all is as it should be: there the whole is judged, not
-# its worst number. At int8 a better mAP is luck, not a fault.
+# its worst number. At int8 a better mAP is luck, not a fault. At fp32 every anchor is judged; still, among thousands of
+# overlapping boxes, as a model of a few epochs has them, a last digit decides which of two suppresses the other
+# (9 of 2507 detections, with boxes within 0.0013 px and scores within 4.5e-6).
 TOLERANCES = {
-    "fp32": Tolerance(0.05, 1e-4, None, None, 0.0, 0.999, (-0.001, 0.001), value=1e-3, value_rms=1e-4),
+    "fp32": Tolerance(0.05, 1e-4, None, None, 0.005, 0.999, (-0.001, 0.001), value=1e-3, value_rms=1e-4),
     "fp16": Tolerance(None, None, 0.3, 0.02, 0.02, 0.99, (-0.003, 0.003), value_rms=0.02),
     "int8": Tolerance(None, None, None, 0.3, 0.1, 0.9, (-0.010, 1.0), value_rms=0.3),
 }
