@@ -89,9 +89,11 @@ def check(settings: Run, data: Path) -> None:
         check_teacher(model, Path(settings.finetune.teacher), data, settings.finetune, settings.imgsz)
     if settings.prune.by_latency:
         tabulate(model, settings)
-    # Which widths can be reached does not depend on which channels matter.
+    # Which widths can be reached does not depend on which channels matter, unless it is their importance that is asked
+    # for: that is known after training only.
+    least = {"importance": "random"} | ({"keep_importance": 1e-3} if settings.prune.keep_importance else {})
     if settings.iterations == 1:
-        plan_pruning(model, settings.prune.model_copy(update={"importance": "random"}), settings.imgsz)
+        plan_pruning(model, settings.prune.model_copy(update=least), settings.imgsz)
     else:
         rounds.check_schedule(model, settings.prune, settings.iterations, settings.imgsz)
 

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import Field
 
 from compress.errors import SettingsError
-from compress.settings import TARGETS, Run, Strict, load_run, load_yaml, parse
+from compress.settings import LATENCY_TARGETS, TARGETS, Run, Strict, load_run, load_yaml, parse
 
 
 class Sweep(Strict):
@@ -130,7 +130,7 @@ def _changes(key: str, value: Any) -> list[str]:
     if key == "target":
         name, amount = value
         changes = [f"prune.{other}={amount if other == name else 'null'}" for other in TARGETS]
-        return changes if name in ("latency", "speedup") else [*changes, *_NO_DEVICE]
+        return changes if name in LATENCY_TARGETS else [*changes, *_NO_DEVICE]
     return [f"{key}={json.dumps(value)}"]
 
 

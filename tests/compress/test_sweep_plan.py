@@ -77,7 +77,10 @@ def test_a_limit_draws_some_of_the_grid_in_their_order(make) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"targets": ["half"]}, "target 'half' must be one of percent, macs, params, latency, speedup and an amount"),
+        (
+            {"targets": ["half"]},
+            "target 'half' must be one of percent, macs, params, latency, speedup, keep_importance and an amount",
+        ),
         ({"grid": {"imgsz": []}}, "a setting of the grid has no values"),
         ({"grid": {"imgsz": [64, 64]}}, "two pipelines would be called imgsz-64"),
         ({"grid": {"prune.importanse": ["l1"]}}, "unknown key 'prune.importanse', did you mean 'importance'"),
