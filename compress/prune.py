@@ -354,6 +354,10 @@ def main(
     from compress.data.dataset import resolve
 
     yaml = resolve(data) if data is not None else None
+    if sensitivity is not None:
+        from compress.pruning.sensitivity_file import warn_of_others
+
+        warn_of_others(sensitivity, model, yaml)
     if output is None or yaml is None or dry_run:
         planned = plan_pruning(checkpoint.load_model(model), settings, imgsz, seed, yaml, str(model))
         print_plan(planned, settings.budget)

@@ -87,6 +87,10 @@ def check(settings: Run, data: Path) -> None:
         _check_tensorrt(settings.trt)
     if settings.finetune.teacher and settings.finetune.distill:
         check_teacher(model, Path(settings.finetune.teacher), data, settings.finetune, settings.imgsz)
+    if settings.prune.sensitivity:
+        from compress.pruning.sensitivity_file import warn_of_others
+
+        warn_of_others(Path(settings.prune.sensitivity), None, data)  # the weights are those that will be trained
     if settings.prune.by_latency:
         tabulate(model, settings)
     # Which widths can be reached does not depend on which channels matter, unless it is their importance that is asked
