@@ -50,6 +50,8 @@ class Sparsity(Training):
     def _share_of_auto(self) -> Sparsity:
         if self.share is not None and self.sr != "auto":
             raise ValueError(f"share goes with sr: auto, sr is {self.sr:g}")
+        if self.sr == "auto" and self.fade:
+            raise ValueError("sr: auto and fade: true each choose channels of their own: leave one of them out")
         if self.sr == "auto" and self.epochs == 1:
             raise ValueError("sr: auto watches an epoch before it pulls: give epochs of 2 at least")
         return self

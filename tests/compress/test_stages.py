@@ -474,6 +474,7 @@ def test_a_mistake_is_one_line_and_nothing_is_begun(
         (prune.app, ["--macs", "0.5", "--device", "rpi5"], "the widths that rpi5 likes are --budget rpi5"),
         (sparsify.app, ["--sr", "inf"], "sr: Input should be a finite number"),
         (sparsify.app, ["--share", "0.5"], "share goes with sr: auto, sr is 0.0001"),
+        (sparsify.app, ["--sr", "auto", "--fade", "0.5"], "sr: auto and fade: true each choose channels of their own"),
         (
             sparsify.app,
             ["--sr", "auto", "--share", "0.5", "--epochs", "1"],
