@@ -152,6 +152,18 @@ def export(models: dict[str, Path], data: Path, settings: Run, folder: Path) -> 
     return records
 
 
+def files_of(models: dict[str, Path], settings: Run, folder: Path) -> dict[str, dict[str, Path]]:
+    """Return the files of each model that are scored, by runtime; all that are timed are among them."""
+    exported, wanted = folder / "05_export", settings.benchmark.runtimes
+    found = {name: {"torch": path, "onnxruntime": exported / f"{name}.onnx"} for name, path in models.items()}
+    for name, files in found.items():
+        if "ncnn" in wanted:
+            files["ncnn"] = exported / "ncnn" / f"{name}_ncnn_model"
+        if "tensorrt" in wanted:
+            files["tensorrt"] = exported / "trt" / name / f"{name}.engine"
+    return found
+
+
 def benchmark(
     models: dict[str, Path], parity: dict[str, Any], data: Path, settings: Run, command: str, folder: Path
 ) -> dict[str, Any]:
@@ -162,15 +174,7 @@ def benchmark(
     from benchmark.report import print_table, write_report
     from compress.data.dataset import fingerprint
 
-    wanted = settings.benchmark
-    exported = folder / "05_export"
-    artefacts = {name: {"torch": path, "onnxruntime": exported / f"{name}.onnx"} for name, path in models.items()}
-    if "ncnn" in wanted.runtimes:
-        for name in models:
-            artefacts[name]["ncnn"] = exported / "ncnn" / f"{name}_ncnn_model"
-    if "tensorrt" in wanted.runtimes:
-        for name in models:
-            artefacts[name]["tensorrt"] = exported / "trt" / name / f"{name}.engine"
+    wanted, artefacts = settings.benchmark, files_of(models, settings, folder)
     output = folder / "06_benchmark"
     inputs = {f"{name}.{runtime}": path for name, files in artefacts.items() for runtime, path in files.items()}
     config = {**wanted.model_dump(mode="json"), "imgsz": settings.imgsz, "seed": settings.seed, "data": str(data)}
