@@ -182,6 +182,7 @@ def prune(model: Path, data: Path, settings: Prune, imgsz: int, seed: int, outpu
             from compress.latency.measured import plan_measured
 
             planned, rounds = plan_measured(dense, settings, imgsz, seed, data, str(model))
+            _say_what_had_not_faded(model, planned)
         else:
             planned = plan_pruning(dense, settings, imgsz, seed, data)
         pruned = apply_plan(planned.model, planned.plan)
@@ -204,6 +205,22 @@ def prune(model: Path, data: Path, settings: Prune, imgsz: int, seed: int, outpu
     before, after = metrics["macs"]
     print(f"prune: {result} ({after / before:.1%} of the MACs kept, oracle error {error:.1e})")
     return result
+
+
+def _say_what_had_not_faded(model: Path, planned: Planned) -> None:
+    """Say how far a cut goes beyond what the sparsity training of the model faded by the table as it was then.
+
+    A measurement may ask for other widths than the table. An importance that sees γ (bn, taylor) still lets the faded
+    channels go first: they have none.
+    """
+    stage = model.parent / manifest.MANIFEST
+    if not stage.exists() or not manifest.read_json(stage).get("config", {}).get("fade"):
+        return
+    from compress.training.fade import faded
+
+    gone, cut = faded(planned.plan, planned.model)
+    if gone < cut:
+        print(f"prune: {cut - gone} of the {cut} batch-norm channels that are cut had not been faded before")
 
 
 def _warn_of_other_size(model: Path, imgsz: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import pytest
 from benchmark import observe, system, variants
 from compress import manifest, prune
 from compress.channels.graph import Graph
-from compress.checkpoint import load_model, plans_of
+from compress.checkpoint import load_model, plans_of, save_model
 from compress.errors import BudgetError, SettingsError
 from compress.latency import solver
 from compress.latency.measured import plan_measured
 from compress.latency.table import LatencyTable, evaluate, save_table
 from compress.pruning.plan import parse_plan
 from compress.settings import Budget, LayerRule, Prune
+from compress.training.fade import Fade
 from tables import BUDGET, table_of
 
 IMGSZ = 64
@@ -202,6 +204,27 @@ def test_a_table_of_another_version_is_refused(table, wanted, dense: Path, monke
     measure_as(monkeypatch, table, dense, [1.0], version="1.1")
     with pytest.raises(SettingsError, match=r"was measured in onnxruntime 1\.0, 1\.1 is installed"):
         run(dense, wanted)
+
+
+def test_what_is_cut_beyond_what_faded_is_said(
+    table, wanted, dense: Path, tiny_data: Path, monkeypatch, tmp_path: Path, capsys
+) -> None:
+    model = load_model(dense)
+    plan = prune.plan_pruning(model, wanted, IMGSZ).plan
+    Fade(plan, model).apply(1.0)
+    manifest.begin(tmp_path / "sparsify", "sparsify", {}, {})
+    save_model(model, tmp_path / "sparsify" / "model.pt", {})
+    sparse, least = tmp_path / "sparsify" / "model.pt", wanted.model_copy(update={"recalibrate_images": 0})
+    for number, (fade, factors) in enumerate([(True, [1.0]), (True, [1.06, 1.06]), (False, [1.06, 1.06])]):
+        manifest.finish(tmp_path / "sparsify", "sparsify", {"fade": fade}, {}, ["model.pt"], {})
+        measure_as(monkeypatch, table, dense, factors)
+        prune.prune(sparse, tiny_data, least, IMGSZ, 0, tmp_path / str(number))
+        said = re.findall(r"prune: (\d+) of the (\d+) batch-norm channels", capsys.readouterr().out)
+        if fade and factors != [1.0]:
+            ((missing, cut),) = said
+            assert 0 < int(missing) < int(cut)
+        else:
+            assert said == []
 
 
 def test_the_stage_writes_what_was_predicted_and_measured(
