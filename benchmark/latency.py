@@ -7,7 +7,7 @@ emulated device counts instructions instead, because its time says nothing.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -43,7 +43,7 @@ SINGLE = Load()
 def measure(
     models: dict[str, dict[str, Path]],
     *,
-    imgsz: int,
+    imgsz: int | Mapping[str, int],
     threads: int,
     mode: str,
     seed: int = 0,
@@ -58,7 +58,7 @@ def measure(
 
     Args:
         models: model name → runtime (torch, onnxruntime, ncnn, tensorrt, or a variant) → model file or folder.
-        imgsz: side of the square input, px.
+        imgsz: side of the square input, px; or that of each model, by its name.
         threads: threads of each worker's runtime.
         mode: quick, standard or mlperf.
         seed: of the input, the order of the cells and the bootstrap.
@@ -85,7 +85,8 @@ def measure(
             runtimes.require(path)
     site = site or sites.here()
     counted = site.device.counter is not None
-    options: dict[str, Any] = {"threads": threads, "imgsz": imgsz, "seed": seed}
+    sizes = dict.fromkeys(models, imgsz) if isinstance(imgsz, int) else imgsz
+    options: dict[str, Any] = {"threads": threads, "seed": seed}
     if counted and load != SINGLE:
         raise BenchmarkError(f"{site.device.name} counts instructions of one image: leave out --batch and --streams")
     with ExitStack() as stack:
@@ -99,7 +100,9 @@ def measure(
             show(f"start {name} on {runtime}", 0.0)
             workers, ready = [], {}
             for _ in range(load.streams):
-                workers.append(stack.enter_context(sites.worker(site, runtime, path, batch=batch, **options)))
+                workers.append(
+                    stack.enter_context(sites.worker(site, runtime, path, batch=batch, imgsz=sizes[name], **options))
+                )
                 # One after another, so that no cold start competes with the next one's.
                 answer, _ = workers[-1].receive()
                 ready = ready or answer
@@ -111,7 +114,8 @@ def measure(
         # In processes of their own, so that memory and load above are those of the timed queries alone.
         for cell in cells if layers else []:
             show(f"layers of {cell.name}", 1.0)
-            with sites.worker(site, cell.runtime, cell.path, batch=cell.batch, **options) as worker:
+            size = sizes[cell.model]
+            with sites.worker(site, cell.runtime, cell.path, batch=cell.batch, imgsz=size, **options) as worker:
                 worker.receive()
                 cell.profile = profile(cell, worker, LEAD_IN)
     own_s = sum(cost["cpu_s"] for cost in costs) + (time.process_time() - own if site.is_here else 0.0)
@@ -121,7 +125,9 @@ def measure(
     return {
         "schema": SCHEMA,
         "measured_at": began.isoformat(timespec="seconds"),
-        "cells": [cell_record(cell, cost, threads, imgsz, seed) for cell, cost in zip(cells, costs, strict=True)],
+        "cells": [
+            cell_record(cell, cost, threads, sizes[cell.model], seed) for cell, cost in zip(cells, costs, strict=True)
+        ],
         "comparisons": compare(cells, seed),
         "device": {
             "name": site.device.name,
@@ -144,7 +150,7 @@ def measure(
             **(counted_protocol() if counted else timed_protocol(plan)),
             "rounds": len(order),
             "order": order,
-            "imgsz": imgsz,
+            "imgsz": imgsz if isinstance(imgsz, int) else None,
             "batch": load.batches[0] if len(load.batches) == 1 else None,
             "streams": load.streams,
             "threads": threads,

@@ -11,7 +11,7 @@ import typer
 
 from compress import checkpoint, manifest
 from compress.errors import SettingsError, run_app, warn
-from compress.settings import Budget, Importance, Prune, check_imgsz, load_budget
+from compress.settings import LATENCY_TARGETS, Budget, Importance, Prune, check_imgsz, load_budget
 
 if TYPE_CHECKING:
     import numpy as np
@@ -123,7 +123,12 @@ def choose_widths(
 
         table, path = find_table(settings, imgsz, structure, source)
         choice, prediction = choose_by_latency(graph, scored.scores, settings, table, path, correction)
-        words = f"{amount(prediction.target, table.unit)} on {table.device} in {table.runtime}"
+        asked = (
+            f"{settings.keep_importance:.2%} of the importance, the fastest"
+            if prediction.target is None
+            else amount(prediction.target, table.unit)
+        )
+        words = f"{asked} on {table.device} in {table.runtime}"
     else:
         target = target_of(settings)
         choice = choose(graph, scored.scores, target, settings.budget)
@@ -177,6 +182,7 @@ def prune(model: Path, data: Path, settings: Prune, imgsz: int, seed: int, outpu
             from compress.latency.measured import plan_measured
 
             planned, rounds = plan_measured(dense, settings, imgsz, seed, data, str(model))
+            _say_what_had_not_faded(model, planned)
         else:
             planned = plan_pruning(dense, settings, imgsz, seed, data)
         pruned = apply_plan(planned.model, planned.plan)
@@ -201,6 +207,22 @@ def prune(model: Path, data: Path, settings: Prune, imgsz: int, seed: int, outpu
     return result
 
 
+def _say_what_had_not_faded(model: Path, planned: Planned) -> None:
+    """Say how far a cut goes beyond what the sparsity training of the model faded by the table as it was then.
+
+    A measurement may ask for other widths than the table. An importance that sees γ (bn, taylor) still lets the faded
+    channels go first: they have none.
+    """
+    stage = model.parent / manifest.MANIFEST
+    if not stage.exists() or not manifest.read_json(stage).get("config", {}).get("fade"):
+        return
+    from compress.training.fade import faded
+
+    gone, cut = faded(planned.plan, planned.model)
+    if gone < cut:
+        print(f"prune: {cut - gone} of the {cut} batch-norm channels that are cut had not been faded before")
+
+
 def _warn_of_other_size(model: Path, imgsz: int) -> None:
     """Say so where the statistics of batch norm will be those of another image size than the weights are made for."""
     trained = checkpoint.load_training_args(model).get("imgsz")
@@ -216,14 +238,19 @@ def print_prediction(prediction: Prediction) -> None:
     from compress.latency.table import amount
 
     unit = prediction.unit
+    if prediction.target is None:
+        asked = f"the fastest that keeps {prediction.keep_importance:.2%}"
+        proof = f"no widths that keep so much take less than {amount(prediction.bound, unit)}"
+    else:
+        asked = f"target {amount(prediction.target, unit)}"
+        proof = f"no widths within the target lose less than {prediction.bound:.4f}"
     print(
         f" latency: {amount(prediction.dense, unit)} → {amount(prediction.predicted, unit)} predicted "
-        f"({prediction.dense / prediction.predicted:.2f}×), target {amount(prediction.target, unit)}; "
-        f"memory {prediction.memory_bytes / 1e6:.4g} MB"
+        f"({prediction.dense / prediction.predicted:.2f}×), {asked}; memory {prediction.memory_bytes / 1e6:.4g} MB"
     )
     print(
         f"    kept: {prediction.kept:.2%} of the importance of a group on average; loss {prediction.loss:.4f}, "
-        f"no widths within the target lose less than {prediction.bound:.4f} (gap {prediction.gap:.2%})"
+        f"{proof} (gap {prediction.gap:.2%})"
     )
 
 
@@ -282,10 +309,13 @@ def main(
         str | None, typer.Option(help="latency that remains, such as 12ms; needs a latency table")
     ] = None,
     speedup: Annotated[str | None, typer.Option(help="dense latency over the pruned one, such as 2x")] = None,
-    memory: Annotated[
-        str | None, typer.Option(help="with --latency, --speedup, --front: weights and peak activations, such as 8MB")
+    keep_importance: Annotated[
+        float | None, typer.Option(help="the fastest that keeps so much importance, such as 0.9; needs a latency table")
     ] = None,
-    device: Annotated[str, typer.Option(help="with --latency, --speedup, --front: where the model will run")] = "cpu",
+    memory: Annotated[
+        str | None, typer.Option(help="with a latency table: weights and peak activations, such as 8MB")
+    ] = None,
+    device: Annotated[str, typer.Option(help="with a latency table: where the model will run")] = "cpu",
     host: Annotated[str | None, typer.Option(help="with --device: \\[user@]host[:port], or a serial of adb")] = None,
     runtime: Annotated[str | None, typer.Option(help="with --device: one that it has; its first one")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="with --device: of the runtime; its own")] = None,
@@ -303,21 +333,24 @@ def main(
 ) -> None:
     """Prune a detector under a budget of widths.
 
-    Exactly one of --percent, --macs, --params, --latency, --speedup says how much.
+    Exactly one of --percent, --macs, --params, --latency, --speedup, --keep-importance says how much; the last
+    three need a latency table, which benchmark.profile makes.
     """
     from compress.settings import parse
 
     amount = {"percent": percent, "macs": macs, "params": params, "latency": latency, "speedup": speedup}
+    amount |= {"keep_importance": keep_importance}
+    by_latency = front or any(amount[name] is not None for name in LATENCY_TARGETS)
     where = {"device": device if device != "cpu" else None, "host": host, "runtime": runtime}
     where |= {"threads": threads, "table": table}
     if front is not None and (asked := _first_given(amount)):
-        raise SettingsError(f"--front draws what all latencies cost: leave out --{asked}")
+        raise SettingsError(f"--front draws what all latencies cost: leave out --{asked.replace('_', '-')}")
     if front is not None and dry_run:
         raise SettingsError("--front cuts nothing: leave out --dry-run")
-    if not (latency or speedup or front) and (asked := _first_given(where)):
+    if not by_latency and (asked := _first_given(where)):
         remedy = f"the widths that {device} likes are --budget {device}" if asked == "device" else "leave it out"
-        raise SettingsError(f"--{asked} goes with --latency, --speedup or --front: {remedy}")
-    rules = load_budget(budget) if budget else _own_budget(device, runtime, latency or speedup or front)
+        raise SettingsError(f"--{asked} goes with --latency, --speedup, --keep-importance or --front: {remedy}")
+    rules = load_budget(budget) if budget else _own_budget(device, runtime, by_latency)
     changes = {"multiple_of": multiple_of, "max_removed": max_removed, "power_of_two": power_of_two or None}
     rules = rules.model_dump(mode="json") | {key: value for key, value in changes.items() if value is not None}
     if front is not None:
@@ -338,6 +371,10 @@ def main(
     from compress.data.dataset import resolve
 
     yaml = resolve(data) if data is not None else None
+    if sensitivity is not None:
+        from compress.pruning.sensitivity_file import warn_of_others
+
+        warn_of_others(sensitivity, model, yaml)
     if output is None or yaml is None or dry_run:
         planned = plan_pruning(checkpoint.load_model(model), settings, imgsz, seed, yaml, str(model))
         print_plan(planned, settings.budget)

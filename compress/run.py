@@ -87,11 +87,17 @@ def check(settings: Run, data: Path) -> None:
         _check_tensorrt(settings.trt)
     if settings.finetune.teacher and settings.finetune.distill:
         check_teacher(model, Path(settings.finetune.teacher), data, settings.finetune, settings.imgsz)
+    if settings.prune.sensitivity:
+        from compress.pruning.sensitivity_file import warn_of_others
+
+        warn_of_others(Path(settings.prune.sensitivity), None, data)  # the weights are those that will be trained
     if settings.prune.by_latency:
         tabulate(model, settings)
-    # Which widths can be reached does not depend on which channels matter.
+    # Which widths can be reached does not depend on which channels matter, unless it is their importance that is asked
+    # for: that is known after training only.
+    least = {"importance": "random"} | ({"keep_importance": 1e-3} if settings.prune.keep_importance else {})
     if settings.iterations == 1:
-        plan_pruning(model, settings.prune.model_copy(update={"importance": "random"}), settings.imgsz)
+        plan_pruning(model, settings.prune.model_copy(update=least), settings.imgsz)
     else:
         rounds.check_schedule(model, settings.prune, settings.iterations, settings.imgsz)
 
@@ -146,6 +152,18 @@ def export(models: dict[str, Path], data: Path, settings: Run, folder: Path) -> 
     return records
 
 
+def files_of(models: dict[str, Path], settings: Run, folder: Path) -> dict[str, dict[str, Path]]:
+    """Return the files of each model that are scored, by runtime; all that are timed are among them."""
+    exported, wanted = folder / "05_export", settings.benchmark.runtimes
+    found = {name: {"torch": path, "onnxruntime": exported / f"{name}.onnx"} for name, path in models.items()}
+    for name, files in found.items():
+        if "ncnn" in wanted:
+            files["ncnn"] = exported / "ncnn" / f"{name}_ncnn_model"
+        if "tensorrt" in wanted:
+            files["tensorrt"] = exported / "trt" / name / f"{name}.engine"
+    return found
+
+
 def benchmark(
     models: dict[str, Path], parity: dict[str, Any], data: Path, settings: Run, command: str, folder: Path
 ) -> dict[str, Any]:
@@ -156,15 +174,7 @@ def benchmark(
     from benchmark.report import print_table, write_report
     from compress.data.dataset import fingerprint
 
-    wanted = settings.benchmark
-    exported = folder / "05_export"
-    artefacts = {name: {"torch": path, "onnxruntime": exported / f"{name}.onnx"} for name, path in models.items()}
-    if "ncnn" in wanted.runtimes:
-        for name in models:
-            artefacts[name]["ncnn"] = exported / "ncnn" / f"{name}_ncnn_model"
-    if "tensorrt" in wanted.runtimes:
-        for name in models:
-            artefacts[name]["tensorrt"] = exported / "trt" / name / f"{name}.engine"
+    wanted, artefacts = settings.benchmark, files_of(models, settings, folder)
     output = folder / "06_benchmark"
     inputs = {f"{name}.{runtime}": path for name, files in artefacts.items() for runtime, path in files.items()}
     config = {**wanted.model_dump(mode="json"), "imgsz": settings.imgsz, "seed": settings.seed, "data": str(data)}

@@ -71,6 +71,8 @@ def sensitivity(model: Path, data: Path, wanted: Wanted, output: Path | None = N
             return result
         network = checkpoint.load_model(model)
         found = _measure(network, model, data, wanted, _Journal(folder, config, parents))
+        origin = {"model_sha256": parents["model"], "data_fingerprint": parents["data"]}
+        found = found.model_copy(update=origin)
         manifest.write_json(result, found.model_dump(mode="json"))
         draw(found, folder / PICTURE)
         metrics = {"map50_95": found.map50_95, "ties": len(found.ties)}

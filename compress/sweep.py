@@ -7,7 +7,7 @@ second start goes on where the first one stopped. Like `run.py`, this file chain
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +19,7 @@ from compress.sweeps.jobs import Job, cut, finish, train_dense, train_sparse
 from compress.sweeps.plan import Cut, Sweep, expand, hopeless, load_sweep, on_front
 from compress.sweeps.spread import Spread, here, on_ray
 
-RECORD, REPORT = "sweep.json", "report"
+RECORD, REPORT, TOGETHER, LATENCY = "sweep.json", "report", "latency", "latency.json"
 
 
 def sweep(
@@ -48,13 +48,18 @@ def sweep(
         jobs = _shared(train_dense, jobs, lambda job: job.dense, spread, rows)
         jobs = _shared(train_sparse, jobs, lambda job: job.sparse, spread, rows)
         jobs = _each(cut, jobs, "cut", spread, rows)
-        cuts = [Cut(n, row["cut"]["macs"], row["cut"]["map50_95"]) for n, row in rows.items() if "cut" in row]
+        known = {name: row["cut"] for name, row in rows.items() if "cut" in row}
+        cuts = [Cut(name, cut["map50_95"], cut["kind"], cut["costs"]) for name, cut in known.items()]
         for name, better in hopeless(cuts, settings.early_stop).items():
             rows[name]["given_up"] = better
-            print(f"sweep: {name} is given up: {better} is far better with no more MACs")
+            print(f"sweep: {name} is given up: {better} is far better with no more {known[name]['kind']}")
         _write(folder, command, config, rows, "running")
         jobs = [job for job in jobs if "given_up" not in rows[job.settings.name]]
         jobs = _each(finish, jobs, "summary", spread, rows)
+        _write(folder, command, config, rows, "running")
+        if settings.together and len(jobs) > 1:
+            for name, latencies in measure_together(jobs, folder, settings.seed).items():
+                rows[name]["together"] = latencies
 
         found = list(rows.values())
         _mark_front(found)
@@ -115,18 +120,77 @@ def _failed(job: Job, result: Any, rows: dict[str, Any]) -> bool:
     return isinstance(result, Exception)
 
 
-def _latency(summary: dict[str, Any]) -> tuple[str, float]:
-    """Return the runtime that a pipeline is judged by, the first that is not PyTorch, and its p50, ms."""
-    found = {runtime: values["p50"] for runtime, values in summary["pruned"]["latency_ms"].items()}
+def measure_together(jobs: Sequence[Job], folder: Path, seed: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Measure the files of finished pipelines, and their dense models, in turns: what one run saw, every run saw.
+
+    The latencies of the pipelines' own benchmarks are of other hours, or of other machines of a cluster. Pipelines that
+    are measured with other threads or in another mode take turns among themselves only. A second start measures again
+    only what was interrupted, noisy or has changed.
+
+    Returns:
+        By name of the pipeline, for `dense` and `pruned`: p50 in ms, by runtime.
+    """
+    groups: dict[str, list[Job]] = {}
+    for job in jobs:
+        wanted = job.settings.benchmark
+        groups.setdefault(f"{wanted.mode}-{wanted.threads}t", []).append(job)
+    return {
+        name: found for key, group in groups.items() for name, found in _together(group, folder / TOGETHER / key, seed)
+    }
+
+
+def _together(jobs: Sequence[Job], folder: Path, seed: int) -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
+    """Measure pipelines of equal threads and mode, and yield name and latencies of each."""
+    from benchmark import runtimes
+    from benchmark.latency import STAGE, measure
+    from compress.run import files_of
+
+    models: dict[str, dict[str, Path]] = {}
+    sizes: dict[str, int] = {}
+    for job in jobs:
+        sides = {"dense": job.run / "01_train" / "model.pt", "pruned": job.run / "04_finetune" / "model.pt"}
+        for side, files in files_of(sides, job.settings, job.run).items():
+            name = _side(job, side)
+            timed = {runtime: files[runtime] for runtime in job.settings.benchmark.runtimes}
+            models[name], sizes[name] = {**timed, **models.get(name, {})}, job.settings.imgsz
+    wanted = jobs[0].settings.benchmark
+    config = {"threads": wanted.threads, "mode": wanted.mode, "seed": seed, "imgsz": sizes}
+    parents = {f"{name}.{runtime}": runtimes.sha256(file) for name, f in models.items() for runtime, file in f.items()}
+    with manifest.lock(folder):
+        if not manifest.is_finished(folder, STAGE, config, parents) or manifest.read_json(folder / LATENCY)["noisy"]:
+            print(f"sweep: {len(models)} models are measured in turns: {folder}")
+            manifest.begin(folder, STAGE, config, parents)
+            record = measure(models, imgsz=sizes, threads=wanted.threads, mode=wanted.mode, seed=seed)
+            manifest.write_json(folder / LATENCY, record)
+            manifest.finish(folder, STAGE, config, parents, [LATENCY], {}, seed)
+    found: dict[str, dict[str, float]] = {}
+    for cell in manifest.read_json(folder / LATENCY)["cells"]:
+        found.setdefault(cell["model"], {})[cell["runtime"]] = cell["p50_ms"]
+    for job in jobs:
+        yield job.settings.name, {side: found[_side(job, side)] for side in ("dense", "pruned")}
+
+
+def _side(job: Job, side: str) -> str:
+    """Return what a model is called beside the others; dense ones are shared as their training is."""
+    return job.settings.name if side == "pruned" else job.dense.name
+
+
+def _latency(row: dict[str, Any]) -> tuple[str, float]:
+    """Return the runtime that a pipeline is judged by, the first that is not PyTorch, and its p50, ms.
+
+    It is that of the measurement of all together, where there is one.
+    """
+    if "together" in row:
+        found = row["together"]["pruned"]
+    else:
+        found = {runtime: values["p50"] for runtime, values in row["summary"]["pruned"]["latency_ms"].items()}
     runtime = next((name for name in found if name != "torch"), next(iter(found)))
     return runtime, found[runtime]
 
 
 def _mark_front(rows: Sequence[dict[str, Any]]) -> None:
     finished = [row for row in rows if "summary" in row]
-    best = on_front(
-        {row["name"]: (_latency(row["summary"])[1], row["summary"]["pruned"]["map50_95"]) for row in finished}
-    )
+    best = on_front({row["name"]: (_latency(row)[1], row["summary"]["pruned"]["map50_95"]) for row in finished})
     for row in finished:
         row["front"] = row["name"] in best
 
@@ -154,7 +218,7 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    runtimes = {_latency(row["summary"])[0] for row in rows if "summary" in row}
+    runtimes = {_latency(row)[0] for row in rows if "summary" in row}
     table = Table(title="the sweep; * is on the front of mAP and latency")
     table.add_column("pipeline", overflow="fold")
     cost = "\n".join(["p50, ms", *(f"({runtime})" for runtime in sorted(runtimes))])
@@ -167,7 +231,7 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
         if "cut" in row:
             cells[1:3] = f"{row['cut']['macs'] / 1e6:.0f}", f"{row['cut']['map50_95']:.4f}"
         if "summary" in row:
-            cells[3:5] = f"{row['summary']['pruned']['map50_95']:.4f}", f"{_latency(row['summary'])[1]:.2f}"
+            cells[3:5] = f"{row['summary']['pruned']['map50_95']:.4f}", f"{_latency(row)[1]:.2f}"
             cells[5] = "*" if row["front"] else ""
         if "given_up" in row:
             cells[5] = f"given up: {row['given_up']}"

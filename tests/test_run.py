@@ -367,7 +367,7 @@ def words(*given: str) -> Callable[[Path], list[str]]:
         (words("prune.macs=null", "prune.percent=1.5"), "prune.percent: Input should be less than 1 (got 1.5)"),
         (
             words("prune.percent=0.5"),
-            "exactly one of percent, macs, params, latency, speedup is needed, got percent, macs",
+            "exactly one of percent, macs, params, latency, speedup, keep_importance is needed, got percent, macs",
         ),
         (words("prune.macs=0.01"), "the budget cannot bring macs down to 1.0%"),
         (words("prune.macs=null", "prune.percent=0.99"), "the budget cannot remove 99% of the channels: at most"),

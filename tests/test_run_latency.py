@@ -109,6 +109,25 @@ def test_what_cannot_be_reached_is_said_before_training(settings, profiled: list
         run.check(settings(speedup="50x"), tiny_data)
 
 
+def test_importance_is_asked_for_before_it_is_known(settings, profiled: list[Any], tiny_data: Path) -> None:
+    run.check(settings("sparsify.fade=false", keep_importance=0.9999), tiny_data)
+    assert len(profiled) == 1
+    with pytest.raises(BudgetError, match="need at most 1kB of memory"):
+        run.check(settings(keep_importance=0.9, memory="1kB"), tiny_data)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sparsify.fade=true", "prune.keep_importance would cut once more: set sparsify.fade=false"),
+        ("sparsify.sr=auto", "cannot tell how many channels prune.keep_importance will remove: set sparsify.share"),
+    ],
+)
+def test_a_share_of_importance_that_the_training_changes_is_refused(settings, override: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        settings(override, "sparsify.epochs=2", keep_importance=0.9)
+
+
 def test_without_a_latency_no_table_is_made(settings, profiled: list[Any], tiny_data: Path) -> None:
     run.check(settings(macs=0.7), tiny_data)
     assert profiled == []

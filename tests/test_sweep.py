@@ -61,8 +61,8 @@ def home(tmp_path: Path, tiny_data: Path, architectures: dict[str, Any], checked
     return tmp_path
 
 
-def start() -> list[dict[str, Any]]:
-    settings = load_sweep(Path("many.yaml"))
+def start(**changes: Any) -> list[dict[str, Any]]:
+    settings = load_sweep(Path("many.yaml")).model_copy(update=changes)
     return sweep.sweep(settings, expand(settings), "the command")
 
 
@@ -101,13 +101,27 @@ def test_a_sweep_shares_gives_up_survives_and_resumes(home: Path, checked: list[
         return summary if settings.name == "macs-0.5" else benchmark(models, parity, data, settings, *rest)
 
     monkeypatch.setattr(run, "benchmark", known)
-    monkeypatch.setattr(run, "export", lambda *_: {})
+    monkeypatch.setattr(run, "export", whole)
     found = {row["name"]: row for row in start()}
     out = capfd.readouterr().out
     assert out.count("finished before, unchanged: runs/many/shared/") == 2
     assert [out.count(f"{stage}: finished before, unchanged") for stage in ("prune", "finetune")] == [3 + 2, 2]
     assert out.count("benchmark: finished before, unchanged") == 1
     assert (found["macs-0.5"].get("error"), found["macs-0.5"]["summary"]) == (None, summary)
+
+    # Both and their one dense model are measured in turns, and the front is that of these latencies.
+    assert out.count("sweep: 3 models are measured in turns: runs/many/latency/quick-1t") == 1
+    measured = json.loads((folder / "latency" / "quick-1t" / "latency.json").read_text())
+    p50 = {cell["model"]: cell["p50_ms"] for cell in measured["cells"]}
+    dense = next(name for name in p50 if name.startswith("train-"))
+    rows = {row["name"]: row for row in json.loads((folder / "sweep.json").read_text())["pipelines"]}
+    for name in ("macs-0.6", "macs-0.5"):
+        assert rows[name]["together"] == {"dense": {"onnxruntime": p50[dense]}, "pruned": {"onnxruntime": p50[name]}}
+        assert f"{p50[name]:.2f}" in out.rpartition("the sweep;")[2]
+    start()
+    assert "measured in turns" not in capfd.readouterr().out
+    monkeypatch.setattr(sweep, "measure_together", lambda *_: pytest.fail("it was switched off"))
+    start(together=False)
 
 
 def test_a_sweep_of_classifiers_is_refused_before_anything_is_trained(home: Path, tiny_data: Path) -> None:

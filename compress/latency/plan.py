@@ -31,10 +31,12 @@ class Prediction:
     Attributes:
         unit: of dense, target and predicted.
         dense: measured, when the table was made.
+        target: the latency that was asked for; None where a share of importance was.
         kept: geometric mean, over the groups that may be cut, of the share of importance that stays.
-        loss: Σ -log of that share over all groups, which was minimised.
-        bound: no widths within the target lose less, as far as the table is right.
-        gap: share of the loss that is above the bound.
+        loss: Σ -log of that share over all groups.
+        bound: of the loss, which no widths within the target have less of, as far as the table is right; where a share
+            of importance was asked for, of the latency.
+        gap: share of the loss, or of the latency, that is above the bound.
         correction: factor on the table from measurements of earlier plans.
         table: path of the table.
         table_sha256: hash of its content.
@@ -43,7 +45,7 @@ class Prediction:
 
     unit: str
     dense: float
-    target: float
+    target: float | None
     predicted: float
     kept: float
     loss: float
@@ -53,6 +55,7 @@ class Prediction:
     table: str
     table_sha256: str
     memory_bytes: int
+    keep_importance: float | None = None
 
     def metrics(self) -> dict[str, Any]:
         """Return everything as JSON holds it."""
@@ -117,12 +120,14 @@ def memory_limit(settings: Prune) -> float | None:
     return float(number) * base ** ("kMG".index(unit[0]) + 1)
 
 
-def limit_of(settings: Prune, table: LatencyTable) -> float:
-    """Return the latency that is asked for, in the table's unit.
+def limit_of(settings: Prune, table: LatencyTable) -> float | None:
+    """Return the latency that is asked for, in the table's unit; None where a share of importance is.
 
     Raises:
         SettingsError: it is asked for in another unit, or is not below the dense latency.
     """
+    if settings.keep_importance is not None:
+        return None
     if settings.speedup is not None:
         return table.dense / settings.speedup
     assert settings.latency is not None
@@ -140,7 +145,7 @@ def limit_of(settings: Prune, table: LatencyTable) -> float:
 def choose_by_latency(
     graph: Graph, scores: list[np.ndarray], settings: Prune, table: LatencyTable, path: Path, correction: float = 1.0
 ) -> tuple[Choice, Prediction]:
-    """Choose widths that keep the most importance within a latency.
+    """Choose widths that keep the most importance within a latency, or the fastest that keep enough of it.
 
     Args:
         scores: importance per group, arrays of shape (width,).
@@ -154,18 +159,21 @@ def choose_by_latency(
     latency = latency_table.evaluate(table, graph)
     memory, most = memory_of(graph, 2 if table.precision == "fp16" else 4), memory_limit(settings)
     problem = solver.build_problem(graph, settings.budget, scores, latency, memory, most)
-    target = limit_of(settings, table)
-    found = solver.least_loss(problem, target / correction)
+    target, cut_groups = limit_of(settings, table), sum(len(tie.units) for tie in problem.ties)
+    if target is None:
+        found, why = _fastest(problem, settings, cut_groups), "fastest that keeps enough"
+    else:
+        found, why = solver.least_loss(problem, target / correction), "best under the latency"
     if found is None:
         least = problem.widths(np.array([parts.size - 1 for parts in problem.parts]))
-        if most is not None and float(latency(least)) * correction <= target:
+        if target is None or (most is not None and float(latency(least)) * correction <= target):
             raise BudgetError(
-                f"no widths within the latency need at most {settings.memory} of memory: all at their least need "
-                f"{memory(least) / 1e6:.4g} MB (weights, and activations at the peak); ask for more, or a smaller imgsz"
+                f"no widths {'that keep so much' if target is None else 'within the latency'} need at most "
+                f"{settings.memory} of memory: all at their least need {memory(least) / 1e6:.4g} MB (weights, and "
+                "activations at the peak); ask for more, or a smaller imgsz"
             )
         raise _infeasible(problem, latency, target, table, correction, settings.budget)
-    choice = keep_best(graph, scores, found.widths, settings.budget, "best under the latency")
-    cut_groups = sum(len(tie.units) for tie in problem.ties)
+    choice = keep_best(graph, scores, found.widths, settings.budget, why)
     prediction = Prediction(
         unit=table.unit,
         dense=table.dense,
@@ -173,14 +181,33 @@ def choose_by_latency(
         predicted=found.cost * correction,
         kept=found.kept(cut_groups),
         loss=found.loss,
-        bound=found.bound,
+        bound=found.bound * (correction if target is None else 1.0),
         gap=found.gap,
         correction=correction,
         table=str(path),
         table_sha256=table.sha256,
         memory_bytes=int(memory(found.widths)),
+        keep_importance=settings.keep_importance,
     )
     return choice, prediction
+
+
+def _fastest(problem: solver.Problem, settings: Prune, groups: int) -> solver.Solution | None:
+    """Return the fastest widths that keep the share of importance asked for; None where memory allows none.
+
+    Raises:
+        BudgetError: only the uncut model keeps so much.
+    """
+    share = settings.keep_importance
+    assert share is not None
+    found = solver.least_cost(problem, -groups * float(np.log(share)))
+    if found is not None and (found.widths == problem.widths(np.zeros(len(problem.parts), np.int64))).all():
+        most = float(np.exp(-min(float(loss[1]) for loss in problem.loss) / groups))
+        raise BudgetError(
+            f"no faster widths that the budget allows keep {share:.2%} of the importance, the smallest cut keeps "
+            f"{most:.2%}: lower keep_importance, or loosen the budget"
+        )
+    return found
 
 
 def _infeasible(

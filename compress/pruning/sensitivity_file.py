@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from compress.errors import SettingsError
+from compress.errors import SettingsError, warn
 from compress.settings import Strict, load_yaml, parse
 
 if TYPE_CHECKING:
@@ -32,7 +32,10 @@ class Tie(Strict):
 
 
 class Sensitivity(Strict):
-    """A measurement of one model: `structure` is the hash of it, `map50_95` the mAP without any cut."""
+    """A measurement of one model: `structure` is the hash of it, `map50_95` the mAP without any cut.
+
+    `model_sha256` and `data_fingerprint` say which weights and images they were; older files do not.
+    """
 
     schema_version: int
     structure: str
@@ -45,6 +48,8 @@ class Sensitivity(Strict):
     repaired: bool
     map50_95: float
     ties: tuple[Tie, ...]
+    model_sha256: str | None = None
+    data_fingerprint: str | None = None
 
 
 def load_sensitivity(path: Path, structure: str) -> Sensitivity:
@@ -62,6 +67,27 @@ def load_sensitivity(path: Path, structure: str) -> Sensitivity:
             f"{path} was measured on another model (structure {found.structure[:12]}, not {structure[:12]}): {remedy}"
         )
     return found
+
+
+def warn_of_others(path: Path, model: Path | None, data: Path | None) -> None:
+    """Say so where a measurement is of other weights or another data set; what is not given is not compared.
+
+    It is no error: after sparsity training, which moves the weights only a little, that is how it is used.
+    """
+    from compress.data.dataset import fingerprint
+    from compress.manifest import sha256_file
+
+    found = parse(Sensitivity, load_yaml(path), str(path))
+    other = []
+    if model is not None and found.model_sha256 is not None and found.model_sha256 != sha256_file(model):
+        other.append(f"the weights of {found.model}, not of this {model.name}")
+    if data is not None and found.data_fingerprint is not None and found.data_fingerprint != fingerprint(data):
+        other.append(f"{found.data} as it was then, not {data}")
+    if other:
+        warn(
+            f"{path} was measured on {' and on '.join(other)}: fine after sparsity training of the same model, "
+            "otherwise measure it anew with python -m compress.sensitivity"
+        )
 
 
 def rescaled(graph: Graph, scores: list[np.ndarray], measured: Sensitivity) -> list[np.ndarray]:

@@ -2,7 +2,7 @@
 
 from compress.settings.budget import Budget, LayerRule, load_budget
 from compress.settings.exports import Export, ExportNcnn, ExportTrt, Quantization, Quantize, QuantizeNcnn
-from compress.settings.names import AUTO, TARGETS, Importance, Runtime, Share, Variant
+from compress.settings.names import AUTO, LATENCY_TARGETS, TARGETS, Importance, Runtime, Share, Variant
 from compress.settings.reading import load_yaml, training_args
 from compress.settings.run import Benchmark, Run, check_imgsz, load_run
 from compress.settings.stages import Finetune, Prune, Sparsity, Training
@@ -10,6 +10,7 @@ from compress.settings.strict import Grown, Strict, parse
 
 __all__ = [
     "AUTO",
+    "LATENCY_TARGETS",
     "TARGETS",
     "Benchmark",
     "Budget",

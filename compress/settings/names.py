@@ -24,4 +24,5 @@ Variant = Literal[
 ]
 AUTO = "auto"
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
-TARGETS = ("percent", "macs", "params", "latency", "speedup")
+LATENCY_TARGETS = ("latency", "speedup", "keep_importance")  # those that need a latency table
+TARGETS = ("percent", "macs", "params", *LATENCY_TARGETS)

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from compress.errors import SettingsError
 from compress.settings.budget import budget_content
 from compress.settings.exports import Export, ExportNcnn, ExportTrt
-from compress.settings.names import Runtime
+from compress.settings.names import AUTO, Runtime
 from compress.settings.reading import apply_override, load_yaml
 from compress.settings.stages import Finetune, Prune, Sparsity, Training
 from compress.settings.strict import Grown, Strict, parse
@@ -63,6 +63,21 @@ class Run(Grown):
         if self.iterations > 1 and self.prune.sensitivity is not None:
             raise ValueError(
                 "prune.sensitivity is of the dense model, iterations cut others too: leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _importance_is_known(self) -> Run:
+        if self.prune.keep_importance is None:
+            return self
+        if self.sparsify.fade:
+            raise ValueError(
+                "sparsify.fade takes the importance of what it fades, and prune.keep_importance would cut once more: "
+                "set sparsify.fade=false, or ask for a latency"
+            )
+        if self.sparsify.sr == AUTO and self.sparsify.share is None:
+            raise ValueError(
+                "sr: auto cannot tell how many channels prune.keep_importance will remove: set sparsify.share"
             )
         return self
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from compress.settings.budget import Budget
-from compress.settings.names import TARGETS, Importance, Runtime, Share, Variant
+from compress.settings.names import LATENCY_TARGETS, TARGETS, Importance, Runtime, Share, Variant
 from compress.settings.strict import Grown, Strict
 
 
@@ -50,6 +50,8 @@ class Sparsity(Training):
     def _share_of_auto(self) -> Sparsity:
         if self.share is not None and self.sr != "auto":
             raise ValueError(f"share goes with sr: auto, sr is {self.sr:g}")
+        if self.sr == "auto" and self.fade:
+            raise ValueError("sr: auto and fade: true each choose channels of their own: leave one of them out")
         if self.sr == "auto" and self.epochs == 1:
             raise ValueError("sr: auto watches an epoch before it pulls: give epochs of 2 at least")
         return self
@@ -111,11 +113,17 @@ def _such_as(pattern: str, example: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-class Prune(Strict):
+_OF_LATENCY = " or ".join(", ".join(LATENCY_TARGETS).rsplit(", ", 1))
+
+
+class Prune(Grown):
     """How much to remove (one of `TARGETS`), by which importance, under which budget.
 
-    `latency` and `speedup` are predicted by a latency table of `benchmark.profile` and measured after the cut.
+    The latency of `latency`, `speedup` and `keep_importance` is predicted by a latency table of `benchmark.profile` and
+    measured after the cut.
     """
+
+    later = ("keep_importance",)
 
     percent: float | None = Field(default=None, ge=0.0, lt=1.0, description="share of the prunable channels to remove")
     macs: Share | None = Field(default=None, description="MACs of the pruned model as a share of the dense model's")
@@ -126,15 +134,19 @@ class Prune(Strict):
     speedup: Annotated[float, BeforeValidator(_times), Field(gt=1.0)] | None = Field(
         default=None, description="dense latency over that of the pruned model, such as 2x"
     )
+    keep_importance: Share | None = Field(
+        default=None,
+        description="the fastest widths that keep this share of importance: of a group's, the mean over the groups",
+    )
     memory: Annotated[str, _such_as(r"\d+(\.\d+)?\s*[kMG]i?B", "8MB")] | None = Field(
-        default=None, description="with latency or speedup: weights and peak"
+        default=None, description="with a target of latency: weights and peak"
     )
-    device: str = Field(default="cpu", description="of latency and speedup: where the model will run")
-    host: str | None = Field(default=None, description="of latency and speedup: how the device is reached")
+    device: str = Field(default="cpu", description="of a target of latency: where the model will run")
+    host: str | None = Field(default=None, description="of a target of latency: how the device is reached")
     runtime: Runtime | Variant | None = Field(
-        default=None, description="of latency and speedup; the device's first one"
+        default=None, description="of a target of latency; the device's first one"
     )
-    threads: int | None = Field(default=None, ge=1, description="of latency and speedup; the device's own")
+    threads: int | None = Field(default=None, ge=1, description="of a target of latency; the device's own")
     table: str | None = Field(
         default=None, description="latency table; not given: the one that benchmark.profile wrote"
     )
@@ -153,16 +165,16 @@ class Prune(Strict):
         if len(given) != 1:
             raise ValueError(f"exactly one of {', '.join(TARGETS)} is needed, got {', '.join(given) or 'none'}")
         if self.memory is not None and not self.by_latency:
-            raise ValueError("memory goes with latency or speedup")
+            raise ValueError(f"memory goes with {_OF_LATENCY}")
         place = {name: getattr(self, name) for name in ("host", "runtime", "threads", "table")}
         place["device"] = self.device if self.device != "cpu" else None
         if not self.by_latency and (asked := [name for name, value in place.items() if value is not None]):
             raise ValueError(
-                f"{', '.join(asked)}: only with latency or speedup; the widths that a device likes are budget: DEVICE"
+                f"{', '.join(asked)}: only with {_OF_LATENCY}; the widths that a device likes are budget: DEVICE"
             )
         return self
 
     @property
     def by_latency(self) -> bool:
-        """Tell whether a measured latency is the target."""
-        return self.latency is not None or self.speedup is not None
+        """Tell whether widths follow a latency table."""
+        return any(getattr(self, name) is not None for name in LATENCY_TARGETS)

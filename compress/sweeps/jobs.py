@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from compress import checkpoint, manifest
-from compress.settings import AUTO, Run
+from compress.settings import AUTO, Prune, Run
 
 CUT = "cut.json"
 _CUT_IMAGES = 256
@@ -71,7 +71,11 @@ def train_sparse(job: Job) -> None:
 
 
 def cut(job: Job) -> dict[str, Any]:
-    """Cut the model of a pipeline; return `macs` and `map50_95` (val split, before fine-tuning) of what is left."""
+    """Cut the model of a pipeline; return what is left.
+
+    Returns:
+        `macs`, `map50_95` (val split, before fine-tuning), and `kind` and `costs` as `Cut` has them.
+    """
     from compress.data.dataset import resolve
     from compress.prune import prune
     from compress.training.mean_ap import sample_images, scorer
@@ -82,16 +86,30 @@ def cut(job: Job) -> dict[str, Any]:
         link_stage(job.sparse, job.run / "02_sparsify")
         sparse, folder = job.run / "02_sparsify" / "model.pt", job.run / "03_prune"
         pruned = prune(sparse, data, settings.prune, settings.imgsz, settings.seed, folder)
+        metrics = manifest.read_json(folder / manifest.MANIFEST)["metrics"]
         identity, record = manifest.sha256_file(pruned), job.run / CUT
         known = manifest.read_json(record) if record.exists() else {}
         if known.get("model_sha256") != identity:
             model = checkpoint.load_model(pruned)
             chosen = sample_images(data, "val", _CUT_IMAGES, settings.seed)
             score = scorer(model, data, chosen, settings.imgsz)(model)
-            macs = manifest.read_json(folder / manifest.MANIFEST)["metrics"]["macs"][1]
-            known = {"model_sha256": identity, "macs": macs, "map50_95": score, "images": len(chosen)}
+            known = {"model_sha256": identity, "macs": metrics["macs"][1], "map50_95": score, "images": len(chosen)}
             manifest.write_json(record, known)
-    return known
+    kind, costs = costs_of(settings.prune, metrics)
+    return {**known, "kind": kind, "costs": costs}
+
+
+def costs_of(settings: Prune, metrics: dict[str, Any]) -> tuple[str, dict[str, float]]:
+    """Return the kind of cost that a target limits, and what a pruned model costs, by kind; see `Cut`."""
+    costs = {"MACs": metrics["macs"][1], "parameters": metrics["params"][1]}
+    if not settings.by_latency:
+        return "MACs" if settings.params is None else "parameters", costs
+    from compress.latency.plan import place
+
+    found, (device, runtime, threads) = metrics["latency"], place(settings)
+    kind = f"{found['unit']} on {device.name} in {runtime}, threads: {threads}"
+    measured = [entry["measured"] for entry in found.get("measured", ()) if entry["used"]]
+    return kind, {**costs, kind: measured[0] if measured else found["predicted"]}
 
 
 def finish(job: Job) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 import re
 from collections.abc import Sequence
@@ -14,11 +15,13 @@ from typing import Any
 from pydantic import Field
 
 from compress.errors import SettingsError
-from compress.settings import TARGETS, Run, Strict, load_run, load_yaml, parse
+from compress.settings import LATENCY_TARGETS, TARGETS, Grown, Run, load_run, load_yaml, parse
 
 
-class Sweep(Strict):
+class Sweep(Grown):
     """A sweep, as configs/sweeps/*.yaml spell it: every target with every combination of the grid."""
+
+    later = ("together",)
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="its folder is runs/NAME")
     pipeline: str = Field(description="a file of configs/pipelines/, which all of them start from")
@@ -34,7 +37,10 @@ class Sweep(Strict):
         default=0.2,
         gt=0.0,
         le=1.0,
-        description="give a cut up when one of no more MACs has so much more mAP50-95 before fine-tuning; null: never",
+        description="give a cut up when one of no more cost has so much more mAP50-95 before fine-tuning; null: never",
+    )
+    together: bool = Field(
+        default=True, description="at the end, measure the latency of all that are left in one interleaved run, here"
     )
 
 
@@ -44,11 +50,17 @@ _NO_DEVICE = ("prune.device=cpu", *(f"prune.{name}=null" for name in ("host", "r
 
 @dataclass(frozen=True)
 class Cut:
-    """A pipeline after its cut: MACs of the pruned model, and its mAP50-95 on the val split before fine-tuning."""
+    """A pipeline after its cut: its mAP50-95 on the val split before fine-tuning, and what the pruned model costs.
+
+    Attributes:
+        kind: of the cost that its target limits.
+        costs: by kind; a latency is one of a device, runtime and number of threads.
+    """
 
     name: str
-    macs: int
     map50_95: float
+    kind: str
+    costs: dict[str, float]
 
 
 def load_sweep(path: Path) -> Sweep:
@@ -98,13 +110,16 @@ def expand(sweep: Sweep, overrides: Sequence[str] = (), texts: dict[str, str] | 
 def hopeless(cuts: Sequence[Cut], margin: float | None) -> dict[str, str]:
     """Return which cuts are dominated by far, and by which one, by name.
 
-    A cut is when another one has no more MACs and is better by at least `margin` mAP before any fine-tuning.
+    A cut is when another one costs no more and is better by at least `margin` mAP before any fine-tuning. The cost is
+    of the kind that the cut's own target limits; another cut of which no such cost is known, as a latency is only where
+    a latency is the target, leaves it alone.
     """
     if margin is None:
         return {}
     found = {}
     for cut in cuts:
-        better = [o for o in cuts if o.macs <= cut.macs and o.map50_95 >= cut.map50_95 + margin]
+        comparable = [other for other in cuts if other.costs.get(cut.kind, math.inf) <= cut.costs[cut.kind]]
+        better = [other for other in comparable if other.map50_95 >= cut.map50_95 + margin]
         if better:
             found[cut.name] = max(better, key=lambda other: other.map50_95).name
     return found
@@ -130,7 +145,7 @@ def _changes(key: str, value: Any) -> list[str]:
     if key == "target":
         name, amount = value
         changes = [f"prune.{other}={amount if other == name else 'null'}" for other in TARGETS]
-        return changes if name in ("latency", "speedup") else [*changes, *_NO_DEVICE]
+        return changes if name in LATENCY_TARGETS else [*changes, *_NO_DEVICE]
     return [f"{key}={json.dumps(value)}"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from compress.pruning.plan import Plan
 
 START, END = 0.2, 0.8  # shares of the training between which channels fade; before and after, all that is left trains
+FADED = 0.02  # share of the largest γ of a layer: a faded one is below
 
 
 def remaining(progress: float) -> float:
@@ -23,6 +25,31 @@ def remaining(progress: float) -> float:
     return min(max((END - progress) / (END - START), 0.0), 1.0)
 
 
+def condemned_by(
+    plan: Plan, model: nn.Module, names: Collection[str] = ("weight", "bias")
+) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+    """Yield γ and β of the batch norms that a plan cuts, each with a mask of the channels that go."""
+    modules = dict(model.named_modules())
+    for tensor, dim, keep in plan.axis_masks():
+        layer, _, name = tensor.rpartition(".")
+        if dim == 0 and name in names and isinstance(modules[layer], _BatchNorm):
+            parameter = modules[layer].get_parameter(name)
+            yield parameter, torch.from_numpy(~keep).to(parameter.device)
+
+
+def faded(plan: Plan, model: nn.Module) -> tuple[int, int]:
+    """Return how many of the γ that a plan cuts have faded before, and how many it cuts in all.
+
+    The average of weights, which is what is saved, may lag a little behind the zero of the training.
+    """
+    gone = total = 0
+    for gamma, condemned in condemned_by(plan, model, ("weight",)):
+        size = gamma.detach().abs()
+        gone += int((size[condemned] <= FADED * size.max()).sum())
+        total += int(condemned.sum())
+    return gone, total
+
+
 class Fade:
     """Scales γ and β of condemned channels down to zero, a little at every step.
 
@@ -32,14 +59,7 @@ class Fade:
     """
 
     def __init__(self, plan: Plan, model: nn.Module) -> None:
-        modules = dict(model.named_modules())
-        device = next(model.parameters()).device
-        self.parameters: list[tuple[nn.Parameter, torch.Tensor]] = []
-        for tensor, dim, keep in plan.axis_masks():
-            layer, _, name = tensor.rpartition(".")
-            if dim == 0 and name in ("weight", "bias") and isinstance(modules[layer], _BatchNorm):
-                condemned = torch.from_numpy(~keep).to(device)
-                self.parameters.append((modules[layer].get_parameter(name), condemned))
+        self.parameters = list(condemned_by(plan, model))
         self.remaining = 1.0
 
     @torch.no_grad()

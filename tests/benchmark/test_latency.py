@@ -181,6 +181,13 @@ def test_every_cell_has_a_process_of_its_own_with_its_threads_pinned(folder: Pat
     assert {call[3] for call in calls(folder)} == {"3"}  # OMP_NUM_THREADS
 
 
+def test_models_of_several_image_sizes_take_turns(folder: Path) -> None:
+    files = {"a": {"torch": model(folder, "a.pt")}, "b": {"torch": model(folder, "b.pt", "64 px")}}
+    record = latency.measure(files, imgsz={"a": 32, "b": 64}, threads=1, mode="quick")
+    assert [(cell["model"], cell["imgsz"]) for cell in record["cells"]] == [("a", 32), ("b", 64)]
+    assert record["protocol"]["imgsz"] is None
+
+
 def test_the_input_is_noise(folder: Path) -> None:
     latency.measure({"a": {"torch": model(folder, "a.pt")}}, imgsz=64, threads=1, mode="quick")
     (deviation,) = {float(call[4]) for call in calls(folder)}

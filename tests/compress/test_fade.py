@@ -9,7 +9,7 @@ from compress.checkpoint import structure_hash
 from compress.pruning.budget import Choice
 from compress.pruning.plan import make_plan
 from compress.pruning.surgery import apply_plan
-from compress.training.fade import Fade, remaining
+from compress.training.fade import Fade, faded, remaining
 from topologies import Chain, Residual, randomised
 
 
@@ -46,6 +46,13 @@ def test_condemned_channels_fade_and_all_others_stay() -> None:
         if name.startswith("a.bn"):
             expected[[1, 3]] *= 0.5
         torch.testing.assert_close(value, expected)
+
+
+def test_what_a_cut_removes_beyond_what_faded_is_counted() -> None:
+    model = randomised(Chain())
+    Fade(planned(model, {0: [1, 3]}), model).apply(1.0)
+    assert faded(planned(model, {0: [1, 3]}), model) == (2, 2)
+    assert faded(planned(model, {0: [0, 1, 2]}), model) == (1, 3)
 
 
 def test_a_resumed_training_goes_on_where_it_was() -> None:

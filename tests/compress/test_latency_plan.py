@@ -52,7 +52,9 @@ def test_targets_are_read(content: dict, limit: float | None, table: LatencyTabl
         ({"speedup": "1x"}, "greater than 1"),
         ({"speedup": "twice"}, "speedup"),
         ({"speedup": 2.0, "macs": 0.5}, "exactly one of"),
-        ({"macs": 0.5, "memory": "8MB"}, "memory goes with latency or speedup"),
+        ({"speedup": 2.0, "keep_importance": 0.9}, "exactly one of .* got speedup, keep_importance"),
+        ({"keep_importance": 1.0}, "less than 1"),
+        ({"macs": 0.5, "memory": "8MB"}, "memory goes with latency, speedup or keep_importance"),
         ({"speedup": 2.0, "memory": "8 bits"}, "must be such as 8MB, got '8 bits'"),
         ({"latency": "12"}, "must be such as 12ms, or 120M for instructions, got '12'"),
         ({"latency": 12}, "must be such as 12ms, or 120M for instructions, got 12"),
@@ -153,6 +155,38 @@ def test_memory_is_a_second_limit(dense: Path, table: LatencyTable) -> None:
         choose_by_latency(graph, scores, settings(speedup=1.05, memory="1kB"), table, Path("t.json"))
 
 
+def test_the_fastest_widths_keep_what_is_asked_for(dense: Path, table: LatencyTable) -> None:
+    model = load_model(dense)
+    _, graph = table_of(model, IMGSZ)
+    scores = importance(graph, model, "l1")
+    _, within = choose_by_latency(graph, scores, settings(latency=f"{0.85 * table.dense:.6f}ms"), table, Path("t.json"))
+    choice, found = choose_by_latency(graph, scores, settings(keep_importance=within.kept), table, Path("t.json"))
+    shares = [
+        np.sort(score)[score.size - int(width) :].sum() / score.sum()
+        for score, width, group in zip(scores, choice.widths, graph.groups, strict=True)
+        if not group.frozen
+    ]
+    assert found.kept == pytest.approx(np.exp(np.mean(np.log(shares))))  # as --front and the records call it
+    assert found.kept >= within.kept * (1 - 1e-9)
+    assert found.predicted <= within.predicted * (1 + 1e-9)
+    assert found.bound <= found.predicted < table.dense
+    assert (found.target, found.keep_importance) == (None, within.kept)
+    _, less = choose_by_latency(graph, scores, settings(keep_importance=within.kept - 0.1), table, Path("t.json"))
+    assert less.predicted < found.predicted
+    assert within.kept - 0.1 <= less.kept < found.kept
+
+
+def test_importance_that_only_the_uncut_model_keeps_is_refused(dense: Path, table: LatencyTable) -> None:
+    model = load_model(dense)
+    _, graph = table_of(model, IMGSZ)
+    scores = importance(graph, model, "l1")
+    with pytest.raises(BudgetError) as caught:
+        choose_by_latency(graph, scores, settings(keep_importance=0.99999), table, Path("t.json"))
+    assert str(caught.value).startswith("no faster widths that the budget allows keep 100.00% of the importance, the")
+    with pytest.raises(BudgetError, match="no widths that keep so much need at most 1kB of memory"):
+        choose_by_latency(graph, scores, settings(keep_importance=0.5, memory="1kB"), table, Path("t.json"))
+
+
 def test_a_budget_with_other_widths_is_refused(dense: Path, table: LatencyTable, path: Path) -> None:
     wanted = settings(speedup=1.2, table=str(path)).model_copy(update={"budget": Budget(multiple_of=1, min_width=1)})
     with pytest.raises(SettingsError, match="the latency table was not measured at"):
@@ -167,6 +201,18 @@ def test_the_command_prints_the_prediction(dense: Path, path: Path, capsys) -> N
     said = capsys.readouterr().out
     assert "predicted (1.1" in said
     assert "no widths within the target lose less than" in said
+
+
+def test_the_command_finds_the_fastest_that_keep_enough(dense: Path, path: Path, capsys) -> None:
+    (path.parent / "budget.yaml").write_text("multiple_of: 2\nmin_width: 2\n")
+    words = ["--model", dense, "--imgsz", IMGSZ, "--keep-importance", 0.9, "--table", path, "--dry-run"]
+    words += ["--importance", "l1", "--budget", path.parent / "budget.yaml"]
+    prune.app([str(word) for word in words], standalone_mode=False)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "90.00% of the importance, the fastest on cpu in onnxruntime" in said
+    assert "the fastest that keeps 90.00%; memory" in said
+    assert "kept: 90." in said
+    assert "no widths that keep so much take less than" in said
 
 
 def test_a_front_without_points_is_refused(dense: Path, path: Path) -> None:

@@ -232,6 +232,34 @@ def test_a_measurement_of_another_model_or_version_is_refused(graph: Graph, dens
         plan_pruning(checkpoint.load_model(dense), Prune(macs=0.5, sensitivity=str(tmp_path / "none.json")), 64)
 
 
+def test_a_measurement_of_other_weights_or_images_is_said(
+    dense: Path, tiny_data: Path, measured: list[int], tmp_path: Path, monkeypatch, capsys
+) -> None:
+    path = sensitivity(dense, tiny_data, WANTED, tmp_path / "s")
+    found = json.loads(path.read_text())
+    assert found["model_sha256"] == manifest.sha256_file(dense)
+    words = ["--macs", "0.9", "--imgsz", "64", "--importance", "l1", "--multiple-of", "2", "--sensitivity", str(path)]
+
+    def said(model: Path, data: Path) -> str:
+        prune_app([*words, "--model", str(model), "--data", str(data), "--dry-run"], standalone_mode=False)
+        return capsys.readouterr().err
+
+    assert said(dense, tiny_data) == ""
+    other = tmp_path / "other.pt"
+    network = checkpoint.load_model(dense)
+    next(network.parameters()).data.mul_(2.0)
+    checkpoint.save_model(network, other, {})
+    assert said(other, tiny_data) == (
+        f"warning: {path} was measured on the weights of dense.pt, not of this other.pt: fine after sparsity training "
+        "of the same model, otherwise measure it anew with python -m compress.sensitivity\n"
+    )
+    manifest.write_json(path, {**found, "data_fingerprint": "of other images"})
+    assert f"was measured on {tiny_data.name} as it was then, not {tiny_data}: fine" in said(dense, tiny_data)
+    del found["model_sha256"], found["data_fingerprint"]  # as older versions wrote it
+    manifest.write_json(path, found)
+    assert said(other, tiny_data) == ""
+
+
 def test_the_quick_map_is_that_of_the_benchmark(shared: Path) -> None:
     from benchmark.accuracy import evaluate
 

@@ -123,14 +123,18 @@ def test_nothing_may_be_removed() -> None:
 )
 def test_exactly_one_target(given: dict[str, float], named: str) -> None:
     text = refusal(Run, content(prune=given))
-    assert text == f"run.yaml: prune: exactly one of percent, macs, params, latency, speedup is needed, {named}"
+    targets = "percent, macs, params, latency, speedup, keep_importance"
+    assert text == f"run.yaml: prune: exactly one of {targets} is needed, {named}"
 
 
 @pytest.mark.parametrize(
     ("given", "named"),
     [
-        ({"macs": 0.5, "device": "rpi5"}, "device: only with latency or speedup"),
-        ({"percent": 0.5, "threads": 2, "table": "t.json"}, "threads, table: only with latency or speedup"),
+        ({"macs": 0.5, "device": "rpi5"}, "device: only with latency, speedup or keep_importance"),
+        (
+            {"percent": 0.5, "threads": 2, "table": "t.json"},
+            "threads, table: only with latency, speedup or keep_importance",
+        ),
     ],
 )
 def test_where_it_runs_is_asked_for_with_a_latency_only(given: dict[str, Any], named: str) -> None:

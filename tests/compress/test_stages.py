@@ -440,9 +440,9 @@ def test_a_mistake_is_one_line_and_nothing_is_begun(
         (
             prune.app,
             ["--percent", "0.5", "--macs", "0.5"],
-            "exactly one of percent, macs, params, latency, speedup is needed",
+            "exactly one of percent, macs, params, latency, speedup, keep_importance is needed",
         ),
-        (prune.app, [], "exactly one of percent, macs, params, latency, speedup is needed, got none"),
+        (prune.app, [], "exactly one of percent, macs, params, latency, speedup, keep_importance is needed, got none"),
         (prune.app, ["--percent", "0.5", "--budget", "none.yaml"], "none.yaml does not exist"),
         (prune.app, ["--percent", "0.5", "--model", "none.pt"], "none.pt does not exist: check the path"),
         (finetune.app, ["--teacher", "none.pt"], "none.pt does not exist: check the path"),
@@ -466,10 +466,15 @@ def test_a_mistake_is_one_line_and_nothing_is_begun(
             ["--macs", "0.5", "--imgsz", "100"],
             "imgsz 100 must be a multiple of the model's stride 32: use 96",
         ),
-        (prune.app, ["--macs", "0.5", "--threads", "2"], "--threads goes with --latency, --speedup or --front"),
+        (
+            prune.app,
+            ["--macs", "0.5", "--threads", "2"],
+            "--threads goes with --latency, --speedup, --keep-importance or --front",
+        ),
         (prune.app, ["--macs", "0.5", "--device", "rpi5"], "the widths that rpi5 likes are --budget rpi5"),
         (sparsify.app, ["--sr", "inf"], "sr: Input should be a finite number"),
         (sparsify.app, ["--share", "0.5"], "share goes with sr: auto, sr is 0.0001"),
+        (sparsify.app, ["--sr", "auto", "--fade", "0.5"], "sr: auto and fade: true each choose channels of their own"),
         (
             sparsify.app,
             ["--sr", "auto", "--share", "0.5", "--epochs", "1"],

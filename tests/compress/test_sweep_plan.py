@@ -12,10 +12,12 @@ import yaml
 
 from compress import sweep
 from compress.errors import DataError, SettingsError, run_app
+from compress.settings import Prune
 from compress.sweeps import spread
-from compress.sweeps.jobs import Job, link_stage
+from compress.sweeps.jobs import Job, costs_of, link_stage
 from compress.sweeps.plan import Cut, Sweep, expand, hopeless, load_sweep, on_front
 
+PLACE = "ms on cpu in ncnn, threads: 1"
 PIPELINE = {
     "name": "one",
     "model": "models/narrow.yaml",
@@ -77,7 +79,10 @@ def test_a_limit_draws_some_of_the_grid_in_their_order(make) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"targets": ["half"]}, "target 'half' must be one of percent, macs, params, latency, speedup and an amount"),
+        (
+            {"targets": ["half"]},
+            "target 'half' must be one of percent, macs, params, latency, speedup, keep_importance and an amount",
+        ),
         ({"grid": {"imgsz": []}}, "a setting of the grid has no values"),
         ({"grid": {"imgsz": [64, 64]}}, "two pipelines would be called imgsz-64"),
         ({"grid": {"prune.importanse": ["l1"]}}, "unknown key 'prune.importanse', did you mean 'importance'"),
@@ -92,13 +97,53 @@ def test_a_mistake_is_named(make, content: dict[str, Any], message: str) -> None
 
 
 def test_only_what_is_dominated_by_far_is_given_up() -> None:
-    cuts = [Cut("good", 50, 0.6), Cut("near", 50, 0.45), Cut("far", 60, 0.3), Cut("small", 20, 0.1)]
+    known = {"good": (50, 0.6), "near": (50, 0.45), "far": (60, 0.3), "small": (20, 0.1)}
+    cuts = [Cut(name, score, "MACs", {"MACs": macs}) for name, (macs, score) in known.items()]
     assert hopeless(cuts, 0.2) == {"far": "good"}
     assert hopeless(cuts, None) == {}
 
 
+def test_a_cut_is_judged_by_what_its_target_limits() -> None:
+    fast = Cut("fast", 0.3, "ms", {"MACs": 60, "ms": 5.0})  # more MACs than the others, and less time
+    slow = Cut("slow", 0.6, "ms", {"MACs": 50, "ms": 6.0})
+    lean = Cut("lean", 0.7, "MACs", {"MACs": 40})  # its latency is not known
+    assert hopeless([fast, slow, lean], 0.2) == {}
+    faster = Cut("faster", 0.5, "ms", {"MACs": 70, "ms": 4.0})
+    assert hopeless([fast, slow, lean, faster], 0.2) == {"fast": "faster"}
+
+
+@pytest.mark.parametrize(
+    ("target", "kind", "costs"),
+    [
+        ({"macs": 0.5}, "MACs", {"MACs": 50, "parameters": 5}),
+        ({"percent": 0.5}, "MACs", {"MACs": 50, "parameters": 5}),
+        ({"params": 0.5}, "parameters", {"MACs": 50, "parameters": 5}),
+        ({"speedup": 2.0, "runtime": "ncnn"}, PLACE, {"MACs": 50, "parameters": 5, PLACE: 6.1}),
+    ],
+)
+def test_what_a_cut_costs(target: dict[str, Any], kind: str, costs: dict[str, float]) -> None:
+    rounds = [{"measured": 7.5, "used": False}, {"measured": 6.1, "used": True}]
+    latency = {"unit": "ms", "predicted": 6.0, "measured": rounds}
+    metrics = {"macs": [100, 50], "params": [10, 5], **({"latency": latency} if "speedup" in target else {})}
+    assert costs_of(Prune(**target), metrics) == (kind, costs)
+
+
 def test_the_front_holds_what_no_other_beats() -> None:
     assert on_front({"a": (2.0, 0.5), "b": (2.0, 0.4), "c": (1.0, 0.3), "d": (3.0, 0.5), "e": (2.0, 0.5)}) == set("ace")
+
+
+def test_the_front_is_of_latencies_that_were_measured_together() -> None:
+    def row(name: str, own: float, together: float | None) -> dict[str, Any]:
+        latencies = {"together": {"pruned": {"torch": 1.0, "ncnn": together}}} if together else {}
+        side = {"map50_95": 0.5, "latency_ms": {"torch": {"p50": 1.0}, "ncnn": {"p50": own}}}
+        return {"name": name, "summary": {"pruned": side}, **latencies}
+
+    rows = [row("a", 2.0, 4.0), row("b", 3.0, 3.5)]
+    sweep._mark_front(rows)
+    assert [found["front"] for found in rows] == [False, True]
+    rows = [row("a", 2.0, None), row("b", 3.0, None)]
+    sweep._mark_front(rows)
+    assert [found["front"] for found in rows] == [True, False]
 
 
 def test_equal_trainings_share_a_folder_and_others_do_not(make) -> None:
