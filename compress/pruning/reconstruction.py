@@ -6,18 +6,24 @@ ICCV 2017, without their choice of channels: that is made already.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import suppress
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from compress.pruning.consumers import Consumer, add_offset, first
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    Target = tuple[Sequence[Tensor], Tensor]  # positions: image, row, column; there the outputs, (positions, outputs)
+
 _LEAST_POSITIONS = 4096
 _POSITIONS_PER_UNKNOWN = 5
+_TARGET_BYTES = 256e6
 _RIDGE = 1e-3
 
 
@@ -49,8 +55,11 @@ def reconstruct(
     from compress.progress import track
 
     fits = [consumer for consumer in consumers if consumer.calls == 1 and _is_plain(pruned, consumer)]
-    for consumer in track(fits, "reconstruction"):
-        fit(pruned, consumer, samples(pruned, dense, consumer, images, imgsz, seed), ridge)
+    known: dict[str, list[Target]] = {}
+    for index, consumer in enumerate(track(fits, "reconstruction")):
+        if consumer.name not in known:
+            known = targets(dense, _held_at_once(pruned, fits[index:]), images, imgsz, seed)
+        fit(pruned, consumer, samples(pruned, consumer, known[consumer.name], images, imgsz), ridge)
 
 
 def fit(pruned: nn.Module, consumer: Consumer, sampled: Iterator[tuple[Tensor, Tensor]], ridge: float) -> None:
@@ -80,37 +89,73 @@ def fit(pruned: nn.Module, consumer: Consumer, sampled: Iterator[tuple[Tensor, T
         add_offset(pruned, consumer, change[unknowns])
 
 
+def targets(
+    dense: nn.Module, consumers: list[Consumer], images: list[Path], imgsz: int, seed: int
+) -> dict[str, list[Target]]:
+    """Return by layer, for each batch of images, what the dense model's kept outputs are at random positions."""
+    import torch
+
+    from compress.pruning.batches import batches
+
+    found: dict[str, list[Target]] = {consumer.name: [] for consumer in consumers}
+
+    def hook(consumer: Consumer) -> None:
+        generator = torch.Generator().manual_seed(seed)  # its own, so that the positions do not depend on the others
+        kept = torch.from_numpy(consumer.outputs)
+        mean = _running_mean(dense, consumer)
+
+        def sample(layer: Any, _given: tuple, output: Tensor) -> None:
+            grid = (output.shape[0], *output.shape[2:])
+            count = -(-_positions(consumer, layer) * output.shape[0] // len(images))
+            flat = torch.randperm(math.prod(grid), generator=generator)[:count].to(output.device)
+            places = torch.unravel_index(flat, grid)
+            found[consumer.name].append((places, (_at(output, places) - mean)[:, kept]))
+
+        stack.enter_context(dense.get_submodule(consumer.name).register_forward_hook(sample))
+
+    with ExitStack() as stack, torch.inference_mode():
+        for consumer in consumers:
+            hook(consumer)
+        for batch in batches(dense, images, imgsz):
+            dense.eval()(batch)
+    return found
+
+
 def samples(
-    pruned: nn.Module, dense: nn.Module, consumer: Consumer, images: list[Path], imgsz: int, seed: int
+    pruned: nn.Module, consumer: Consumer, wanted: list[Target], images: list[Path], imgsz: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the patches that a convolution reads at random positions, and what its outputs lack there.
+    """Yield the patches that a convolution of the pruned model reads where there are targets, and what lacks there.
 
     Yields:
-        Patches of the pruned model, float64, shape (positions, inputs · kernel), and the dense model's outputs less
-        the pruned one's, shape (positions, outputs), each relative to the running mean of the batch norm that follows.
+        Patches, float64, shape (positions, inputs · kernel), and the targets less the outputs, float64, shape
+        (positions, outputs).
     """
     import torch
 
     from compress.pruning.batches import batches
 
-    generator = torch.Generator().manual_seed(seed)
-    layer: Any = pruned.get_submodule(consumer.name)
-    wanted = max(_LEAST_POSITIONS, _POSITIONS_PER_UNKNOWN * layer.weight[0].numel())
-    kept = torch.from_numpy(consumer.outputs)
-    shift = _mean(dense, consumer)[kept] - _mean(pruned, consumer) if _shifted(pruned, consumer) else 0.0
-    for batch in batches(pruned, images, imgsz):
+    layer, mean = pruned.get_submodule(consumer.name), _running_mean(pruned, consumer)
+    for batch, (places, target) in zip(batches(pruned, images, imgsz), wanted, strict=True):
         with torch.inference_mode():
-            _, target = _through(dense, consumer.name, batch)
             inputs, output = _through(pruned, consumer.name, batch)
-            places = target.shape[0] * target.shape[2] * target.shape[3]
-            count = min(places, -(-wanted * len(batch) // len(images)))
-            flat = torch.randperm(places, generator=generator)[:count].to(batch.device)
-            image, row, column = torch.unravel_index(flat, (target.shape[0], *target.shape[2:]))
-            lacking = (
-                target[image, :, row, column].double().cpu()[:, kept] - output[image, :, row, column].double().cpu()
-            )
-            patches = _patches(layer, inputs, image, row, column).double().cpu()
-        yield patches, lacking - shift
+            pair = _patches(layer, inputs, *places).cpu().double(), target.double() - (_at(output, places) - mean)
+        yield pair
+
+
+def _positions(consumer: Consumer, layer: Any) -> int:
+    """Return how many positions a layer is fitted on: well above the number of unknowns of an output."""
+    return max(_LEAST_POSITIONS, _POSITIONS_PER_UNKNOWN * int(consumer.inputs.sum()) * layer.weight[0, 0].numel())
+
+
+def _held_at_once(pruned: nn.Module, consumers: list[Consumer]) -> list[Consumer]:
+    """Return the first consumers, as many as have targets that fit into memory together; one at least."""
+    sizes = [_positions(c, pruned.get_submodule(c.name)) * int(c.outputs.sum()) * 4 for c in consumers]
+    return consumers[: max(1, int((np.cumsum(sizes) <= _TARGET_BYTES).sum()))]
+
+
+def _at(output: Tensor, places: Sequence[Tensor]) -> Tensor:
+    image, row, column = places
+    return output[image, :, row, column].float().cpu()
 
 
 def _is_plain(pruned: nn.Module, consumer: Consumer) -> bool:
@@ -125,14 +170,12 @@ def _has_offset(pruned: nn.Module, consumer: Consumer) -> bool:
     return pruned.get_submodule(consumer.name).bias is not None or consumer.norm is not None
 
 
-def _shifted(pruned: nn.Module, consumer: Consumer) -> bool:
-    """Tell whether the offset of a layer is in the batch norm that follows."""
-    return pruned.get_submodule(consumer.name).bias is None and consumer.norm is not None
-
-
-def _mean(model: nn.Module, consumer: Consumer) -> Tensor:
-    norm: Any = model.get_submodule(consumer.norm or "")
-    return norm.running_mean.double().cpu()
+def _running_mean(model: nn.Module, consumer: Consumer) -> Tensor | float:
+    """Return what is subtracted from a layer's outputs where that is the place of its offset."""
+    if consumer.norm is None or model.get_submodule(consumer.name).bias is not None:
+        return 0.0
+    mean: Any = model.get_submodule(consumer.norm).running_mean
+    return mean.cpu()
 
 
 def _patches(layer: Any, inputs: Tensor, image: Tensor, row: Tensor, column: Tensor) -> Tensor:

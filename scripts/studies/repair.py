@@ -21,7 +21,8 @@ from torch import nn
 from compress import manifest
 from compress.checkpoint import load_model
 from compress.data.dataset import images, resolve, sample_images
-from compress.prune import plan_pruning
+from compress.prune import Scored, choose_widths
+from compress.prune import score as score_channels
 from compress.pruning.plan import Plan
 from compress.pruning.repair import AS_CUT, Repairs, candidates
 from compress.pruning.surgery import apply_plan
@@ -59,19 +60,25 @@ def main() -> None:
         "dense_map50_95": round(score(dense), 5),
         "tools": manifest.tool_versions(),
     }
+    scored = score_channels(dense, wanted(given, given.shares[0]), given.imgsz, given.seed, data)
     for share in given.shares:
-        row = row_of(dense, data, share, score, given)
+        row = row_of(scored, data, share, score, given)
         print(row, flush=True)
         rows.store(given.output, row, KEYS, heading)
     print(table(manifest.read_json(given.output)))
 
 
+def wanted(given: argparse.Namespace, share: float) -> Prune:
+    """Return what is asked of the cut."""
+    return Prune(macs=share, importance=given.importance, budget=load_budget(given.budget))
+
+
 def row_of(
-    dense: nn.Module, data: Path, share: float, score: Callable[[nn.Module], float], given: argparse.Namespace
+    scored: Scored, data: Path, share: float, score: Callable[[nn.Module], float], given: argparse.Namespace
 ) -> dict[str, Any]:
     """Return the mAP of every candidate at one share of the MACs, and which one the val split chooses."""
-    settings = Prune(macs=share, importance=given.importance, budget=load_budget(given.budget))
-    planned = plan_pruning(dense, settings, given.imgsz, given.seed, data)
+    dense, settings = scored.model, wanted(given, share)
+    planned = choose_widths(scored, settings, given.imgsz)
     val = val_scorer(dense, data, given.imgsz, given.seed)
     if val is None:
         raise SystemExit(f"{given.data} has no val mAP of {given.model}")

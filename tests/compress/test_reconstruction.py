@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from compress.pruning import reconstruction
 from compress.pruning.consumers import Consumer, find_consumers
 from compress.pruning.folding import fold_removed
 from compress.pruning.plan import Plan
-from compress.pruning.reconstruction import _patches, reconstruct, samples
+from compress.pruning.reconstruction import _patches, reconstruct, samples, targets
 from cuts import cut, noise_images
 from topologies import randomised
 
@@ -56,7 +57,8 @@ def outputs(*networks: nn.Module) -> list[Tensor]:
 
 
 def error(pruned: nn.Module, model: nn.Module, consumer: Consumer, images: list[Path]) -> float:
-    return sum(float(lacking.square().sum()) for _, lacking in samples(pruned, model, consumer, images, IMGSZ, 0))
+    wanted = targets(model, [consumer], images, IMGSZ, 0)[consumer.name]
+    return sum(float(lacking.square().sum()) for _, lacking in samples(pruned, consumer, wanted, images, IMGSZ))
 
 
 @pytest.mark.parametrize(("padding", "constant"), [(0, 3.0), (1, 0.0)])
@@ -142,12 +144,24 @@ def test_the_pass_stops_at_the_layer(images: list[Path]) -> None:
     model: Any = randomised(Net())
     pruned, _, consumers = prepared(model, {"a": [1]})
     ran: list[int] = []
-    for network in (model, pruned):
-        network.c.register_forward_pre_hook(lambda *_: ran.append(1))
-    sampled = list(samples(pruned, model, consumers[0], images, IMGSZ, 0))
+    pruned.c.register_forward_pre_hook(lambda *_: ran.append(1))
+    wanted = targets(model, consumers, images, IMGSZ, 0)["b"]
+    sampled = list(samples(pruned, consumers[0], wanted, images, IMGSZ))
     assert (len(sampled), ran) == (2, [])
     # 20 images of 15 × 15 outputs: at least 4096 positions of these, shared by the batches of 16 and of 4.
     assert [len(patches) for patches, _ in sampled] == [3277, 820]
+
+
+def test_targets_that_fill_the_memory_are_taken_in_turns(images: list[Path], monkeypatch) -> None:
+    model: Any = randomised(Net())
+    pruned, _, consumers = prepared(model, {"a": [1, 2], "b": [0, 4]})
+    passes: list[int] = []
+    model.a.register_forward_pre_hook(lambda *_: passes.append(1))
+    reconstruct(copy.deepcopy(pruned), model, consumers, images, IMGSZ)
+    assert len(passes) == 2  # batches
+    monkeypatch.setattr(reconstruction, "_TARGET_BYTES", 4096 * 4 * 4)
+    reconstruct(pruned, model, consumers, images, IMGSZ)
+    assert len(passes) == 2 + 4
 
 
 @pytest.mark.parametrize(
