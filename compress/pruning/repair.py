@@ -105,9 +105,11 @@ def candidates(
 ) -> Iterator[str]:
     """Turn the cut model, in place, into one candidate after the other, and yield their names.
 
-    As it is cut; folded; on top of that with new statistics, or reconstructed, or both.
+    As it is cut; folded; with new statistics, which take in themselves what a batch norm can fold; reconstructed on top
+    of folded; that with new statistics.
     """
     yield AS_CUT
+    as_cut = _state(pruned)
     one = next(batches(dense, (repairs.fold or repairs.reconstruct)[:1], imgsz), None)
     consumers = [] if one is None else find_consumers(dense, plan, one)
     if repairs.fold:
@@ -115,6 +117,7 @@ def candidates(
         yield FOLDED
     start = _state(pruned)
     if repairs.statistics:
+        _restore(pruned, as_cut)
         recalibrate_batch_norm(pruned, repairs.statistics, imgsz)
         yield STATISTICS
     if repairs.reconstruct:

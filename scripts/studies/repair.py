@@ -5,8 +5,8 @@ usage: python -m scripts.studies.repair --model runs/bccd/01_train/model.pt --da
 
 The model is an ordinarily trained one: after sparsity training little is left to repair. Every candidate that
 `compress.prune` chooses from is scored on --split, which has no part in that choice, beside the val score by which it
-is chosen, both by `compress.training.mean_ap`. "statistics_alone" are new batch-norm statistics of the model as it is
-cut, without folding before. A share that the record has already is measured anew, the others stay.
+is chosen, both by `compress.training.mean_ap`. "folded_statistics", new batch-norm statistics after folding, is shown
+beside them and is no candidate. A share that the record has already is measured anew, the others stay.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from compress.checkpoint import load_model
 from compress.data.dataset import images, resolve, sample_images
 from compress.prune import Scored, choose_widths
 from compress.prune import score as score_channels
+from compress.pruning.batch_norm import recalibrate_batch_norm
 from compress.pruning.plan import Plan
-from compress.pruning.repair import AS_CUT, Repairs, candidates
+from compress.pruning.repair import FOLDED, Repairs, candidates
 from compress.pruning.surgery import apply_plan
 from compress.settings import Importance, Prune, load_budget
 from compress.training.mean_ap import scorer, val_scorer
 from scripts.studies import rows
 
-ALONE = "statistics_alone"
+BESIDE = "folded_statistics"
 KEYS = ("importance", "wanted", "images")
 
 
@@ -87,7 +88,7 @@ def row_of(
     chosen_by: dict[str, float] = {}
     for name, model in _repaired(dense, planned.plan, sample, given):
         found[name] = round(score(model), 5)
-        if name != ALONE:
+        if name != BESIDE:
             chosen_by[name] = round(val(model), 5)
         print(f"  {share:g} {name}: {found[name]:.4f}, val {chosen_by.get(name)}", flush=True)
     before, after = planned.metrics()["macs"]
@@ -110,9 +111,10 @@ def _repaired(
     for name in candidates(pruned, dense, plan, Repairs(sample, sample, sample), given.imgsz, given.seed):
         yield name, pruned
     pruned = apply_plan(dense, plan)
-    for name in candidates(pruned, dense, plan, Repairs([], sample, []), given.imgsz, given.seed):
-        if name != AS_CUT:
-            yield ALONE, pruned
+    for name in candidates(pruned, dense, plan, Repairs(sample, [], []), given.imgsz, given.seed):
+        if name == FOLDED:
+            recalibrate_batch_norm(pruned, sample, given.imgsz)
+            yield BESIDE, pruned
 
 
 def table(record: dict[str, Any]) -> str:

@@ -10,14 +10,14 @@ def test_a_line_for_each_candidate_and_a_column_for_each_share() -> None:
         return {"macs_share": macs_share, "importance": "taylor", "map50_95": scores, "kept": kept}
 
     rows = [
-        row(0.52, "folded", as_cut=0.1, folded=0.21234, statistics_alone=0.05),
-        row(0.71, "as_cut", as_cut=0.4, folded=0.3, statistics_alone=0.5),
+        row(0.52, "folded", as_cut=0.1, folded=0.21234, folded_statistics=0.05),
+        row(0.71, "as_cut", as_cut=0.4, folded=0.3, folded_statistics=0.5),
     ]
     assert table({"dense_map50_95": 0.6, "rows": rows}).splitlines() == [
         "|  | 52% of the MACs, taylor | 71% of the MACs, taylor |",
         "| --- | --: | --: |",
         "| as_cut | 0.1000 | 0.4000 (kept) |",
         "| folded | 0.2123 (kept) | 0.3000 |",
-        "| statistics_alone | 0.0500 | 0.5000 |",
+        "| folded_statistics | 0.0500 | 0.5000 |",
         "| uncut | 0.6000 | 0.6000 |",
     ]
