@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 MODEL = "model.pt"
 PLAN = "plan.json"
+_FOLD_IMAGES = 256
 
 
 @dataclass(frozen=True)
@@ -169,14 +170,10 @@ def prune(model: Path, data: Path, settings: Prune, imgsz: int, seed: int, outpu
         if manifest.is_finished(output, "prune", config, parents):
             print(f"prune: finished before, unchanged: {result}")
             return result
-        from compress.data.dataset import sample_images
         from compress.pruning.oracle import check_oracle
         from compress.pruning.plan import save_plan
-        from compress.pruning.repair import kept, repair_batch_norm
         from compress.pruning.surgery import apply_plan
-        from compress.training.mean_ap import val_scorer
 
-        repaired = None
         dense, rounds = checkpoint.load_model(model), []
         if settings.by_latency:
             from compress.latency.measured import plan_measured
@@ -187,20 +184,13 @@ def prune(model: Path, data: Path, settings: Prune, imgsz: int, seed: int, outpu
             planned = plan_pruning(dense, settings, imgsz, seed, data)
         pruned = apply_plan(planned.model, planned.plan)
         error = check_oracle(planned.graph, pruned, planned.choice.keep, seed)
-        if settings.recalibrate_images:
-            _warn_of_other_size(model, imgsz)
-            sample = sample_images(data, "train", settings.recalibrate_images, seed)
-            score = val_scorer(pruned, data, imgsz, seed)
-            if repaired := repair_batch_norm(pruned, sample, imgsz, score):
-                print(f"prune: {kept(repaired)}")
+        repaired = repair_cut(pruned, planned, data, settings, imgsz, seed, model)
         manifest.begin(output, "prune", config, parents)
         save_plan(planned.plan, output / PLAN)
         checkpoint.save_model(pruned, result, {**checkpoint.load_training_args(model), "imgsz": imgsz})
-        metrics = {**planned.metrics(), "oracle_error": error}
+        metrics = {**planned.metrics(), "oracle_error": error, **repaired}
         if rounds:
             metrics["latency"]["measured"] = rounds
-        if repaired:
-            metrics["batch_norm_map50_95"] = repaired
         manifest.finish(output, "prune", config, parents, [MODEL, PLAN], metrics, seed)
     before, after = metrics["macs"]
     print(f"prune: {result} ({after / before:.1%} of the MACs kept, oracle error {error:.1e})")
@@ -221,6 +211,34 @@ def _say_what_had_not_faded(model: Path, planned: Planned) -> None:
     gone, cut = faded(planned.plan, planned.model)
     if gone < cut:
         print(f"prune: {cut - gone} of the {cut} batch-norm channels that are cut had not been faded before")
+
+
+def repair_cut(
+    pruned: nn.Module, planned: Planned, data: Path, settings: Prune, imgsz: int, seed: int, source: Path
+) -> dict[str, Any]:
+    """Mend a cut model in place by what the settings switch on, say what helped, and return it as metrics.
+
+    Args:
+        source: the dense model's checkpoint.
+    """
+    from compress.data.dataset import sample_images
+    from compress.pruning.repair import Repairs, repair
+    from compress.training.mean_ap import val_scorer
+
+    counts = (_FOLD_IMAGES if settings.fold else 0, settings.recalibrate_images, settings.reconstruct_images)
+    if not any(counts):
+        return {}
+    if settings.recalibrate_images:
+        _warn_of_other_size(source, imgsz)
+    score = val_scorer(pruned, data, imgsz, seed)
+    if score is None and settings.reconstruct_images:
+        warn(f"nothing is reconstructed: {data} has no val mAP of {source} that could tell whether that helps")
+    samples = [sample_images(data, "train", count, seed) if count else [] for count in counts]
+    found = repair(pruned, planned.model, planned.plan, Repairs(*samples), imgsz, score, seed)
+    if found is None:
+        return {}
+    print(f"prune: {found}")
+    return found.metrics()
 
 
 def _warn_of_other_size(model: Path, imgsz: int) -> None:
@@ -327,14 +345,23 @@ def main(
     max_removed: Annotated[float | None, typer.Option(help="largest share that one group may lose")] = None,
     importance: Annotated[Importance, typer.Option(help="bn, l1, l2, fpgm, taylor or random")] = "bn",
     sensitivity: Annotated[Path | None, typer.Option(help="sensitivity.json: what each group may lose")] = None,
+    fold: Annotated[bool, typer.Option(help="let what reads removed channels keep what they send on average")] = True,
+    recalibrate_images: Annotated[int, typer.Option(min=0, help="to estimate batch-norm statistics anew")] = 256,
+    reconstruct_images: Annotated[
+        int, typer.Option(min=0, help="to refit, layer by layer, what reads removed channels; takes minutes; 0: off")
+    ] = 0,
     imgsz: Annotated[int, typer.Option(min=32, help="side of the square input, px")] = 640,
     seed: Annotated[int, typer.Option()] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
 ) -> None:
     """Prune a detector under a budget of widths.
 
-    Exactly one of --percent, --macs, --params, --latency, --speedup, --keep-importance says how much; the last
-    three need a latency table, which benchmark.profile makes.
+    <<<<<<< HEAD
+        Exactly one of --percent, --macs, --params, --latency, --speedup, --keep-importance says how much; the last
+        three need a latency table, which benchmark.profile makes.
+    =======
+        Exactly one of --percent, --macs, --params, --latency, --speedup says how much. Of the repairs (--fold,
+        --recalibrate-images, --reconstruct-images) that which scores best on the val split is kept, if any does.
     """
     from compress.settings import parse
 
@@ -359,6 +386,7 @@ def main(
     content |= {"device": device, "host": host, "runtime": runtime, "threads": threads}
     content |= {"memory": memory} if memory is not None else {}
     content |= {"table": str(table) if table else None, "sensitivity": str(sensitivity) if sensitivity else None}
+    content |= {"fold": fold, "recalibrate_images": recalibrate_images, "reconstruct_images": reconstruct_images}
     settings = parse(Prune, {**content, "importance": importance, "budget": rules}, "prune")
     if front is not None:
         from compress.data.dataset import resolve

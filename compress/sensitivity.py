@@ -176,7 +176,7 @@ def _measure_dense(network: nn.Module, measure: Measure, mend: Mend, wanted: Wan
 
 def _mender(data: Path, wanted: Wanted) -> Mend:
     """Return what re-estimates the batch-norm statistics of a network in place."""
-    from compress.pruning.repair import recalibrate_batch_norm
+    from compress.pruning.batch_norm import recalibrate_batch_norm
     from compress.training.mean_ap import sample_images
 
     train = sample_images(data, "train", wanted.images, wanted.seed)

@@ -31,7 +31,7 @@ def sparsify(
 
     def repair(trained: Any) -> None:
         from compress.data.dataset import sample_images
-        from compress.pruning.repair import kept, repair_batch_norm
+        from compress.pruning.batch_norm import kept, repair_batch_norm
         from compress.training.mean_ap import val_scorer
 
         sample = sample_images(data, "train", _REPAIR_IMAGES, common.seed)

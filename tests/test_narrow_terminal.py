@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,7 +45,9 @@ def test_a_sweep(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_front(capsys: pytest.CaptureFixture[str]) -> None:
     row = {"latency": 123.456e6, "speedup": 10.5, "kept": 1.0, "gap": 0.01234, "macs": 0.5e9}
-    front._print([row], "instructions", 1e9)
+    fit = SimpleNamespace(median_error=0.0123, p95_error=0.0345)
+    table: Any = SimpleNamespace(unit="instructions", dense=250e6, fit=fit)
+    front._print([row], table, 1e9)
     out = capsys.readouterr().out
     assert "123.5 M instructions" in out
     assert {"10.50×", "100.00%", "1.23%", "50.0%"} <= set(words(out))

@@ -21,7 +21,7 @@ SHARED_BY_ALL = {
     "progress",
     "tasks",
     "usable_cores",
-    "pruning.repair",
+    "pruning.batch_norm",
 }
 # These chain everything: the pipeline, the loop that measures a plan before it is paid for, and the report of a sweep.
 CHAINS = {"compress/run.py", "compress/latency/measured.py", "compress/sweep.py"}
@@ -106,7 +106,7 @@ def test_walls_stand(path: Path) -> None:
         ),
         ("benchmark/profile.py", "from compress.prune import prune", {"compress.prune.prune"}),
         ("export/onnx.py", "from compress import manifest, channels", {"compress.channels"}),
-        ("export/onnx.py", "from compress.pruning import repair\nfrom compress.settings import Export", set()),
+        ("export/onnx.py", "from compress.pruning import batch_norm\nfrom compress.settings import Export", set()),
         (
             "benchmark/latency.py",
             "from compress.pruning.surgery import apply_plan",

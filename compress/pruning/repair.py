@@ -1,87 +1,141 @@
-"""What can be mended after a cut before any training is paid for."""
+"""What can be mended after a cut before any training is paid for: what is switched on is tried, the best is kept."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from compress.data.pixels import centre_crop, letterbox
+from compress.pruning.batch_norm import recalibrate_batch_norm
+from compress.pruning.batches import batches
+from compress.pruning.consumers import find_consumers
+from compress.pruning.folding import fold_removed
+from compress.pruning.reconstruction import reconstruct
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
-_BATCH = 16
+    from compress.pruning.plan import Plan
+
+AS_CUT = "as_cut"
+FOLDED = "folded"
+STATISTICS = "statistics"
+RECONSTRUCTED = "reconstructed"
+BOTH = "reconstructed_statistics"
+_WORDS = {
+    AS_CUT: "as cut",
+    FOLDED: "with removed channels folded",
+    STATISTICS: "with new batch-norm statistics",
+    RECONSTRUCTED: "reconstructed",
+    BOTH: "reconstructed and with new batch-norm statistics",
+}
 
 
-def recalibrate_batch_norm(model: nn.Module, images: list[Path], imgsz: int) -> None:
-    """Estimate the statistics of every batch norm anew on training images, in place.
+@dataclass(frozen=True)
+class Repairs:
+    """Training images of each repair; those of a repair that is switched off are none.
 
-    After a cut the inputs of each layer have another mean and variance than those the dense model stored. Running
-    averages over all given images are taken (Li et al., "EagleEye", ECCV 2020, adaptive batch normalization).
-
-    Args:
-        images: image files, a few hundred of the training split; a last batch of a single image is left out.
-        imgsz: side of the square that they are letterboxed into, for a classifier cut to.
+    Attributes:
+        fold: for the means of removed channels (`fold_removed`).
+        statistics: for batch norm (`recalibrate_batch_norm`).
+        reconstruct: for least squares (`reconstruct`).
     """
-    import torch
-    from torch.nn.modules.batchnorm import _BatchNorm
 
-    from compress.checkpoint import task_of
-    from compress.progress import track
-
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    device = next(model.parameters()).device
-    prepare = centre_crop if hasattr(model, "model") and task_of(model) == "classify" else letterbox
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain average over all batches
-        norm.train()
-    batches = [images[start : start + _BATCH] for start in range(0, len(images), _BATCH)]
-    with torch.inference_mode():
-        for batch in track([b for b in batches if len(b) > 1 or len(batches) == 1], "batch-norm statistics"):
-            model(torch.from_numpy(np.concatenate([prepare(path, imgsz) for path in batch])).to(device))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    model.eval()
+    fold: list[Path]
+    statistics: list[Path]
+    reconstruct: list[Path]
 
 
-def repair_batch_norm(
-    model: nn.Module, images: list[Path], imgsz: int, score: Callable[[nn.Module], float] | None
-) -> dict[str, float] | None:
-    """Estimate batch-norm statistics anew, as `recalibrate_batch_norm`, and keep whichever make the better model.
+@dataclass(frozen=True)
+class Outcome:
+    """The score of each candidate, and which one was kept."""
 
-    Where γ shrank fast those of a training lag behind; where they did not, those are better, as they saw every image
-    in many forms.
+    scores: dict[str, float]
+    kept: str
+
+    def metrics(self) -> dict[str, Any]:
+        """Return what a manifest says of it."""
+        return {"repair_map50_95": {name: round(score, 5) for name, score in self.scores.items()}, "repair": self.kept}
+
+    def __str__(self) -> str:
+        """Say it in one line.
+
+        >>> print(Outcome({"as_cut": 0.412, "folded": 0.4551}, "folded"))
+        val mAP50-95 0.412 as cut, 0.455 with removed channels folded; kept: with removed channels folded
+        """
+        scores = ", ".join(f"{score:.3f} {_WORDS[name]}" for name, score in self.scores.items())
+        return f"val mAP50-95 {scores}; kept: {_WORDS[self.kept]}"
+
+
+def repair(
+    pruned: nn.Module,
+    dense: nn.Module,
+    plan: Plan,
+    repairs: Repairs,
+    imgsz: int,
+    score: Callable[[nn.Module], float] | None,
+    seed: int = 0,
+) -> Outcome | None:
+    """Try each repair that has images, and leave the model as the candidate that scores best, the later one of equals.
+
+    Without a score nothing can be compared: batch-norm statistics are estimated anew, and that is all.
 
     Args:
-        score: measures a model on images that no statistics are of; the new ones are kept without.
-
-    Returns:
-        The score with the statistics that the model had (`before`) and with new ones (`after`).
+        score: measures a model on images that no repair has seen.
     """
     if score is None:
-        recalibrate_batch_norm(model, images, imgsz)
+        if repairs.statistics:
+            recalibrate_batch_norm(pruned, repairs.statistics, imgsz)
         return None
-    known, before = {name: buffer.clone() for name, buffer in model.named_buffers()}, score(model)
-    recalibrate_batch_norm(model, images, imgsz)
-    after = score(model)
-    if before > after:
-        for name, buffer in model.named_buffers():
-            buffer.copy_(known[name])
-    return {"before": round(before, 5), "after": round(after, 5)}
+    if not (repairs.fold or repairs.statistics or repairs.reconstruct):
+        return None
+    scores: dict[str, float] = {}
+    kept, best = AS_CUT, _state(pruned)
+    for name in candidates(pruned, dense, plan, repairs, imgsz, seed):
+        scores[name] = score(pruned)
+        if scores[name] >= scores[kept]:
+            kept, best = name, _state(pruned)
+    _restore(pruned, best)
+    return Outcome(scores, kept)
 
 
-def kept(repaired: dict[str, float]) -> str:
-    """Say what `repair_batch_norm` has done.
+def candidates(
+    pruned: nn.Module, dense: nn.Module, plan: Plan, repairs: Repairs, imgsz: int, seed: int = 0
+) -> Iterator[str]:
+    """Turn the cut model, in place, into one candidate after the other, and yield their names.
 
-    >>> kept({"before": 0.601, "after": 0.581})
-    'batch-norm statistics: val mAP50-95 0.601 as they were, 0.581 estimated anew; kept as they were'
+    As it is cut; folded; with new statistics, which take in themselves what a batch norm can fold; reconstructed on top
+    of folded; that with new statistics.
     """
-    which = "as they were" if repaired["before"] > repaired["after"] else "the new ones"
-    scores = f"{repaired['before']:.3f} as they were, {repaired['after']:.3f} estimated anew"
-    return f"batch-norm statistics: val mAP50-95 {scores}; kept {which}"
+    yield AS_CUT
+    as_cut = _state(pruned)
+    one = next(batches(dense, (repairs.fold or repairs.reconstruct)[:1], imgsz), None)
+    consumers = [] if one is None else find_consumers(dense, plan, one)
+    if repairs.fold:
+        fold_removed(pruned, dense, consumers, batches(dense, repairs.fold, imgsz, "means of removed channels"))
+        yield FOLDED
+    start = _state(pruned)
+    if repairs.statistics:
+        _restore(pruned, as_cut)
+        recalibrate_batch_norm(pruned, repairs.statistics, imgsz)
+        yield STATISTICS
+    if repairs.reconstruct:
+        _restore(pruned, start)
+        reconstruct(pruned, dense, consumers, repairs.reconstruct, imgsz, seed)
+        yield RECONSTRUCTED
+        if repairs.statistics:
+            recalibrate_batch_norm(pruned, repairs.statistics, imgsz)
+            yield BOTH
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def _restore(model: nn.Module, state: dict[str, Tensor]) -> None:
+    import torch
+
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            value.copy_(state[name])

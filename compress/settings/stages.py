@@ -120,10 +120,11 @@ class Prune(Grown):
     """How much to remove (one of `TARGETS`), by which importance, under which budget.
 
     The latency of `latency`, `speedup` and `keep_importance` is predicted by a latency table of `benchmark.profile` and
-    measured after the cut.
+    measured after the cut. Of the repairs after it (`fold`, `recalibrate_images`, `reconstruct_images`) the val mAP
+    chooses.
     """
 
-    later = ("keep_importance",)
+    later = ("keep_importance", "fold", "reconstruct_images")
 
     percent: float | None = Field(default=None, ge=0.0, lt=1.0, description="share of the prunable channels to remove")
     macs: Share | None = Field(default=None, description="MACs of the pruned model as a share of the dense model's")
@@ -155,8 +156,12 @@ class Prune(Grown):
         default=None, description="sensitivity.json of compress.sensitivity: what a group may lose was measured"
     )
     budget: Budget = Budget()
+    fold: bool = Field(default=True, description="add what removed channels send on average to what reads them")
     recalibrate_images: int = Field(
         default=256, ge=0, description="training images that re-estimate batch-norm statistics"
+    )
+    reconstruct_images: int = Field(
+        default=0, ge=0, description="training images on which what reads removed channels is refitted by least squares"
     )
 
     @model_validator(mode="after")

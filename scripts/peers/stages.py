@@ -16,7 +16,7 @@ from compress.channels.graph import build_graph
 from compress.data.dataset import sample_images
 from compress.errors import BenchmarkError, BudgetError
 from compress.finetune import finetune
-from compress.pruning.repair import recalibrate_batch_norm
+from compress.pruning.batch_norm import recalibrate_batch_norm
 from compress.settings import Finetune
 from compress.train import MODEL
 from scripts.peers.search import nearest, next_amount

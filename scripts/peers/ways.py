@@ -64,7 +64,7 @@ class Way:
 
 
 def asked(case: Case, speedup: float) -> Prune:
-    """Return what Espalier is asked for; the statistics of batch norm are estimated anew later, for all ways alike."""
+    """Return what Espalier is asked for; what repairs a cut comes later, for all ways alike."""
     return Prune(
         speedup=speedup,
         importance="taylor",
@@ -73,6 +73,7 @@ def asked(case: Case, speedup: float) -> Prune:
         threads=1,
         table=str(case.table),
         recalibrate_images=0,
+        fold=False,
     )
 
 

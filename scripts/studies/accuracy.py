@@ -127,7 +127,7 @@ def rows_of(given: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
         wanted, folder = settings_of(given, share, seed, cut_only=True), home / f"only{share}"
         sparse = sparsify(given.model, data, wanted.sparsify, common, folder / "sparse", wanted.prune)
         add("cut", share, *cut(wanted.prune, sparse, folder / "cut"))
-        as_left = wanted.prune.model_copy(update={"recalibrate_images": 0})
+        as_left = wanted.prune.model_copy(update={"recalibrate_images": 0, "fold": False})
         left = folder / "sparse" / "training" / "weights" / "last.pt"
         add("cut, statistics of the training", share, *cut(as_left, left, folder / "raw"))
     for share in given.shares:

@@ -121,11 +121,13 @@ def test_widths_meet_the_target_and_the_correction_moves_it(dense: Path, table: 
     wanted = settings(latency=f"{0.85 * table.dense:.6f}ms")
     choice, found = choose_by_latency(graph, scores, wanted, table, Path("t.json"))
     assert found.predicted == pytest.approx(latency(choice.widths))
+    assert found.target is not None
     assert found.predicted <= found.target
     assert found.bound <= found.loss
     assert 0 < found.kept < 1
     slower, corrected = choose_by_latency(graph, scores, wanted, table, Path("t.json"), correction=1.05)
     assert latency(slower.widths) * 1.05 == pytest.approx(corrected.predicted)
+    assert corrected.target is not None
     assert corrected.predicted <= corrected.target
     assert latency(slower.widths) < latency(choice.widths)
 

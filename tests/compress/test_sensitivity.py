@@ -15,7 +15,7 @@ from compress.channels.graph import Graph, build_graph
 from compress.errors import DataError, SettingsError, run_app
 from compress.prune import app as prune_app
 from compress.prune import plan_pruning, prune
-from compress.pruning import repair
+from compress.pruning import batch_norm
 from compress.pruning.sensitivity_file import SCHEMA, Sensitivity, Tie, load_sensitivity, rescaled
 from compress.sensitivity import RESULT, Wanted, app, sensitivity
 from compress.settings import Prune
@@ -96,7 +96,7 @@ def test_a_repair_that_harms_the_uncut_model_is_left_out(
     dense: Path, tiny_data: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     scores, mended = iter([0.5, 0.2]), []
-    monkeypatch.setattr(repair, "recalibrate_batch_norm", lambda *_: mended.append(1))
+    monkeypatch.setattr(batch_norm, "recalibrate_batch_norm", lambda *_: mended.append(1))
     monkeypatch.setattr(mean_ap, "scorer", lambda *_: lambda _: next(scores, 0.1))
     found = sensitivity(dense, tiny_data, WANTED.model_copy(update={"repair": True, "shares": (0.5,)}), tmp_path / "s")
     content = json.loads(found.read_text())
@@ -106,7 +106,9 @@ def test_a_repair_that_harms_the_uncut_model_is_left_out(
 
 def test_every_cut_is_mended_like_the_uncut_model(dense: Path, tiny_data: Path, tmp_path: Path, monkeypatch) -> None:
     mended: list[int] = []
-    monkeypatch.setattr(repair, "recalibrate_batch_norm", lambda _, images, imgsz: mended.append(len(images) * imgsz))
+    monkeypatch.setattr(
+        batch_norm, "recalibrate_batch_norm", lambda _, images, imgsz: mended.append(len(images) * imgsz)
+    )
     monkeypatch.setattr(mean_ap, "scorer", lambda *_: lambda _: 0.5)
     found = sensitivity(dense, tiny_data, WANTED.model_copy(update={"repair": True, "shares": (0.5,)}), tmp_path / "s")
     content = json.loads(found.read_text())
@@ -211,7 +213,14 @@ def test_a_plan_spares_what_was_measured_to_be_dear(
     assert graph.macs(planned.choice.widths) <= 0.5 * graph.macs(graph.widths)
     # The content of the file is an input of the stage.
     for _ in range(2):
-        prune(dense, tiny_data, settings.model_copy(update={"recalibrate_images": 0}), 64, 0, tmp_path / "p")
+        prune(
+            dense,
+            tiny_data,
+            settings.model_copy(update={"recalibrate_images": 0, "fold": False}),
+            64,
+            0,
+            tmp_path / "p",
+        )
     assert capsys.readouterr().out.count("finished before, unchanged") == 1
     parents = json.loads((tmp_path / "p" / "manifest.json").read_text())["parents"]
     assert parents["sensitivity"] == manifest.sha256_file(path)

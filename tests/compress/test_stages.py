@@ -230,8 +230,38 @@ def test_other_settings_are_other_work(stages: Path, data: Path, tmp_path: Path)
     )
 
 
+def test_what_repairs_a_cut_is_said(dense: Path, data: Path, tmp_path: Path, capsys) -> None:
+    words = ("--model", dense, "--data", data, "--percent", "0.4", "--multiple-of", "2", "--imgsz", "64")
+    candidates = {}
+    for folder, more in {
+        "all": ("--recalibrate-images", "4", "--reconstruct-images", "4"),
+        "fold": ("--recalibrate-images", "0"),
+        "none": ("--recalibrate-images", "0", "--no-fold"),
+    }.items():
+        assert command(prune.app, *words, *more, "--output", tmp_path / folder) == 0
+        candidates[folder] = list(read_json(tmp_path / folder / MANIFEST)["metrics"].get("repair_map50_95", ()))
+    every = ["as_cut", "folded", "statistics", "reconstructed", "reconstructed_statistics"]
+    assert candidates == {"all": every, "fold": every[:2], "none": []}
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("prune: val mAP50-95")]
+    assert len(said) == 2
+    assert read_json(tmp_path / "fold" / MANIFEST)["metrics"]["repair"] in every[:2]
+    assert "repair" not in read_json(tmp_path / "none" / MANIFEST)["metrics"]
+
+
+def test_a_reconstruction_that_nothing_can_judge_is_left_out(
+    dense: Path, data: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr("compress.training.mean_ap.val_scorer", lambda *_: None)
+    asked = PRUNE.model_copy(update={"recalibrate_images": 0, "reconstruct_images": 4})
+    made = prune.prune(dense, data, asked, 64, 0, tmp_path / "asked")
+    assert capsys.readouterr().err.startswith("warning: nothing is reconstructed: ")
+    plain = PRUNE.model_copy(update={"recalibrate_images": 0, "fold": False})
+    other = load_model(prune.prune(dense, data, plain, 64, 0, tmp_path / "plain")).state_dict()
+    assert all(torch.equal(value, other[name]) for name, value in load_model(made).state_dict().items())
+
+
 def test_a_cut_at_another_image_size_is_warned_of(dense: Path, data: Path, tmp_path: Path, capsys) -> None:
-    few = PRUNE.model_copy(update={"recalibrate_images": 4})
+    few = PRUNE.model_copy(update={"recalibrate_images": 4, "fold": False})
     prune.prune(dense, data, few, 64, 0, tmp_path / "same")
     prune.prune(dense, data, few.model_copy(update={"recalibrate_images": 0}), 96, 0, tmp_path / "kept")
     assert capsys.readouterr().err == ""
