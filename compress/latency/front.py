@@ -94,9 +94,10 @@ def _print(rows: list[dict[str, Any]], table: LatencyTable, dense_macs: float) -
         )
     Console().print(shown)
     fit = table.fit
-    print(  # why the dense widths' own prediction need not be 1.00×
+    Console().print(  # why the dense widths' own prediction need not be 1.00×
         f"speed-up: over the {amount(table.dense, table.unit)} that the dense model was measured at; predictions are "
-        f"within {fit.median_error:.1%} (median), {fit.p95_error:.1%} (95th percentile)"
+        f"within {fit.median_error:.1%} (median), {fit.p95_error:.1%} (95th percentile)",
+        highlight=False,
     )
 
 
