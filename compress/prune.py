@@ -356,12 +356,9 @@ def main(
 ) -> None:
     """Prune a detector under a budget of widths.
 
-    <<<<<<< HEAD
-        Exactly one of --percent, --macs, --params, --latency, --speedup, --keep-importance says how much; the last
-        three need a latency table, which benchmark.profile makes.
-    =======
-        Exactly one of --percent, --macs, --params, --latency, --speedup says how much. Of the repairs (--fold,
-        --recalibrate-images, --reconstruct-images) that which scores best on the val split is kept, if any does.
+    Exactly one of --percent, --macs, --params, --latency, --speedup, --keep-importance says how much; the last three
+    need a latency table, which benchmark.profile makes. Of the repairs (--fold, --recalibrate-images,
+    --reconstruct-images) that which scores best on the val split is kept, if any does.
     """
     from compress.settings import parse
 

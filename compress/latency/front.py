@@ -81,7 +81,7 @@ def _print(rows: list[dict[str, Any]], table: LatencyTable, dense_macs: float) -
 
     from compress.latency.table import amount
 
-    shown = Table(title="the most importance at each latency, as predicted")
+    console, shown = Console(), Table(title="the most importance at each latency, as predicted")
     for heading in ("latency", "speed-up", "importance\nkept", "gap to\nthe bound", "MACs\nkept"):
         shown.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
@@ -92,9 +92,9 @@ def _print(rows: list[dict[str, Any]], table: LatencyTable, dense_macs: float) -
             f"{row['gap']:.2%}",
             f"{row['macs'] / dense_macs:.1%}",
         )
-    Console().print(shown)
+    console.print(shown)
     fit = table.fit
-    Console().print(  # why the dense widths' own prediction need not be 1.00×
+    console.print(  # why the dense widths' own prediction need not be 1.00×
         f"speed-up: over the {amount(table.dense, table.unit)} that the dense model was measured at; predictions are "
         f"within {fit.median_error:.1%} (median), {fit.p95_error:.1%} (95th percentile)",
         highlight=False,
