@@ -3,10 +3,11 @@
 usage: python -m scripts.studies.accuracy --model yolov8n.pt --data bccd.yaml --imgsz 320 --seeds 0 1 2 nbs=16
 
 For every seed: a dense model; for each share of --cut-only a model that is trained sparse for as many epochs and cut,
-with new batch-norm statistics and with those that the training left; for each of --shares one that is trained sparse,
-cut, and fine-tuned with the dense model as its teacher. At --compare the same cut is fine-tuned without a teacher too,
-and the share is approached in rounds. All start from --model and are trained for as many epochs in all. Scores are
-those of --split.
+with new batch-norm statistics and with those that the training left; for each of --shares one that is trained, cut,
+and fine-tuned with the dense model as its teacher. What is trained before the cut fades out, or with --start plain
+does not; then --reconstruct-images refits what reads removed channels. At --compare the same cut is fine-tuned without
+a teacher too, and with --rounds the share is approached in rounds. All start from --model and are trained for as many
+epochs in all. Scores are those of --split.
 
 Stages below --work that are finished are not trained again, so that several processes may share the seeds among them
 (each with an --output of its own); the same command with all seeds then only scores and writes the record.
@@ -32,6 +33,7 @@ from compress.sparsify import sparsify
 from compress.train import Common, train
 
 ROUNDS = 3
+RECORDED = ("imgsz", "split", "start", "sparsify_epochs", "finetune_epochs", "sr", "reconstruct_images")
 
 
 def main() -> None:
@@ -45,10 +47,13 @@ def main() -> None:
     parser.add_argument("--sparsify-epochs", type=int, default=12, help="a multiple of the rounds, which are 3")
     parser.add_argument("--finetune-epochs", type=int, default=27, help="likewise")
     parser.add_argument("--sr", type=float, default=0.003)
+    parser.add_argument("--start", choices=("fading", "plain"), default="fading", help="the training before a cut")
+    parser.add_argument("--reconstruct-images", type=int, default=0, help="of the cut before a fine-tuning")
     parser.add_argument("--budget", type=Path, default=Path("configs/budgets/onnxruntime-cpu.yaml"))
     parser.add_argument("--cut-only", type=float, nargs="*", default=[0.7, 0.5], help="shares of the MACs")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.3], help="likewise, to be fine-tuned")
     parser.add_argument("--compare", type=float, default=0.5, help="the share that is also reached in other ways")
+    parser.add_argument("--rounds", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--work", type=Path, default=Path("runs/studies/accuracy"))
     parser.add_argument("--output", type=Path, default=Path("docs/results/accuracy.json"))
@@ -64,7 +69,7 @@ def main() -> None:
             "schema": 1,
             "model": Path(given.model).name,
             "data": Path(given.data).name,
-            **{name: getattr(given, name) for name in ("imgsz", "split", "sparsify_epochs", "finetune_epochs", "sr")},
+            **{name: getattr(given, name) for name in RECORDED},
             "budget": given.budget.name,
             "summary": summary(rows),
             "rows": rows,
@@ -82,6 +87,7 @@ def settings_of(given: argparse.Namespace, share: float, seed: int, rounds: int 
         cut_only: spend all epochs before the cut.
     """
     more, tuned = training_args(given.more), 0 if cut_only else given.finetune_epochs
+    fading = cut_only or given.start == "fading"
     sparse = given.sparsify_epochs + given.finetune_epochs - tuned
     return Run(
         name=f"{share}-{seed}",
@@ -94,12 +100,18 @@ def settings_of(given: argparse.Namespace, share: float, seed: int, rounds: int 
         sparsify=Sparsity(
             epochs=sparse // rounds,
             batch=given.batch,
-            sr=given.sr,
-            fade=True,
+            optimizer="SGD" if fading else "auto",
+            sr=given.sr if fading else 0.0,
+            fade=fading,
             start="model",
             args=more,
         ),
-        prune=Prune(macs=share, importance="taylor", budget=load_budget(given.budget)),
+        prune=Prune(
+            macs=share,
+            importance="taylor",
+            budget=load_budget(given.budget),
+            reconstruct_images=0 if cut_only else given.reconstruct_images,
+        ),
         finetune=Finetune(epochs=tuned // rounds, batch=given.batch, args=more),
     )
 
@@ -132,12 +144,14 @@ def rows_of(given: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
         add("cut, statistics of the training", share, *cut(as_left, left, folder / "raw"))
     for share in given.shares:
         wanted, folder = settings_of(given, share, seed), home / f"macs{share}"
-        sparse = sparsify(given.model, data, wanted.sparsify, common, folder / "sparse", wanted.prune)
+        before = folder / "sparse" if given.start == "fading" else home / "plain"  # which is the same for all shares
+        sparse = sparsify(given.model, data, wanted.sparsify, common, before, wanted.prune)
         pruned, macs = cut(wanted.prune, sparse, folder / "cut")
         add("fine-tuned", share, finetune(pruned, dense, data, wanted.finetune, common, folder / "tuned"), macs)
         if share == given.compare:
             alone = wanted.finetune.model_copy(update={"distill": False})
             add("without a teacher", share, finetune(pruned, dense, data, alone, common, folder / "alone"), macs)
+        if share == given.compare and given.rounds:
             rounds = settings_of(given, share, seed, ROUNDS)
             val = partial(score_val, data=data, imgsz=given.imgsz)
             last = run_rounds(given.model, dense, data, rounds, common, folder / "rounds", val)

@@ -113,6 +113,15 @@ def test_the_head_is_decoded_as_in_python(
     np.testing.assert_allclose(found[:, :4], expected[:, :4], atol=2e-3)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("kind", [0, 1], ids=["boxes", "scores"])
+def test_maps_that_are_not_finite_are_no_empty_image(core: Callable[..., bytes], kind: int, value: float) -> None:
+    levels = random_head(5, 16, 96)
+    levels[2][kind][:, 1, 1] = value
+    stdin = b"".join(values.tobytes() for level in levels for values in level)
+    assert core("decode", 5, 16, 0, 0.25, 0.7, 300, 96, 96, 96, 8, 16, 32, stdin=stdin) == b"not finite"
+
+
 def test_suppression_removes_of_a_class_alone(core: Callable[..., bytes]) -> None:
     """Four anchors of one level; sides in strides of 8 px; the first two boxes are 0,0–12,12 and 0,0–12,13."""
     x, y = np.array([0.5, 1.5, 0.5, 1.5]), np.array([0.5, 0.5, 1.5, 1.5])

@@ -75,6 +75,10 @@ std::string Detector::detect(const PixelView& image, std::vector<Detection>& det
         }
         levels.push_back({boxes, boxes.cstep, scores, scores.cstep, width, height, stride});
     }
+    if (!is_finite(levels)) {
+        return files_.param + " computes values that are not finite: " +
+               (files_.precision == "fp16" ? "write the bundle without --half" : "check the weights");
+    }
     detections = decode(levels, files_.head);
     to_image(detections, placement, image.width, image.height);
     timing = {ms_between(start, prepared), ms_between(prepared, inferred), ms_between(inferred, Clock::now())};

@@ -148,6 +148,15 @@ std::vector<Candidate> all_classes(const std::vector<Candidate>& anchors, const 
 
 }  // namespace
 
+bool is_finite(const std::vector<Level>& levels) {
+    const auto holds = [](float value) { return std::isfinite(value); };
+    return std::all_of(levels.begin(), levels.end(), [&](const Level& level) {
+        const std::size_t anchors = static_cast<std::size_t>(level.width) * static_cast<std::size_t>(level.height);
+        return std::all_of(level.boxes, level.boxes + anchors, holds) &&
+               std::all_of(level.scores, level.scores + anchors, holds);
+    });
+}
+
 std::vector<Detection> decode(const std::vector<Level>& levels, const HeadSettings& settings) {
     auto most = static_cast<std::size_t>(settings.max_detections);
     std::vector<Candidate> found = candidates(levels, settings);

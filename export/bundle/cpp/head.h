@@ -38,6 +38,10 @@ struct HeadSettings {
     int max_detections = 300;
 };
 
+// Tells whether a network's numbers held until here. Every plane is a sum over all channels before it, so the first one
+// of each map shows what overflowed or was no number anywhere in them.
+bool is_finite(const std::vector<Level>& levels);
+
 // The detections of one image, best first, in px of the network's input. With one box for many anchors, each anchor
 // stands for its best class, and of boxes of a class that overlap by more than `iou` the best remains.
 std::vector<Detection> decode(const std::vector<Level>& levels, const HeadSettings& settings);

@@ -67,6 +67,10 @@ void run_decode(char** words, int count) {
         next = level.scores + level.score_step * static_cast<std::size_t>(settings.classes);
         levels.push_back(level);
     }
+    if (!is_finite(levels)) {
+        std::fputs("not finite", stdout);
+        return;
+    }
     std::vector<Detection> found = decode(levels, settings);
     to_image(found, place(image_width, image_height, input, input), image_width, image_height);
     std::vector<float> rows;
