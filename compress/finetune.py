@@ -65,10 +65,10 @@ def main(
     device: Annotated[str, typer.Option(help="cpu, 0, 0,1 …")] = "cpu",
     optimizer: Annotated[str, typer.Option(help="as Ultralytics names them")] = "auto",
     lr0: Annotated[float, typer.Option(help="first learning rate (ignored by optimizer=auto)")] = 0.01,
-    dis: Annotated[float | None, typer.Option(min=0.0, help="weight of Ultralytics' feature distillation; 6")] = None,
-    cwd: Annotated[float | None, typer.Option(min=0.0, help="weight of channel-wise distillation (CWD); 0")] = None,
-    ld: Annotated[float | None, typer.Option(min=0.0, help="weight of distilling box distributions (LD); 0")] = None,
-    distil_off_epochs: Annotated[int | None, typer.Option(min=0, help="last epochs without the teacher; 0")] = None,
+    dis: Annotated[float, typer.Option(min=0.0, help="weight of Ultralytics' feature distillation")] = 6.0,
+    cwd: Annotated[float, typer.Option(min=0.0, help="weight of channel-wise distillation (CWD)")] = 0.0,
+    ld: Annotated[float, typer.Option(min=0.0, help="weight of distilling box distributions (LD)")] = 0.0,
+    distil_off_epochs: Annotated[int, typer.Option(min=0, help="last epochs without the teacher")] = 0,
     workers: Annotated[int, typer.Option(min=0)] = 8,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
@@ -77,12 +77,9 @@ def main(
 
     given = {"epochs": epochs, "batch": batch, "optimizer": optimizer, "lr0": lr0, "args": training_args(more or [])}
     terms = {"dis": dis, "cwd": cwd, "ld": ld, "distil_off_epochs": distil_off_epochs}
-    terms = {name: value for name, value in terms.items() if value is not None}
-    if terms and teacher is None:
-        raise SettingsError(
-            f"--{next(iter(terms)).replace('_', '-')} goes with --teacher: there is nobody to learn from"
-        )
     settings = parse(Finetune, given | terms, "finetune")
+    if teacher is None and (asked := settings.changed(*terms)):
+        raise SettingsError(f"--{asked.replace('_', '-')} goes with --teacher: there is nobody to learn from")
     common = Common(imgsz=imgsz, device=device, workers=workers, seed=seed)
     finetune(model, teacher, resolve(data), settings, common, output)
 

@@ -332,12 +332,9 @@ def _run(
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-_INT8_ALONE = ("method", "calibration", "calibration_images", "map_budget", "seed")
-
 
 @app.command()
 def main(
-    context: typer.Context,
     model: Annotated[Path, typer.Option(help="checkpoint (.pt)")],
     data: Annotated[str, typer.Option(help="data set YAML or 'shapes'; images of its val split prove parity")],
     output: Annotated[Path, typer.Option(help="folder for NAME_ncnn_model, parity.json and the manifest")],
@@ -361,24 +358,18 @@ def main(
     for given, name in ((half, "--half"), (dynamic, "--dynamic")):
         if given and int8:
             raise SettingsError(f"{name} and --int8 exclude each other: choose one")
-    for name in () if int8 else _INT8_ALONE:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            raise SettingsError(f"--{name.replace('_', '-')} goes with --int8: add that, or leave it out")
+    of_int8 = {"method": method, "calibration_images": calibration_images, "map_budget": map_budget, "seed": seed}
+    quantization = parse(QuantizeNcnn, {**of_int8, "parity_images": parity_images}, "ncnn")
+    asked = quantization.changed(*of_int8) or (calibration and "calibration")
+    if asked and not int8:
+        raise SettingsError(f"--{asked.replace('_', '-')} goes with --int8: add that, or leave it out")
     stage.require(model)
     if bundle:
         deploy.check_bundle(model, bundle)
         if bundle.resolve() in (output.resolve(), *output.resolve().parents):
             raise SettingsError(f"--bundle {bundle} is where --output goes: choose another --bundle")
     if int8:
-        content = {
-            "method": method,
-            "calibration_images": calibration_images,
-            "map_budget": map_budget,
-            "parity_images": parity_images,
-            "seed": seed,
-        }
-        made = output / _export_int8(model, data, calibration, imgsz, parse(QuantizeNcnn, content, "ncnn"), output)
+        made = output / _export_int8(model, data, calibration, imgsz, quantization, output)
     else:
         content = {"half": half, "dynamic": dynamic, "parity_images": parity_images, "parity_map": parity_map}
         settings = parse(ExportNcnn, content, "ncnn")

@@ -6,7 +6,7 @@ from compress.settings.names import AUTO, LATENCY_TARGETS, TARGETS, Importance, 
 from compress.settings.reading import load_yaml, training_args
 from compress.settings.run import Benchmark, Run, check_imgsz, load_run
 from compress.settings.stages import Finetune, Prune, Sparsity, Training
-from compress.settings.strict import Grown, Strict, parse
+from compress.settings.strict import Strict, parse
 
 __all__ = [
     "AUTO",
@@ -18,7 +18,6 @@ __all__ = [
     "ExportNcnn",
     "ExportTrt",
     "Finetune",
-    "Grown",
     "Importance",
     "LayerRule",
     "Prune",

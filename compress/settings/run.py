@@ -14,7 +14,7 @@ from compress.settings.exports import Export, ExportNcnn, ExportTrt
 from compress.settings.names import AUTO, Runtime
 from compress.settings.reading import apply_override, load_yaml
 from compress.settings.stages import Finetune, Prune, Sparsity, Training
-from compress.settings.strict import Grown, Strict, parse
+from compress.settings.strict import Strict, parse
 
 
 class Benchmark(Strict):
@@ -26,10 +26,8 @@ class Benchmark(Strict):
     split: Literal["train", "val", "test"] = "val"
 
 
-class Run(Grown):
+class Run(Strict):
     """A whole pipeline, as configs/pipelines/*.yaml spell it."""
-
-    later = ("iterations", "map_budget")
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run folder is runs/NAME")
     model: str = Field(description="a checkpoint (.pt) or an architecture (.yaml)")

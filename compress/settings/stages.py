@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from compress.settings.budget import Budget
 from compress.settings.names import LATENCY_TARGETS, TARGETS, Importance, Runtime, Share, Variant
-from compress.settings.strict import Grown, Strict
+from compress.settings.strict import Strict
 
 
 class Training(Strict):
@@ -57,10 +57,11 @@ class Sparsity(Training):
         return self
 
 
-class Finetune(Training, Grown):
-    """Fine-tuning of the pruned model, with the dense model as the teacher unless told otherwise."""
+_TERMS = ("cwd", "cwd_temperature", "ld", "ld_temperature", "distil_off_epochs")
 
-    later = ("teacher", "cwd", "cwd_temperature", "ld", "ld_temperature", "distil_off_epochs")
+
+class Finetune(Training):
+    """Fine-tuning of the pruned model, with the dense model as the teacher unless told otherwise."""
 
     distill: bool = Field(default=True, description="distil from the dense model, or from `teacher`")
     teacher: str | None = Field(default=None, description="a checkpoint to distil from in place of the dense model")
@@ -75,7 +76,7 @@ class Finetune(Training, Grown):
     def _something_to_learn(self) -> Finetune:
         if self.distill and not (self.dis or self.cwd or self.ld):
             raise ValueError("dis, cwd and ld are all 0: leave out the teacher (distill: false)")
-        if not self.distill and (asked := self.changed(*self.later)):
+        if not self.distill and (asked := self.changed("teacher", *_TERMS)):
             raise ValueError(f"{asked} goes with distill: true")
         if self.distill and 0 < self.epochs <= self.distil_off_epochs:
             raise ValueError(
@@ -89,7 +90,7 @@ class Finetune(Training, Grown):
         """Return what a trainer must know beside Ultralytics' arguments; empty where that is nothing."""
         if not (self.cwd or self.ld or self.distil_off_epochs):
             return {}
-        return {name: getattr(self, name) for name in self.later if name != "teacher"}
+        return {name: getattr(self, name) for name in _TERMS}
 
 
 def _times(value: Any) -> Any:
@@ -116,15 +117,13 @@ def _such_as(pattern: str, example: str) -> BeforeValidator:
 _OF_LATENCY = " or ".join(", ".join(LATENCY_TARGETS).rsplit(", ", 1))
 
 
-class Prune(Grown):
+class Prune(Strict):
     """How much to remove (one of `TARGETS`), by which importance, under which budget.
 
     The latency of `latency`, `speedup` and `keep_importance` is predicted by a latency table of `benchmark.profile` and
     measured after the cut. Of the repairs after it (`fold`, `recalibrate_images`, `reconstruct_images`) the val mAP
     chooses.
     """
-
-    later = ("keep_importance", "fold", "reconstruct_images")
 
     percent: float | None = Field(default=None, ge=0.0, lt=1.0, description="share of the prunable channels to remove")
     macs: Share | None = Field(default=None, description="MACs of the pruned model as a share of the dense model's")

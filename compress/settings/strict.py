@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from compress.errors import SettingsError
 
@@ -21,17 +21,6 @@ class Strict(BaseModel):
         """Return the first of these settings that is not as it is by default."""
         fields = type(self).model_fields
         return next((name for name in names if getattr(self, name) != fields[name].default), None)
-
-
-class Grown(Strict):
-    """A section with settings that came later: unless they are set, it is written as before, and old runs are found."""
-
-    later: ClassVar[tuple[str, ...]] = ()
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        content = handler(self)
-        return {key: value for key, value in content.items() if key not in self.later or self.changed(key)}
 
 
 def parse(kind: type[Section], content: dict[str, Any], source: str) -> Section:

@@ -15,13 +15,11 @@ from typing import Any
 from pydantic import Field
 
 from compress.errors import SettingsError
-from compress.settings import LATENCY_TARGETS, TARGETS, Grown, Run, load_run, load_yaml, parse
+from compress.settings import LATENCY_TARGETS, TARGETS, Run, Strict, load_run, load_yaml, parse
 
 
-class Sweep(Grown):
+class Sweep(Strict):
     """A sweep, as configs/sweeps/*.yaml spell it: every target with every combination of the grid."""
-
-    later = ("together",)
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="its folder is runs/NAME")
     pipeline: str = Field(description="a file of configs/pipelines/, which all of them start from")

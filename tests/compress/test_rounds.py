@@ -91,11 +91,6 @@ def test_settings_that_make_no_rounds(tiny_data: Path, changes: dict[str, Any], 
         settings_of(tiny_data, **changes)
 
 
-def test_a_run_without_rounds_is_written_as_before(tiny_data: Path) -> None:
-    assert not {"iterations", "map_budget"} & settings_of(tiny_data, iterations=1).model_dump(mode="json").keys()
-    assert settings_of(tiny_data, map_budget=0.1).model_dump(mode="json")["map_budget"] == 0.1
-
-
 # What is kept.
 
 

@@ -328,13 +328,3 @@ def test_our_own_files_are_found_from_every_folder(tmp_path: Path, monkeypatch) 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/budgets/*.yaml")), ids=lambda path: path.name)
 def test_every_budget_loads(path: Path) -> None:
     assert load_budget(path).source  # where its rule comes from
-
-
-def test_repairs_that_came_later_leave_old_cuts_found() -> None:
-    """A finished stage is known by its settings: those that are as they would be anyway are not written."""
-    written = Prune(macs=0.5).model_dump(mode="json")
-    assert not {"fold", "reconstruct_images"} & set(written)
-    assert written["recalibrate_images"] == 256
-    changed = Prune(macs=0.5, fold=False, reconstruct_images=64).model_dump(mode="json")
-    assert (changed["fold"], changed["reconstruct_images"]) == (False, 64)
-    assert "reconstruct_images" in refusal(Prune, {"macs": 0.5, "reconstruct_images": -1})

@@ -345,9 +345,7 @@ def test_a_budget_that_is_missed_leaves_no_folder(
     assert not list(tmp_path.glob("out/*_ncnn_model"))
 
 
-@pytest.mark.parametrize(
-    ("option", "value"), [("--method", "percentile"), ("--calibration-images", 8), ("--map-budget", 0.1)]
-)
+@pytest.mark.parametrize(("option", "value"), [("--method", "kl"), ("--calibration-images", 8), ("--map-budget", 0.1)])
 def test_what_goes_with_8_bits_is_not_ignored_without_them(
     run: Any, option: str, value: object, detector: Path, data: Path, tmp_path: Path, capsys: Any
 ) -> None:
