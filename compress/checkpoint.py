@@ -161,6 +161,15 @@ def structure_hash(model: nn.Module) -> str:
     return sha256_json({name: list(value.shape) for name, value in model.state_dict().items()})
 
 
+def with_classes(model: nn.Module, classes: int) -> nn.Module:
+    """Return a model as a training on a data set of so many classes makes it; a pruned one keeps its head."""
+    if len(model.names) == classes or plans_of(model):  # type: ignore[arg-type]  (Ultralytics' dict of names)
+        return model
+    trained: Any = build_model(model.yaml, nc=classes)  # type: ignore[arg-type]  (likewise, what it was built from)
+    trained.load(model, verbose=False)
+    return trained
+
+
 def save_model(model: nn.Module, path: Path, training_args: dict[str, Any]) -> None:
     """Write a checkpoint that stock `YOLO(path)` opens for predict, val and export. The file appears whole or not."""
     import torch

@@ -78,11 +78,7 @@ def check(settings: Run, data: Path) -> None:
             "a classifier has no teacher, Ultralytics distils detectors only: set finetune.distill=false"
         )
     check_imgsz(settings.imgsz, int(max(model.stride)))
-    classes = len(class_names(data))
-    if len(model.names) != classes and not checkpoint.plans_of(model):
-        trained = checkpoint.build_model(model.yaml, nc=classes)
-        trained.load(model, verbose=False)  # type: ignore[operator]  (Ultralytics' load: the widths that training gives)
-        model = trained
+    model = checkpoint.with_classes(model, len(class_names(data)))
     if "tensorrt" in settings.benchmark.runtimes:
         _check_tensorrt(settings.trt)
     if settings.finetune.teacher and settings.finetune.distill:

@@ -26,7 +26,7 @@ def sparsify(
 
     Args:
         cut: what will be pruned afterwards; with `settings.fade` its channels are chosen early and faded out, and with
-            λ `auto` as many γ as it removes are brought near zero.
+            λ `auto` as many γ as it removes are brought near zero. Where it asks for a latency, TensorBoard shows that.
     """
 
     def repair(trained: Any) -> None:
@@ -40,6 +40,7 @@ def sparsify(
             print(f"sparsify: {kept(repaired)}")
 
     share = _share(model, settings, cut, common) if settings.sr == AUTO else None
+    table = _table(model, cut, data, common.imgsz) if cut and cut.by_latency else None
     fade = cut.model_dump(mode="json", exclude_none=True) if cut and settings.fade else None
     return training_stage(
         "sparsify",
@@ -49,7 +50,7 @@ def sparsify(
         settings,
         common,
         output,
-        notes={"sr": settings.sr, "sr_decay": settings.sr_decay, "fade": fade, "share": share},
+        notes={"sr": settings.sr, "sr_decay": settings.sr_decay, "fade": fade, "share": share, "table": table},
         keep_last=True,
         repair=repair,
     )
@@ -69,6 +70,15 @@ def _share(model: str, settings: Sparsity, cut: Prune | None, common: Common) ->
         for widths in (planned.graph.widths.tolist(), planned.choice.widths.tolist())
     )
     return 1.0 - after / before
+
+
+def _table(model: str, cut: Prune, data: Path, imgsz: int) -> str:
+    """Return where the latency table lies of the model as it is trained here."""
+    from compress.data.dataset import class_names
+    from compress.latency.plan import find_table
+
+    trained = checkpoint.with_classes(checkpoint.load_trainable(model), len(class_names(data)))
+    return str(find_table(cut, imgsz, checkpoint.structure_hash(trained), model)[1])
 
 
 def _plan_at_random(model: str, cut: Prune, imgsz: int) -> Planned:

@@ -212,6 +212,16 @@ def ties(graph: Graph, budget: Budget) -> list[Tie]:
     return found
 
 
+def round_up(graph: Graph, widths: np.ndarray, budget: Budget) -> np.ndarray:
+    """Return the least widths which a budget allows that are nowhere below `widths`, both of shape (groups,)."""
+    found = np.empty_like(widths)
+    for tie in ties(graph, budget):
+        enough = min(part for part in tie.parts if all(part * n >= widths[i] for i, n in tie.units.items()))
+        for index, n in tie.units.items():
+            found[index] = enough * n
+    return found
+
+
 def _keep_best(score: np.ndarray, width: int) -> np.ndarray:
     """Keep the `width` largest scores; of equal ones the first."""
     mask = np.zeros(score.size, dtype=bool)

@@ -12,7 +12,9 @@ from torch import nn
 
 from compress.channels.slots import FIXED
 from compress.errors import EspalierError
+from compress.latency.table import evaluate, load_table
 from compress.manifest import read_json, write_json
+from compress.pruning.budget import round_up
 from compress.pruning.importance import batch_norm_scales, prunable_scales
 from compress.tasks import LETTERS
 
@@ -107,7 +109,7 @@ class GroupPenalty:
 
 
 class GammaLog:
-    """γ of the prunable channels, watched in TensorBoard."""
+    """γ of the prunable channels, watched in TensorBoard, and what a cut of those near zero would leave of a cost."""
 
     def __init__(self, graph: Graph, folder: Path, model: nn.Module) -> None:
         with warnings.catch_warnings():
@@ -122,6 +124,7 @@ class GammaLog:
             write_json(folder / SPARSITY, settings)
         self.threshold = NEAR_ZERO * settings["start_mean"]
         self.near_zero = 0.0
+        self.table = load_table(Path(settings["table"])) if settings.get("table") else None
 
     def write(self, model: nn.Module, epoch: int, strength: float, metrics: dict[str, Any]) -> None:
         """Write one epoch."""
@@ -132,8 +135,13 @@ class GammaLog:
         for name, values in gammas.items():
             self.writer.add_histogram(f"gamma/{name.removesuffix('.weight')}", values, epoch)
         self.writer.add_scalar("sparsity/near_zero_share", self.near_zero, epoch)
-        left = self.graph.macs(widths_without(self.graph, batch_norm_scales(self.graph, model), self.threshold))
-        self.writer.add_scalar("sparsity/macs_if_pruned", left / self.graph.macs(self.graph.widths), epoch)
+        left = widths_without(self.graph, batch_norm_scales(self.graph, model), self.threshold)
+        share = self.graph.macs(left) / self.graph.macs(self.graph.widths)
+        self.writer.add_scalar("sparsity/macs_if_pruned", share, epoch)
+        if self.table:
+            latency, allowed = evaluate(self.table, self.graph), round_up(self.graph, left, self.table.budget)
+            share = latency(allowed) / latency(self.graph.widths)
+            self.writer.add_scalar("sparsity/latency_if_pruned", share, epoch)
         self.writer.add_scalar("sparsity/mean_gamma", float(every.mean()), epoch)
         self.writer.add_scalar("sparsity/lambda", strength, epoch)
         for key, value in metrics.items():

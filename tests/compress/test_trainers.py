@@ -17,6 +17,7 @@ from compress.channels.graph import Graph, build_graph
 from compress.channels.slots import FIXED
 from compress.checkpoint import build_model, load_model, plans_of, structure_hash
 from compress.errors import CheckpointError, EspalierError, PlanError, SettingsError
+from compress.latency.table import save_table
 from compress.manifest import read_json, write_json
 from compress.pruning.importance import batch_norm_scales
 from compress.settings import Training
@@ -26,6 +27,7 @@ from compress.training.penalty import NEAR_ZERO, SPARSITY, GammaLog, GroupPenalt
 from compress.training.planned import RESUME, RESUME_BEST
 from compress.training.sparse import FADE_PLAN
 from compress.training.trainers import PlanTrainer, SparsityTrainer
+from tables import table_of
 from topologies import Chain, Grouped, Residual, SplitFixed, randomised
 
 
@@ -389,6 +391,21 @@ def test_tensorboard_shows_the_gammas(sparsity, tmp_path: Path) -> None:
         "metrics/mAP50-95": [0.25, 0.25],
     }
     assert trainer.gamma_log.near_zero == 8 / 20
+
+
+def test_tensorboard_shows_the_latency_that_would_be_left(tmp_path: Path) -> None:
+    """Of 8 and 12 channels 3 and 12 are left; the budget allows 4 of 8."""
+    model = Chain()
+    table, graph = table_of(model.eval(), 16)
+    save_table(table, tmp_path / "table.json")
+    write_json(tmp_path / SPARSITY, {"sr": 1.0, "table": str(tmp_path / "table.json")})
+    log = GammaLog(graph, tmp_path, model)
+    model.a.bn.weight.data[:5] = 0.0
+    log.write(model, 0, 1.0, {})
+    dense, left = (0.5 + 3.0 + 0.01 * (3 + a + 12) + 0.001 * (3 * a + 12 * a + 12 * 4) for a in (8, 4))
+    assert [event.value for event in events(tmp_path).Scalars("sparsity/latency_if_pruned")] == [
+        pytest.approx(left / dense)
+    ]
 
 
 def test_a_resumed_training_compares_with_the_first_start(tmp_path: Path) -> None:
