@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 BATCH = 16
+_HELD_BYTES = 1e9
 
 
 def batches(model: nn.Module, images: list[Path], imgsz: int, description: str | None = None) -> Iterator[Tensor]:
@@ -34,3 +36,19 @@ def batches(model: nn.Module, images: list[Path], imgsz: int, description: str |
     for start in track(starts, description) if description else starts:
         pixels = [prepare(path, imgsz) for path in images[start : start + BATCH]]
         yield torch.from_numpy(np.concatenate(pixels)).to(device)
+
+
+def batches_again(model: nn.Module, images: list[Path], imgsz: int) -> Iterable[Tensor]:
+    """Return the same batches for many passes: they stay in memory, or where there are too many are read each time."""
+    again = _Again(model, images, imgsz)
+    return list(again) if len(images) * 3 * imgsz**2 * 4 <= _HELD_BYTES else again
+
+
+@dataclass(frozen=True)
+class _Again:
+    model: nn.Module
+    images: list[Path]
+    imgsz: int
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return batches(self.model, self.images, self.imgsz)

@@ -7,7 +7,7 @@ ICCV 2017, without their choice of channels: that is made already.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,13 +53,15 @@ def reconstruct(
         ridge: weight of the change of the weights, relative to the mean square of the inputs.
     """
     from compress.progress import track
+    from compress.pruning.batches import batches_again
 
+    pixels = batches_again(pruned, images, imgsz)
     fits = [consumer for consumer in consumers if consumer.calls == 1 and _is_plain(pruned, consumer)]
     known: dict[str, list[Target]] = {}
     for index, consumer in enumerate(track(fits, "reconstruction")):
         if consumer.name not in known:
-            known = targets(dense, _held_at_once(pruned, fits[index:]), images, imgsz, seed)
-        fit(pruned, consumer, samples(pruned, consumer, known[consumer.name], images, imgsz), ridge)
+            known = targets(dense, _held_at_once(pruned, fits[index:]), pixels, len(images), seed)
+        fit(pruned, consumer, samples(pruned, consumer, known[consumer.name], pixels), ridge)
 
 
 def fit(pruned: nn.Module, consumer: Consumer, sampled: Iterator[tuple[Tensor, Tensor]], ridge: float) -> None:
@@ -90,12 +92,15 @@ def fit(pruned: nn.Module, consumer: Consumer, sampled: Iterator[tuple[Tensor, T
 
 
 def targets(
-    dense: nn.Module, consumers: list[Consumer], images: list[Path], imgsz: int, seed: int
+    dense: nn.Module, consumers: list[Consumer], pixels: Iterable[Tensor], images: int, seed: int
 ) -> dict[str, list[Target]]:
-    """Return by layer, for each batch of images, what the dense model's kept outputs are at random positions."""
-    import torch
+    """Return by layer, for each batch of images, what the dense model's kept outputs are at random positions.
 
-    from compress.pruning.batches import batches
+    Args:
+        pixels: the batches, shape (up to BATCH, 3, imgsz, imgsz).
+        images: how many there are in all of them.
+    """
+    import torch
 
     found: dict[str, list[Target]] = {consumer.name: [] for consumer in consumers}
 
@@ -106,7 +111,7 @@ def targets(
 
         def sample(layer: Any, _given: tuple, output: Tensor) -> None:
             grid = (output.shape[0], *output.shape[2:])
-            count = -(-_positions(consumer, layer) * output.shape[0] // len(images))
+            count = -(-_positions(consumer, layer) * output.shape[0] // images)
             flat = torch.randperm(math.prod(grid), generator=generator)[:count].to(output.device)
             places = torch.unravel_index(flat, grid)
             found[consumer.name].append((places, (_at(output, places) - mean)[:, kept]))
@@ -116,13 +121,13 @@ def targets(
     with ExitStack() as stack, torch.inference_mode():
         for consumer in consumers:
             hook(consumer)
-        for batch in batches(dense, images, imgsz):
+        for batch in pixels:
             dense.eval()(batch)
     return found
 
 
 def samples(
-    pruned: nn.Module, consumer: Consumer, wanted: list[Target], images: list[Path], imgsz: int
+    pruned: nn.Module, consumer: Consumer, wanted: list[Target], pixels: Iterable[Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the patches that a convolution of the pruned model reads where there are targets, and what lacks there.
 
@@ -132,10 +137,8 @@ def samples(
     """
     import torch
 
-    from compress.pruning.batches import batches
-
     layer, mean = pruned.get_submodule(consumer.name), _running_mean(pruned, consumer)
-    for batch, (places, target) in zip(batches(pruned, images, imgsz), wanted, strict=True):
+    for batch, (places, target) in zip(pixels, wanted, strict=True):
         with torch.inference_mode():
             inputs, output = _through(pruned, consumer.name, batch)
             pair = _patches(layer, inputs, *places).cpu().double(), target.double() - (_at(output, places) - mean)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from compress.pruning import reconstruction
+from compress.pruning import batches, reconstruction
+from compress.pruning.batches import batches_again
 from compress.pruning.consumers import Consumer, find_consumers
 from compress.pruning.folding import fold_removed
 from compress.pruning.plan import Plan
@@ -57,8 +58,9 @@ def outputs(*networks: nn.Module) -> list[Tensor]:
 
 
 def error(pruned: nn.Module, model: nn.Module, consumer: Consumer, images: list[Path]) -> float:
-    wanted = targets(model, [consumer], images, IMGSZ, 0)[consumer.name]
-    return sum(float(lacking.square().sum()) for _, lacking in samples(pruned, consumer, wanted, images, IMGSZ))
+    pixels = batches_again(model, images, IMGSZ)
+    wanted = targets(model, [consumer], pixels, len(images), 0)[consumer.name]
+    return sum(float(lacking.square().sum()) for _, lacking in samples(pruned, consumer, wanted, pixels))
 
 
 @pytest.mark.parametrize(("padding", "constant"), [(0, 3.0), (1, 0.0)])
@@ -145,8 +147,9 @@ def test_the_pass_stops_at_the_layer(images: list[Path]) -> None:
     pruned, _, consumers = prepared(model, {"a": [1]})
     ran: list[int] = []
     pruned.c.register_forward_pre_hook(lambda *_: ran.append(1))
-    wanted = targets(model, consumers, images, IMGSZ, 0)["b"]
-    sampled = list(samples(pruned, consumers[0], wanted, images, IMGSZ))
+    pixels = batches_again(model, images, IMGSZ)
+    wanted = targets(model, consumers, pixels, len(images), 0)["b"]
+    sampled = list(samples(pruned, consumers[0], wanted, pixels))
     assert (len(sampled), ran) == (2, [])
     # 20 images of 15 × 15 outputs: at least 4096 positions of these, shared by the batches of 16 and of 4.
     assert [len(patches) for patches, _ in sampled] == [3277, 820]
@@ -162,6 +165,16 @@ def test_targets_that_fill_the_memory_are_taken_in_turns(images: list[Path], mon
     monkeypatch.setattr(reconstruction, "_TARGET_BYTES", 4096 * 4 * 4)
     reconstruct(pruned, model, consumers, images, IMGSZ)
     assert len(passes) == 2 + 4
+
+
+def test_images_that_fill_the_memory_are_read_for_every_pass(images: list[Path], monkeypatch) -> None:
+    held = batches_again(nn.Conv2d(3, 1, 1), images, IMGSZ)
+    monkeypatch.setattr(batches, "_HELD_BYTES", 20 * 3 * IMGSZ**2 * 4 - 1)
+    again = batches_again(nn.Conv2d(3, 1, 1), images, IMGSZ)
+    assert isinstance(held, list)
+    assert not isinstance(again, list)
+    for _ in range(2):
+        assert all(torch.equal(one, other) for one, other in zip(held, again, strict=True))
 
 
 @pytest.mark.parametrize(
