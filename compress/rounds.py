@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from compress import checkpoint, manifest
 from compress.errors import BudgetError
 from compress.finetune import finetune
-from compress.prune import plan_pruning, prune
+from compress.planning import plan_pruning
+from compress.prune import prune
 from compress.sparsify import sparsify
 from compress.tasks import SCORE_NAMES, metric_of
 

@@ -16,7 +16,9 @@ import typer
 from compress import checkpoint, manifest, rounds
 from compress.errors import SettingsError, run_app
 from compress.finetune import finetune
-from compress.prune import plan_pruning, print_plan, prune
+from compress.planning import plan_pruning
+from compress.prune import prune
+from compress.pruning.plan_table import print_plan
 from compress.settings import ExportTrt, Run, check_imgsz, load_run
 from compress.sparsify import sparsify
 from compress.tasks import metric_of

@@ -103,8 +103,8 @@ class _Journal:
 
 
 def _measure(network: nn.Module, model: Path, data: Path, wanted: Wanted, journal: _Journal) -> Sensitivity:
+    from compress.planning import score
     from compress.progress import track
-    from compress.prune import score
     from compress.pruning.budget import ties
     from compress.settings import Budget, Prune
     from compress.training.mean_ap import sample_images, scorer

@@ -9,7 +9,7 @@ import typer
 
 from compress import checkpoint
 from compress.errors import SettingsError, run_app
-from compress.prune import Planned, plan_pruning
+from compress.planning import Planned, plan_pruning
 from compress.settings import AUTO, Budget, Prune, Sparsity, load_budget, parse, training_args
 from compress.train import MORE_HELP, Common, training_stage
 

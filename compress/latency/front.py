@@ -38,7 +38,7 @@ def draw_front(
     from compress.latency.plan import find_table, memory_limit
     from compress.latency.solver import build_problem, front
     from compress.latency.table import check_widths, evaluate
-    from compress.prune import score
+    from compress.planning import score
 
     network = checkpoint.load_model(model)
     table, path = find_table(settings, imgsz, checkpoint.structure_hash(network), str(model))

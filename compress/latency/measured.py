@@ -16,7 +16,7 @@ from compress import checkpoint
 from compress.errors import BudgetError, SettingsError, warn
 from compress.latency.plan import find_table, limit_of, place
 from compress.latency.table import amount
-from compress.prune import Planned, choose_widths, score
+from compress.planning import Planned, choose_widths, score
 from compress.pruning.surgery import apply_plan
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 from compress.channels.graph import build_graph
 from compress.errors import EspalierError
 from compress.manifest import read_json
-from compress.prune import plan_pruning
+from compress.planning import plan_pruning
 from compress.pruning.plan import load_plan, save_plan
 from compress.settings import AUTO, Prune, parse
 from compress.training.fade import START, Fade, remaining

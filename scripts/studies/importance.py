@@ -19,7 +19,7 @@ from benchmark.accuracy import evaluate
 from compress import manifest
 from compress.checkpoint import load_model, save_model
 from compress.data.dataset import images, resolve
-from compress.prune import plan_pruning
+from compress.planning import plan_pruning
 from compress.pruning.batch_norm import recalibrate_batch_norm
 from compress.pruning.surgery import apply_plan
 from compress.settings import Importance, Prune, load_budget

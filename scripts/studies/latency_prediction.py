@@ -32,7 +32,7 @@ from compress.errors import BudgetError
 from compress.latency.measured import plan_measured
 from compress.latency.solver import build_problem, cheapest, least_loss
 from compress.latency.table import Latency, LatencyTable, evaluate
-from compress.prune import Scored, score
+from compress.planning import Scored, score
 from compress.pruning.budget import Target, choose, log_share_lost, ties
 from compress.settings import Budget, Prune, load_budget
 

@@ -60,7 +60,7 @@ def _vary_batch_norm(model: torch.nn.Module) -> None:
 
 def time_planning(name: str = "yolov8n.yaml", imgsz: int = 640) -> dict[str, Any]:
     """Time what `compress.prune` does without data: trace, choose, cut; seconds."""
-    from compress.prune import plan_pruning
+    from compress.planning import plan_pruning
 
     model = build_model(name)
     start = time.perf_counter()

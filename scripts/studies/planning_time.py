@@ -17,7 +17,7 @@ import torch
 
 from compress import manifest
 from compress.checkpoint import build_model
-from compress.prune import plan_pruning
+from compress.planning import plan_pruning
 from compress.pruning.oracle import check_oracle
 from compress.pruning.surgery import apply_plan
 from compress.settings import Prune

@@ -21,8 +21,8 @@ from torch import nn
 from compress import manifest
 from compress.checkpoint import load_model
 from compress.data.dataset import images, resolve, sample_images
-from compress.prune import Scored, choose_widths
-from compress.prune import score as score_channels
+from compress.planning import Scored, choose_widths
+from compress.planning import score as score_channels
 from compress.pruning.batch_norm import recalibrate_batch_norm
 from compress.pruning.plan import Plan
 from compress.pruning.repair import FOLDED, Repairs, candidates

@@ -21,7 +21,7 @@ from benchmark import system
 from compress import manifest
 from compress.checkpoint import build_model, save_model
 from compress.errors import ExportError
-from compress.prune import plan_pruning
+from compress.planning import plan_pruning
 from compress.pruning.surgery import apply_plan
 from compress.settings import ExportTrt, Prune
 from export import qdq, trt, trt_onnx

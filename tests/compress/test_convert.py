@@ -19,7 +19,7 @@ from compress.conversion.foreign import read_foreign
 from compress.conversion.reading import modules
 from compress.conversion.translate import translate
 from compress.errors import CheckpointError, EspalierError, RunError, run_app
-from compress.prune import plan_pruning
+from compress.planning import plan_pruning
 from compress.pruning.oracle import check_oracle
 from compress.pruning.surgery import apply_plan
 from compress.settings import Prune

@@ -14,6 +14,7 @@ from compress.errors import BudgetError, SettingsError
 from compress.latency.front import draw_front
 from compress.latency.plan import choose_by_latency, find_table, limit_of
 from compress.latency.table import LatencyTable, amount, evaluate, save_table
+from compress.planning import plan_pruning
 from compress.pruning.importance import importance
 from compress.settings import Budget, Prune
 from tables import BUDGET, table_of
@@ -192,7 +193,7 @@ def test_importance_that_only_the_uncut_model_keeps_is_refused(dense: Path, tabl
 def test_a_budget_with_other_widths_is_refused(dense: Path, table: LatencyTable, path: Path) -> None:
     wanted = settings(speedup=1.2, table=str(path)).model_copy(update={"budget": Budget(multiple_of=1, min_width=1)})
     with pytest.raises(SettingsError, match="the latency table was not measured at"):
-        prune.plan_pruning(load_model(dense), wanted, IMGSZ)
+        plan_pruning(load_model(dense), wanted, IMGSZ)
 
 
 def test_the_command_prints_the_prediction(dense: Path, path: Path, capsys) -> None:

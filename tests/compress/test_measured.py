@@ -17,6 +17,7 @@ from compress.errors import BudgetError, SettingsError
 from compress.latency import solver
 from compress.latency.measured import plan_measured
 from compress.latency.table import LatencyTable, evaluate, save_table
+from compress.planning import Planned, plan_pruning
 from compress.pruning.plan import parse_plan
 from compress.settings import Budget, LayerRule, Prune
 from compress.training.fade import Fade
@@ -65,7 +66,7 @@ def measure_as(
     return seen
 
 
-def run(dense: Path, wanted: Prune) -> tuple[prune.Planned, list[dict[str, Any]]]:
+def run(dense: Path, wanted: Prune) -> tuple[Planned, list[dict[str, Any]]]:
     return plan_measured(load_model(dense), wanted, IMGSZ, 0, None, str(dense))
 
 
@@ -98,7 +99,7 @@ def test_a_prediction_that_is_off_but_meets_the_target_is_measured_once(
     table, wanted, dense: Path, monkeypatch
 ) -> None:
     target = table.dense / 1.15
-    predicted = prune.plan_pruning(load_model(dense), wanted, IMGSZ).prediction
+    predicted = plan_pruning(load_model(dense), wanted, IMGSZ).prediction
     assert predicted is not None
     measure_as(monkeypatch, table, dense, [1.029 * target / predicted.predicted])
     _, rounds = run(dense, wanted)
@@ -130,7 +131,7 @@ def test_a_plan_that_is_too_fast_gives_way_to_slower_widths_that_keep_more(
 ) -> None:
     measure_as(monkeypatch, table, dense, [0.93, 0.93])
     planned, rounds = run(dense, wanted)
-    first = prune.plan_pruning(load_model(dense), wanted, IMGSZ).prediction
+    first = plan_pruning(load_model(dense), wanted, IMGSZ).prediction
     assert planned.prediction is not None
     assert first is not None
     assert [entry["used"] for entry in rounds] == [False, True]
@@ -210,7 +211,7 @@ def test_what_is_cut_beyond_what_faded_is_said(
     table, wanted, dense: Path, tiny_data: Path, monkeypatch, tmp_path: Path, capsys
 ) -> None:
     model = load_model(dense)
-    plan = prune.plan_pruning(model, wanted, IMGSZ).plan
+    plan = plan_pruning(model, wanted, IMGSZ).plan
     Fade(plan, model).apply(1.0)
     manifest.begin(tmp_path / "sparsify", "sparsify", {}, {})
     save_model(model, tmp_path / "sparsify" / "model.pt", {})

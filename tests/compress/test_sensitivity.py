@@ -13,8 +13,9 @@ import pytest
 from compress import checkpoint, manifest
 from compress.channels.graph import Graph, build_graph
 from compress.errors import DataError, SettingsError, run_app
+from compress.planning import plan_pruning
 from compress.prune import app as prune_app
-from compress.prune import plan_pruning, prune
+from compress.prune import prune
 from compress.pruning import batch_norm
 from compress.pruning.sensitivity_file import SCHEMA, Sensitivity, Tie, load_sensitivity, rescaled
 from compress.sensitivity import RESULT, Wanted, app, sensitivity

@@ -14,7 +14,8 @@ from compress.checkpoint import build_model, load_model, plans_of, read_architec
 from compress.data.pixels import centre_crop
 from compress.finetune import finetune
 from compress.manifest import read_json
-from compress.prune import plan_pruning, prune
+from compress.planning import plan_pruning
+from compress.prune import prune
 from compress.pruning.oracle import check_oracle
 from compress.pruning.surgery import apply_plan
 from compress.rounds import check_schedule

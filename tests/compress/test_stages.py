@@ -24,7 +24,7 @@ from compress.checkpoint import load_model, plans_of, structure_hash
 from compress.data.dataset import label_file
 from compress.errors import DataError, PlanError, SurgeryError, run_app
 from compress.manifest import MANIFEST, is_finished, read_json
-from compress.prune import plan_pruning
+from compress.planning import plan_pruning
 from compress.pruning.plan import load_plan
 from compress.pruning.surgery import apply_plan
 from compress.settings import Budget, Finetune, LayerRule, Prune, Sparsity, Training

@@ -11,7 +11,7 @@ from compress.channels.graph import Graph, build_graph
 from compress.checkpoint import build_model
 from compress.data.dataset import class_names
 from compress.errors import DataError, SettingsError
-from compress.prune import plan_pruning
+from compress.planning import plan_pruning
 from compress.pruning import taylor
 from compress.settings import Prune
 from topologies import Chain, Residual, randomised

@@ -10,7 +10,7 @@ from torch import nn
 
 from compress.checkpoint import build_model, load_model, read_architecture
 from compress.errors import CheckpointError
-from compress.prune import plan_pruning
+from compress.planning import plan_pruning
 from compress.pruning.oracle import check_oracle
 from compress.pruning.surgery import apply_plan
 from compress.settings import Budget, Prune

@@ -117,7 +117,7 @@ def test_yolov9e_is_fused_without_a_new_dimension() -> None:
 def test_a_pruned_model_is_exported_with_its_plan(
     images: list[Path], tmp_path: Path, make_detector: Callable[..., Path]
 ) -> None:
-    from compress.prune import plan_pruning
+    from compress.planning import plan_pruning
     from compress.pruning.surgery import apply_plan
     from compress.settings import Budget, Prune
 

@@ -131,7 +131,7 @@ def test_every_task_is_exported_and_compared(
 def test_a_pruned_model_of_another_task_is_exported(
     models: dict[str, Path], images: list[Path], tmp_path: Path
 ) -> None:
-    from compress.prune import plan_pruning
+    from compress.planning import plan_pruning
     from compress.pruning.surgery import apply_plan
     from compress.settings import Budget, Prune
 

@@ -127,7 +127,7 @@ def test_every_family_is_built_by_the_real_builder(cfg: str, in_process: None, t
 
 
 def test_a_pruned_model_is_built_and_is_smaller(in_process: None, tmp_path: Path) -> None:
-    from compress.prune import plan_pruning
+    from compress.planning import plan_pruning
     from compress.pruning.surgery import apply_plan
     from compress.settings import Prune
 
