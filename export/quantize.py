@@ -53,7 +53,8 @@ def export_int8(
     from export.onnx import export_onnx
 
     stage.require_detector(model)
-    scheme, bits = qdq.SCHEMES[settings.target], {"reduce_range": settings.reduce_range}
+    settings = with_range(settings)
+    scheme, bits = qdq.SCHEMES[settings.target], {"reduce_range": bool(settings.reduce_range)}
     images = int8.calibration_images(calibration, settings)
     with stage.scratch(output) as scratch:
         dense = export_onnx(model, scratch / "fp32.onnx", imgsz=imgsz, opset=settings.opset)
@@ -88,6 +89,18 @@ def export_int8(
             int8.Quantizer(dense, layers, write, write_alone, facts),
             measured=measured and settings.target == "onnxruntime",
         )
+
+
+def with_range(settings: Quantize) -> Quantize:
+    """Return the settings with as many bits of a weight as this CPU can add up, where they leave that open."""
+    from export.saturation import saturates
+
+    if settings.reduce_range is not None:
+        return settings
+    reduced = settings.target == "onnxruntime" and saturates()
+    if reduced:
+        print("quantize: weights of 7 bits, since this CPU has no VNNI and its sums of 8-bit products overflow")
+    return settings.model_copy(update={"reduce_range": reduced})
 
 
 def _require_finite(dense: Path, model: Path, image: np.ndarray) -> None:
@@ -128,7 +141,9 @@ def main(
     method: Annotated[str, typer.Option(help="minmax, percentile or entropy")] = "percentile",
     calibration_images: Annotated[int, typer.Option(help="training images that the ranges are found on")] = 32,
     map_budget: Annotated[float, typer.Option(help="largest loss of mAP50-95 on the val split")] = 0.010,
-    reduce_range: Annotated[bool, typer.Option(help="7-bit weights, for x86 CPUs without VNNI")] = False,
+    reduce_range: Annotated[
+        bool | None, typer.Option(help="weights of 7 bits; not given: where this CPU has no VNNI, and needs them")
+    ] = None,
     opset: Annotated[int, typer.Option(help="ONNX operator set, 13 to 22")] = 17,
     parity_images: Annotated[int, typer.Option(help="real images that are compared with PyTorch")] = 16,
     seed: Annotated[int, typer.Option(help="of the choice of calibration images")] = 0,
@@ -150,7 +165,8 @@ def main(
     stage.require(model)
     yaml = resolve(data)
     source = yaml if calibration is None else resolve(calibration, labels=False)
-    int8.export_stage(STAGE, SUFFIX, export_int8, {model.stem: model}, yaml, source, imgsz, settings, output)
+    wanted = with_range(settings)  # which the manifest shall hold: another machine may need another one
+    int8.export_stage(STAGE, SUFFIX, export_int8, {model.stem: model}, yaml, source, imgsz, wanted, output)
 
 
 if __name__ == "__main__":

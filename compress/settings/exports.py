@@ -60,7 +60,9 @@ class Quantize(Quantization):
     method: Literal["minmax", "percentile", "entropy"] = Field(
         default="percentile", description="how calibration finds the range of a tensor"
     )
-    reduce_range: bool = Field(default=False, description="7-bit weights, for x86 CPUs without VNNI")
+    reduce_range: bool | None = Field(
+        default=None, description="weights of 7 bits; not given: for onnxruntime, where this CPU has no VNNI"
+    )
     opset: int = Field(default=17, ge=13, le=22)
 
 

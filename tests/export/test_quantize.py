@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import platform
+import re
 import shutil
 from collections import Counter
 from functools import partial
@@ -17,7 +19,7 @@ from compress.checkpoint import load_model, save_model
 from compress.data.pixels import letterbox
 from compress.errors import CheckpointError
 from compress.settings import Quantize
-from export import mixed, parity, qdq
+from export import mixed, parity, qdq, saturation
 from export import quantize as exporter
 from export.onnx import export_onnx
 
@@ -124,6 +126,33 @@ def test_less_range_is_less_bits(graph: Any, ranges: Any) -> None:
     )
 
 
+def test_a_cpu_that_adds_up_8_bits_is_told_from_one_that_does_not() -> None:
+    if platform.machine() == "x86_64":
+        flags = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1].split())  # type: ignore[index]
+        assert saturation.saturates() == (not flags & {"avx512_vnni", "avx_vnni"})
+    else:
+        assert not saturation.saturates()
+
+
+@pytest.mark.parametrize(
+    ("target", "given", "saturates", "expected"),
+    [
+        ("onnxruntime", None, True, True),
+        ("onnxruntime", None, False, False),
+        ("onnxruntime", False, True, False),
+        ("tensorrt", None, True, False),
+        ("tensorrt", True, False, True),
+    ],
+)
+def test_weights_have_as_many_bits_as_the_cpu_adds_up(
+    monkeypatch: Any, capsys: Any, target: Any, given: bool | None, saturates: bool, expected: bool
+) -> None:
+    monkeypatch.setattr(saturation, "saturates", lambda: saturates)
+    assert exporter.with_range(Quantize(target=target, reduce_range=given)).reduce_range is expected
+    said = expected and given is None
+    assert ("this CPU has no VNNI" in capsys.readouterr().out) == said
+
+
 def test_no_layers_is_the_graph_itself(graph: Any, ranges: Any) -> None:
     assert qdq.quantize(graph, ranges, ONNXRUNTIME, []) == graph
     assert kinds(graph)["QuantizeLinear"] == 0  # nor was it changed by the calls before
@@ -160,10 +189,9 @@ def test_every_method_finds_ranges_that_hold_the_image(
     low, high = (float(np.ravel(value)[0]) for value in found["images"].range_value)
     assert -1.001 <= low <= 0.05
     assert 0.9 <= high <= 1.001
-    (first, *_), (expected, *_) = (
-        infer(model, tmp_path, samples)
-        for model in (qdq.quantize(graph, found, ONNXRUNTIME, ["/model.0/conv/Conv"], carriers=False), graph)
-    )
+    layers, reduced = ["/model.0/conv/Conv"], saturation.saturates()
+    quantized = qdq.quantize(graph, found, ONNXRUNTIME, layers, carriers=False, reduce_range=reduced)
+    (first, *_), (expected, *_) = (infer(model, tmp_path, samples) for model in (quantized, graph))
     assert 0 < np.linalg.norm(first[:, 4:] - expected[:, 4:]) / np.linalg.norm(expected[:, 4:]) < 0.3
 
 
