@@ -54,6 +54,27 @@ def load_model(path: str | Path) -> nn.Module:
     return _open(path)[0]
 
 
+def require(path: str | Path) -> None:
+    """Check that there is a file of a model, or that its name is one to download, before any slower work.
+
+    Raises:
+        CheckpointError: there is none, or it is no file of a model.
+    """
+    path = Path(path)
+    if path.suffix in (".yaml", ".yml"):  # its name may be Ultralytics' own
+        return
+    if path.suffix != ".pt":
+        raise CheckpointError(f"{path} is not a model: give a .pt checkpoint or a .yaml architecture")
+    if not path.is_file() and (path.name != str(path) or not _is_official(path.name)):
+        raise CheckpointError(f"{path} does not exist: check the path")
+
+
+def _is_official(name: str) -> bool:
+    from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
+
+    return name in GITHUB_ASSETS_NAMES
+
+
 def load_trainable(path: str | Path) -> nn.Module:
     """Open what can be trained and pruned: `load_model`, and its task is one of `TRAINABLE`.
 
@@ -208,14 +229,10 @@ def quiet() -> Iterator[None]:
 
 
 def _open(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    require(path)
     import torch
     from ultralytics.nn.tasks import BaseModel, torch_safe_load
-    from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
 
-    if path.suffix != ".pt":
-        raise CheckpointError(f"{path} is not a model: give a .pt checkpoint or a .yaml architecture")
-    if not path.is_file() and str(path) not in GITHUB_ASSETS_NAMES:
-        raise CheckpointError(f"{path} does not exist: check the path")
     if path.is_file():
         _refuse_foreign_globals(path)
     with quiet(), warnings.catch_warnings():

@@ -80,6 +80,8 @@ def main(
     settings = parse(Finetune, given | terms, "finetune")
     if teacher is None and (asked := settings.changed(*terms)):
         raise SettingsError(f"--{asked.replace('_', '-')} goes with --teacher: there is nobody to learn from")
+    for path in (model, teacher) if teacher else (model,):
+        checkpoint.require(path)
     common = Common(imgsz=imgsz, device=device, workers=workers, seed=seed)
     finetune(model, teacher, resolve(data), settings, common, output)
 

@@ -210,6 +210,7 @@ def main(
     content |= {"table": str(table) if table else None, "sensitivity": str(sensitivity) if sensitivity else None}
     content |= {"fold": fold, "recalibrate_images": recalibrate_images, "reconstruct_images": reconstruct_images}
     settings = parse(Prune, {**content, "importance": importance, "budget": rules}, "prune")
+    checkpoint.require(model)
     if front is not None:
         from compress.data.dataset import resolve
         from compress.latency.front import draw_front

@@ -32,6 +32,7 @@ def run(settings: Run, command: str, runs: Path = Path("runs")) -> dict[str, Any
     """Run a pipeline to its end and return its summary, which is also `runs/NAME/summary.json`."""
     from compress.data.dataset import resolve
 
+    checkpoint.require(settings.model)
     folder = runs / settings.name
     with manifest.lock(folder):
         known: dict[str, Any] = {}

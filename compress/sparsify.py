@@ -118,6 +118,7 @@ def main(
     if budget and fade is None:
         raise SettingsError("--budget goes with --fade: without, no cut is planned here")
     rules = load_budget(budget) if budget else Budget()
+    checkpoint.require(model)
     common, cut = Common(imgsz=imgsz, device=device, workers=workers, seed=seed), None
     if fade is not None:
         content = {"macs": fade, "importance": "taylor", "budget": rules.model_dump(mode="json")}

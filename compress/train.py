@@ -193,6 +193,7 @@ def main(
 
     given = {"epochs": epochs, "batch": batch, "optimizer": optimizer, "lr0": lr0, "args": training_args(more or [])}
     settings = parse(Training, given, "train")
+    checkpoint.require(model)
     train(model, resolve(data), settings, Common(imgsz=imgsz, device=device, workers=workers, seed=seed), output)
 
 

@@ -75,6 +75,31 @@ def test_unknown_option_is_named(command: str) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "compress.train --data shapes --output {out}",
+        "compress.sparsify --data shapes --output {out}",
+        "compress.prune --macs 0.5 --data shapes --output {out}",
+        "compress.finetune --data shapes --output {out}",
+        "compress.sensitivity --data shapes --output {out}",
+        "compress.run --config configs/pipelines/demo.yaml",
+        "benchmark.profile",
+        "export.onnx --data shapes --output {out}",
+        "export.ncnn --data shapes --output {out}",
+        "export.quantize --data shapes --output {out}",
+        "export.trt --output {out}",
+    ],
+)
+def test_a_model_that_is_not_there_is_said_before_any_work(words: str, tmp_path: Path) -> None:
+    """Nothing is imported, so no data set was drawn, and nothing is written."""
+    command, *options = words.format(out=tmp_path / "out").split()
+    done = start(command, "--model", "no/such.pt", *options)
+    assert (done.returncode, done.stdout.strip()) == (2, "imported:"), done.stderr
+    assert "no/such.pt does not exist: check the path" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("command", [*COMMANDS, "scripts.cifar10", "scripts.studies.properties"])
 def test_a_python_without_packages_is_one_line(command: str) -> None:
     done = start_bare(command)
