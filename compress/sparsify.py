@@ -31,13 +31,13 @@ def sparsify(
 
     def repair(trained: Any) -> None:
         from compress.data.dataset import sample_images
-        from compress.pruning.batch_norm import kept, repair_batch_norm
+        from compress.pruning.repair import repair_statistics
         from compress.training.mean_ap import val_scorer
 
         sample = sample_images(data, "train", _REPAIR_IMAGES, common.seed)
         score = val_scorer(trained, data, common.imgsz, common.seed)
-        if repaired := repair_batch_norm(trained, sample, common.imgsz, score):
-            print(f"sparsify: {kept(repaired)}")
+        if found := repair_statistics(trained, sample, common.imgsz, score):
+            print(f"sparsify: {found}")
 
     share = _share(model, settings, cut, common) if settings.sr == AUTO else None
     table = _table(model, cut, data, common.imgsz) if cut and cut.by_latency else None

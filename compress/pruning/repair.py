@@ -1,8 +1,8 @@
-"""What can be mended after a cut before any training is paid for: what is switched on is tried, the best is kept."""
+"""What can be mended without any training, after a cut or after sparsity: it is tried, and the best is kept."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 
     from compress.pruning.plan import Plan
 
+AS_TRAINED = "as_trained"
 AS_CUT = "as_cut"
 FOLDED = "folded"
 STATISTICS = "statistics"
 RECONSTRUCTED = "reconstructed"
 BOTH = "reconstructed_statistics"
 _WORDS = {
+    AS_TRAINED: "as trained",
     AS_CUT: "as cut",
     FOLDED: "with removed channels folded",
     STATISTICS: "with new batch-norm statistics",
@@ -90,13 +92,46 @@ def repair(
         return None
     if not (repairs.fold or repairs.statistics or repairs.reconstruct):
         return None
+    return keep_best(pruned, candidates(pruned, dense, plan, repairs, imgsz, seed), score)
+
+
+def repair_statistics(
+    model: nn.Module, images: list[Path], imgsz: int, score: Callable[[nn.Module], float] | None
+) -> Outcome | None:
+    """Try new batch-norm statistics, and leave the model with those that score best; without a score with new ones.
+
+    Where γ shrank fast those of a training lag behind; where they did not, those are better, as they saw every image
+    in many forms.
+
+    Args:
+        images: of the training split.
+        score: measures a model on images that no statistics are of.
+    """
+    if score is None:
+        recalibrate_batch_norm(model, images, imgsz)
+        return None
+
+    def tried() -> Iterator[str]:
+        yield AS_TRAINED
+        recalibrate_batch_norm(model, images, imgsz)
+        yield STATISTICS
+
+    return keep_best(model, tried(), score)
+
+
+def keep_best(model: nn.Module, tried: Iterable[str], score: Callable[[nn.Module], float]) -> Outcome:
+    """Leave a model as the candidate that scores best, the later one of equals.
+
+    Args:
+        tried: turns the model, in place, into one candidate after the other, and yields their names.
+    """
     scores: dict[str, float] = {}
-    kept, best = AS_CUT, _state(pruned)
-    for name in candidates(pruned, dense, plan, repairs, imgsz, seed):
-        scores[name] = score(pruned)
-        if scores[name] >= scores[kept]:
-            kept, best = name, _state(pruned)
-    _restore(pruned, best)
+    kept, best = "", {}
+    for name in tried:
+        scores[name] = score(model)
+        if not kept or scores[name] >= scores[kept]:
+            kept, best = name, _state(model)
+    _restore(model, best)
     return Outcome(scores, kept)
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from compress.data.pixels import centre_crop, letterbox
 from compress.errors import DataError
-from compress.pruning.batch_norm import recalibrate_batch_norm, repair_batch_norm
+from compress.pruning.batch_norm import recalibrate_batch_norm
 
 
 class Net(nn.Module):
@@ -140,22 +140,3 @@ def test_a_classifier_sees_the_middle_of_images(images: list[Path], architecture
     first = model.model[0]
     with torch.no_grad():
         torch.testing.assert_close(first.bn.running_mean.clone(), first.conv(pixels).mean((0, 2, 3)))
-
-
-@pytest.mark.parametrize(("before", "after", "anew"), [(0.6, 0.5, False), (0.5, 0.6, True), (0.5, 0.5, True)])
-def test_the_better_statistics_are_kept(
-    model: Net, images: list[Path], before: float, after: float, anew: bool
-) -> None:
-    scores = iter((before, after))
-    known, other = copy.deepcopy(model.state_dict()), copy.deepcopy(model)
-    recalibrate_batch_norm(other, images, 32)
-    assert repair_batch_norm(model, images, 32, lambda _: next(scores)) == {"before": before, "after": after}
-    for name, value in (other.state_dict() if anew else known).items():
-        assert torch.equal(model.state_dict()[name], value), name
-    assert model.bn1.momentum == 0.03
-
-
-def test_without_a_score_statistics_are_new(model: Net, images: list[Path]) -> None:
-    assert repair_batch_norm(model, images, 32, None) is None
-    assert model.bn1.running_mean is not None
-    assert model.bn1.running_mean.max() < 99

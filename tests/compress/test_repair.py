@@ -11,7 +11,18 @@ from torch import Tensor, nn
 
 from compress.pruning.batch_norm import recalibrate_batch_norm
 from compress.pruning.plan import Plan
-from compress.pruning.repair import AS_CUT, BOTH, FOLDED, RECONSTRUCTED, STATISTICS, Outcome, Repairs, repair
+from compress.pruning.repair import (
+    AS_CUT,
+    AS_TRAINED,
+    BOTH,
+    FOLDED,
+    RECONSTRUCTED,
+    STATISTICS,
+    Outcome,
+    Repairs,
+    repair,
+    repair_statistics,
+)
 from cuts import cut, noise_images
 from topologies import randomised
 
@@ -160,3 +171,23 @@ def test_repair_brings_the_cut_nearer_to_the_dense_model(
     assert found is not None
     assert found.kept == RECONSTRUCTED
     assert found.scores[AS_CUT] < found.scores[FOLDED] < found.scores[RECONSTRUCTED]
+
+
+@pytest.mark.parametrize(("before", "after", "kept"), [(0.6, 0.5, 0), (0.5, 0.6, 1), (0.5, 0.5, 1)])
+def test_the_better_statistics_of_a_training_are_kept(
+    dense: Net, images: list[Path], before: float, after: float, kept: int
+) -> None:
+    other, scores = copy.deepcopy(dense), Scores(before, after)
+    recalibrate_batch_norm(other, images, 32)
+    found = repair_statistics(dense, images, 32, scores)
+    assert found == Outcome({AS_TRAINED: before, STATISTICS: after}, (AS_TRAINED, STATISTICS)[kept])
+    assert same(scores.states[1], other.state_dict())
+    assert not same(scores.states[0], other.state_dict())
+    assert same(dense.state_dict(), scores.states[kept])
+
+
+def test_statistics_of_a_training_are_new_without_a_score(dense: Net, images: list[Path]) -> None:
+    other = copy.deepcopy(dense)
+    recalibrate_batch_norm(other, images, 32)
+    assert repair_statistics(dense, images, 32, None) is None
+    assert same(dense.state_dict(), other.state_dict())
