@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,32 +17,11 @@ from benchmark.transports import last_line
 from compress import manifest
 from compress.errors import ExportError, SettingsError, run_app
 from compress.settings import ExportNcnn, QuantizeNcnn, check_imgsz, parse
-from export import stage
+from export import ncnn_trace, stage
 
 STAGE = "ncnn"
 PARAM, BIN, METADATA = "model.ncnn.param", "model.ncnn.bin", "metadata.yaml"  # Ultralytics' names
 TIMEOUT_S = 600
-# What pnnx leaves as it is, because ncnn has no such layer; each is converted in a test that fails once it has one.
-# pnnx tells of any other only after the conversion.
-UNSUPPORTED = (
-    "aten::argmax",
-    "aten::argsort",
-    "aten::cdist",
-    "aten::cumprod",
-    "aten::erfinv",
-    "aten::fft_rfft",
-    "aten::gather",
-    "aten::index",
-    "aten::index_select",
-    "aten::masked_fill",
-    "aten::nonzero",
-    "aten::scatter",
-    "aten::sort",
-    "aten::std",
-    "aten::topk",
-    "aten::var",
-    "aten::where",
-)
 
 
 def export_ncnn(model: Path, output: Path, *, imgsz: int, half: bool = False, dynamic: bool = False) -> Path:
@@ -75,15 +53,15 @@ def export_ncnn(model: Path, output: Path, *, imgsz: int, half: bool = False, dy
     stage.require(model)
     network = inference_network(str(model))
     check_imgsz(imgsz, int(max(network.stride)))  # type: ignore[arg-type]
-    traced = _trace(network, model, imgsz)
-    _refuse_unsupported(traced, model)
+    traced = ncnn_trace.trace(network, model, imgsz)
+    ncnn_trace.refuse_unsupported(traced, model)
     # Beside the output, so that the finished folder only has to be renamed.
     with stage.scratch(output) as scratch:
         made = scratch / "converted"
         made.mkdir()
         traced.save(str(made / "model.pt"))
         report = _convert(made, model, half, _shapes(network, imgsz) if dynamic else ())
-        outputs = _check_layers(made / PARAM, report, model, _count_outputs(network))
+        outputs = _check_layers(made / PARAM, report, model, ncnn_trace.count_outputs(network))
         folder = scratch / output.name
         folder.mkdir()
         for name in (PARAM, BIN):
@@ -139,84 +117,6 @@ def export_stage(models: dict[str, Path], data: Path, imgsz: int, settings: Expo
         lambda name: f"{name}{NCNN_SUFFIX}",
         lambda model: stage.check_model(model, imgsz, data if settings.parity_map else None),
     )
-
-
-def _trace(network: Any, model: Path, imgsz: int) -> Any:
-    """Return the TorchScript of the network, up to the last convolutions of a head that finds boxes."""
-    import warnings
-
-    import torch
-    from ultralytics.nn.modules.block import CBFuse
-    from ultralytics.nn.modules.conv import Index
-
-    head = network.model[-1]
-    if hasattr(head, "one2many"):
-        towers = _towers(head)
-
-        def forward_raw(features: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-            maps = [tower(x) for x, *level in zip(features, *towers, strict=True) for tower in level]
-            if hasattr(head, "proto"):
-                # Proto reads the finest level, Proto26 all of them.
-                maps.append(head.proto(features if hasattr(head.proto, "feat_refine") else features[0]))
-            return tuple(maps)
-
-        head.forward = forward_raw
-    for module in network.modules():
-        if isinstance(module, CBFuse):
-            fuse: Any = module
-            fuse.forward = partial(_fuse, module)
-        elif isinstance(module, Index) and module.index == ():
-            passing: Any = module
-            passing.forward = _pass_on  # the trace would hold an alias, which ncnn does not have
-    images = torch.zeros(1, network.yaml.get("channels", 3), imgsz, imgsz)
-    with torch.no_grad(), warnings.catch_warnings():
-        # pnnx reads TorchScript and nothing else, deprecated or not; parity checks the trace.
-        warnings.simplefilter("ignore")
-        try:
-            return torch.jit.trace(network, images, check_trace=False)
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise ExportError(f"{model.name} cannot be traced: {last_line(str(error))}") from None
-
-
-def _pass_on(x: Any) -> Any:
-    return x
-
-
-def _towers(head: Any) -> list[Any]:
-    """Return what makes the maps of a head that finds boxes: boxes, classes and what else there is, per level."""
-    from torch import nn
-
-    branch = dict(head.one2one if head.end2end else head.one2many)
-    branch.pop("kpts_sigma_head", None)  # serves training alone
-    if points := branch.pop("kpts_head", None):
-        branch["pose_head"] = [nn.Sequential(*pair) for pair in zip(branch["pose_head"], points, strict=True)]
-    return list(branch.values())
-
-
-def _count_outputs(network: Any) -> int:
-    head = network.model[-1]
-    return len(_towers(head)) * head.nl + hasattr(head, "proto") if hasattr(head, "one2many") else 1
-
-
-def _fuse(module: Any, maps: list[Any]) -> Any:
-    """Do what Ultralytics' CBFuse (YOLOv9e) does, without the new dimension that ncnn cannot sum over."""
-    from torch.nn.functional import interpolate
-
-    *others, last = maps
-    resized = [interpolate(x[i], size=last.shape[2:], mode="nearest") for i, x in zip(module.idx, others, strict=True)]
-    return sum(resized, start=last)
-
-
-def _refuse_unsupported(traced: Any, model: Path) -> None:
-    """Name the operations that ncnn has no layer for, and the modules that use them, before anything is converted."""
-    found: dict[str, str] = {}
-    for node in traced.inlined_graph.nodes():
-        kind = node.kind()
-        if kind in UNSUPPORTED or not kind.startswith(("aten::", "prim::")):
-            found.setdefault(kind, node.scopeName().split("/")[-1].removeprefix("__module.") or "the model")
-    if found:
-        named = ", ".join(f"{kind} in {place}" for kind, place in sorted(found.items()))
-        raise ExportError(f"{model.name} uses what ncnn does not have ({named}): use the ONNX export")
 
 
 def _shapes(network: Any, imgsz: int) -> list[str]:

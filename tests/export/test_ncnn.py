@@ -18,6 +18,7 @@ from compress.checkpoint import load_model, save_model
 from compress.errors import CheckpointError, ExportError, SettingsError
 from compress.settings import ExportNcnn
 from export import ncnn as exporter
+from export import ncnn_trace
 
 SETTINGS = ExportNcnn(parity_images=2)
 FILES = ["metadata.yaml", "model.ncnn.bin", "model.ncnn.param"]
@@ -111,7 +112,7 @@ def test_yolov9e_is_fused_without_a_new_dimension() -> None:
     first = (torch.zeros(1, 2, 2, 2), torch.rand(1, 2, 2, 2))
     second, last = (torch.rand(1, 2, 4, 4),), torch.rand(1, 2, 4, 4)
     expected = fuse([first, second, last])
-    torch.testing.assert_close(exporter._fuse(fuse, [first, second, last]), expected)
+    torch.testing.assert_close(ncnn_trace._fuse(fuse, [first, second, last]), expected)
 
 
 def test_a_pruned_model_is_exported_with_its_plan(
@@ -237,14 +238,14 @@ def trace(operation: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 
 
 def test_the_list_of_unsupported_operations_is_tested() -> None:
-    assert set(OPERATIONS) == set(exporter.UNSUPPORTED)
+    assert set(OPERATIONS) == set(ncnn_trace.UNSUPPORTED)
 
 
-@pytest.mark.parametrize("kind", exporter.UNSUPPORTED)
+@pytest.mark.parametrize("kind", ncnn_trace.UNSUPPORTED)
 def test_unsupported_operations_are_named_before_and_after_conversion(kind: str, tmp_path: Path) -> None:
     traced = trace(OPERATIONS[kind])
     with pytest.raises(ExportError, match=rf"model\.pt uses what ncnn does not have \(.*{kind} in .*\): use the ONNX"):
-        exporter._refuse_unsupported(traced, tmp_path / "model.pt")
+        ncnn_trace.refuse_unsupported(traced, tmp_path / "model.pt")
     traced.save(tmp_path / "model.pt")
     report = exporter._convert(tmp_path, tmp_path / "model.pt", half=False)
     with pytest.raises(ExportError, match=r"model\.pt uses what ncnn does not have \(.*(torch|aten|Tensor)"):
@@ -259,12 +260,12 @@ def test_the_module_of_an_unsupported_operation_is_named(tmp_path: Path) -> None
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(inner, torch.rand(1, 3, 8, 8), check_trace=False)
     with pytest.raises(ExportError, match=r"\(aten::topk in 1\)"):
-        exporter._refuse_unsupported(traced, tmp_path / "model.pt")
+        ncnn_trace.refuse_unsupported(traced, tmp_path / "model.pt")
 
 
 def test_what_pnnx_gives_up_on_is_named(tmp_path: Path) -> None:
     traced = trace(lambda x: torch.stack([x, x]).sum(0))
-    exporter._refuse_unsupported(traced, tmp_path / "model.pt")
+    ncnn_trace.refuse_unsupported(traced, tmp_path / "model.pt")
     traced.save(tmp_path / "model.pt")
     report = exporter._convert(tmp_path, tmp_path / "model.pt", half=False)
     with pytest.raises(ExportError, match="stack along batch axis 0 is not supported"):
