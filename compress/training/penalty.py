@@ -83,13 +83,17 @@ class GroupPenalty:
 
     @torch.no_grad()
     def least(self, share: float) -> torch.Tensor:
-        """Return a share of the units, those that the loss misses least as watched: boolean, shape (units,)."""
-        known = torch.zeros(self.units, dtype=torch.bool, device=self.device)
+        """Return the units that the loss misses least as watched, boolean, shape (units,), with a share of all γ.
+
+        A unit of many layers has a γ in each of them.
+        """
+        count = torch.zeros(self.units, dtype=torch.long, device=self.device)
         for _, unit, weight in self.gammas:
-            known[unit[weight > 0]] = True
-        least = self.saliency[known].argsort()[: round(share * int(known.sum()))]
-        chosen = torch.zeros_like(known)
-        chosen[known.nonzero().flatten()[least]] = True
+            count.index_add_(0, unit, (weight > 0).long())
+        known = count.nonzero().flatten()
+        order = known[self.saliency[known].argsort()]
+        chosen = torch.zeros(self.units, dtype=torch.bool, device=self.device)
+        chosen[order[count[order].cumsum(0) - count[order] / 2 < share * count.sum()]] = True
         return chosen
 
     def _norms(self) -> torch.Tensor:

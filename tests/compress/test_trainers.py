@@ -28,7 +28,7 @@ from compress.training.planned import RESUME, RESUME_BEST
 from compress.training.sparse import FADE_PLAN
 from compress.training.trainers import PlanTrainer, SparsityTrainer
 from tables import table_of
-from topologies import Chain, Grouped, Residual, SplitFixed, randomised
+from topologies import Chain, ChunkTie, Grouped, Residual, SplitFixed, randomised
 
 
 def penalised(model: nn.Module, strength: float, imgsz: int = 16) -> dict[str, torch.Tensor]:
@@ -134,6 +134,19 @@ def test_the_units_that_the_loss_misses_least_can_be_pulled_alone() -> None:
     assert gradient is not None
     assert gradient[:2].tolist() == pytest.approx([0.1 * 3 / 5, 0.1 / 3**0.5])
     assert int(gradient.count_nonzero()) == 2
+
+
+@pytest.mark.parametrize(("lone", "expected"), [(9.0, (0, 6)), (0.1, (8, 2))])
+def test_what_is_pulled_is_a_share_of_the_gammas_not_of_the_units(lone: float, expected: tuple[int, int]) -> None:
+    """Eight channels have a γ in a alone, eight one in a and one in b: a half of all γ is twelve."""
+    model = ChunkTie()
+    penalty = GroupPenalty(build_graph(model.eval(), 16), model)
+    model.a.bn.weight.grad = torch.cat((torch.full((8,), lone), torch.ones(8)))
+    model.b.bn.weight.grad = torch.ones(8)
+    model.a.bn.weight.data[8:], model.b.bn.weight.data[:] = 2.0, 3.0
+    penalty.watch()
+    found = penalty.values(penalty.least(0.5)).tolist()
+    assert (found.count(1.0), found.count(2.0), found.count(3.0)) == (expected[0], expected[1], expected[1])
 
 
 # The trainer of the penalty, with Ultralytics' setup left out.
