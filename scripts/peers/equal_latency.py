@@ -1,7 +1,7 @@
 """Espalier beside its peers: mAP after equal fine-tuning, at equal measured latency: docs/results/peers.json and .png.
 
 usage: python -m scripts.peers.equal_latency --model yolov5nu.pt --data bccd.yaml --imgsz 320 --seeds 0 1 2 \
-           --speedup 1.8 --runtimes onnxruntime ncnn --dense-epochs 20 --epochs 16 nbs=16
+           --speedup 1.8 --runtimes onnxruntime ncnn --dense-epochs 20 --epochs 16
 
 For each seed a dense start is trained. Every way cuts it to the same speed-up on each runtime, as `benchmark.latency`
 measures it in turns with the dense model: Espalier is asked for it, the ratio of the others is sought until it is met.

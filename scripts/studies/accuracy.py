@@ -1,6 +1,6 @@
 """What a cut costs in mAP, over seeds: docs/results/accuracy.json.
 
-usage: python -m scripts.studies.accuracy --model yolov8n.pt --data bccd.yaml --imgsz 320 --seeds 0 1 2 nbs=16
+usage: python -m scripts.studies.accuracy nbs=16 --model yolov8n.pt --data bccd.yaml --imgsz 320 --seeds 0 1 2
 
 For every seed: a dense model; for each share of --cut-only a model that is trained sparse for as many epochs and cut,
 with new batch-norm statistics and with those that the training left; for each of --shares one that is trained, cut,
