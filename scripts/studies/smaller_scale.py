@@ -1,7 +1,7 @@
 """A larger model cut down to a smaller one's latency, beside the smaller one: docs/results/smaller_scale.json.
 
-usage: python -m scripts.studies.smaller_scale batch=8 --small yolov8n.yaml --large yolov8s.yaml --data shapes --imgsz 160 \
-           --sparsify-epochs 12 --finetune-epochs 24 --seeds 0 1
+usage: python -m scripts.studies.smaller_scale --small yolov8n.yaml --large yolov8s.yaml --data shapes \
+           --imgsz 160 --batch 8 --sparsify-epochs 12 --finetune-epochs 24 --seeds 0 1
 
 The smaller model is trained for as many epochs as the larger one's sparsity training (with fading) and fine-tuning
 together, from the same kind of start, without a teacher. The target is the smaller model's latency as measured in turns

@@ -1,7 +1,7 @@
 """Whether `sr: auto` brings as many γ near zero as it was asked to, and what that costs: docs/results/steering.json.
 
-usage: python -m scripts.studies.steering nbs=16 --name bccd --model yolov8n.pt --data bccd.yaml --imgsz 320 --epochs 25 \
-           --shares 0.3 0.5 --seeds 0
+usage: python -m scripts.studies.steering nbs=16 --name bccd --model yolov8n.pt --data bccd.yaml --imgsz 320 \
+           --epochs 25 --shares 0.3 0.5 --seeds 0
 
 Each share is trained for as long as the same training without a penalty, and both are scored on the test split. Stages
 below --work that are finished are not trained again; rows of other names stay in the record.
