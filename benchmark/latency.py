@@ -16,12 +16,12 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmark import clocks, drift, prepare, runtimes, sites, statistics, store
+from benchmark import clocks, drift, freshness, prepare, runtimes, sites, statistics, store
 from benchmark.latency_record import INSTRUCTIONS, Cell, cell_record, compare, noise, others_cores, print_table, profile
 from benchmark.sites import Site
 from benchmark.turns import LEAD_IN, MODES, Show, count_cells, counted_protocol, time_cells, timed_protocol
 from compress import manifest
-from compress.devices import load_device
+from compress.devices import Device, load_device
 from compress.errors import BenchmarkError, SettingsError, printable, run_app
 
 SCHEMA = 1
@@ -241,6 +241,11 @@ def main(
     with manifest.lock(output):
         finished = manifest.is_finished(output, STAGE, config, parents)
         known = manifest.read_json(output / RESULT) if finished else None
+        if known and (reason := _outdated(known, output, wanted.device)):
+            kept = manifest.free_name(output)
+            output.rename(kept)
+            print(f"latency: {output} {reason}: it is measured anew, the old one is now {kept}")
+            known = None
         if known and not known["noisy"]:
             print(f"latency: finished before, unchanged: {output}")
             record = known
@@ -270,6 +275,14 @@ def main(
         print(_layers_remark(record, output))
     if moved := drift.remark(rows):
         print(printable(moved))
+
+
+def _outdated(record: dict[str, Any], output: Path, device: Device) -> str | None:
+    """Return why a record of this machine no longer speaks of it; null where it does, and for any other device."""
+    if device.transport != "local":
+        return None
+    tools = manifest.read_json(output / manifest.MANIFEST).get("tools", {})
+    return freshness.outdated(record["device"]["cpu"], tools, [cell["runtime"] for cell in record["cells"]])
 
 
 def _layers_remark(record: dict[str, Any], output: Path) -> str:

@@ -18,6 +18,7 @@ import pytest
 from benchmark import cell as cell_module
 from benchmark import latency, latency_record, prepare, records, runtimes, sites, statistics, system, turns
 from benchmark.transports import Local
+from compress import manifest
 from compress.devices import load_device
 from compress.errors import BenchmarkError
 
@@ -463,6 +464,32 @@ def test_command_line_takes_several_models_after_one_option(
     assert "for a test" in capsys.readouterr().out
 
     assert run("--models", files[0], "--models", files[1], files[2], "--imgsz", 32, "--output", folder / "out") == 0
+    assert "finished before, unchanged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("cpu", "version", "reason"),
+    [
+        ("a toaster", None, "was measured on {cpu}, this is a toaster"),
+        (None, "99.0", "was measured in onnxruntime {onnxruntime}, 99.0 is installed"),
+    ],
+)
+def test_what_no_longer_speaks_of_this_machine_is_measured_anew(
+    cpu: str | None, version: str | None, reason: str, run: Any, folder: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(latency, "noise", lambda *_: [])
+    output, tools, device = folder / "out", manifest.tool_versions(), system.device()
+    arguments = ["--models", model(folder, "a.onnx"), "--imgsz", 32, "--output", output]
+    assert run(*arguments) == 0
+    old = (output / "latency.json").read_bytes()
+    monkeypatch.setattr(manifest, "tool_versions", lambda: {**tools, "onnxruntime": version or tools["onnxruntime"]})
+    monkeypatch.setattr(system, "device", lambda: {**device, "cpu": cpu or device["cpu"]})
+    capsys.readouterr()
+    assert run(*arguments) == 0
+    said = f"latency: {output} {reason.format(**tools, **device)}: it is measured anew, the old one is now {output}.1"
+    assert said in capsys.readouterr().out
+    assert (folder / "out.1" / "latency.json").read_bytes() == old
+    assert run(*arguments) == 0
     assert "finished before, unchanged" in capsys.readouterr().out
 
 
