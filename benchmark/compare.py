@@ -12,7 +12,7 @@ import typer
 from benchmark import sources, statistics, store, wording
 from benchmark.records import Measurement, Score, measurements, score_of
 from compress import manifest
-from compress.errors import BenchmarkError, printable, run_app
+from compress.errors import BenchmarkError, SettingsError, printable, run_app
 
 MAP_TOLERANCE = 0.005
 _HEADLINE = "onnxruntime"
@@ -244,6 +244,8 @@ def main(
     place: Annotated[Path | None, typer.Option("--store", help="the store of the ids")] = None,
 ) -> None:
     """Say whether B is better than A: faster and as accurate, or more accurate and not slower. If not, exit with 1."""
+    if json is not None and json.is_dir():
+        raise SettingsError(f"--json {json} is a folder: name a file")
     one, other = choose(a, b, runtime, place)
     verdict = judge(one, other, map_tolerance)
     if json is not None:
