@@ -227,8 +227,8 @@ def main(
             metrics = {name: record.get("map50_95", record.get("top1")) for name, record in scores.items()}
             manifest.finish(output, STAGE, config, parents, [RESULT], metrics)
             prepare.clean_up(output, keep_outputs)
-    store.add(output / RESULT)
     _print_table(records, split, wanted.imgsz)
+    store.add(output / RESULT)
 
 
 def _print_table(records: list[dict[str, Any]], split: str, imgsz: int) -> None:

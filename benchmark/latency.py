@@ -269,10 +269,11 @@ def main(
                 written.append(ACCURACY)
             manifest.finish(output, STAGE, config, parents, written, _metrics(record), seed)
             prepare.clean_up(output, keep_outputs)
-    rows = [row for name in (RESULT, ACCURACY) if (output / name).is_file() for row in store.add(output / name)]
     print_table(record)
     if layers:
         print(_layers_remark(record, output))
+    # After the table: a store that cannot be used hides nothing of what was measured.
+    rows = [row for name in (RESULT, ACCURACY) if (output / name).is_file() for row in store.add(output / name)]
     if moved := drift.remark(rows):
         print(printable(moved))
 

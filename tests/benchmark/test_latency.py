@@ -493,6 +493,15 @@ def test_what_no_longer_speaks_of_this_machine_is_measured_anew(
     assert "finished before, unchanged" in capsys.readouterr().out
 
 
+def test_a_store_that_cannot_be_used_hides_no_table(run: Any, folder: Path, capsys: Any, monkeypatch: Any) -> None:
+    (folder / "store").write_text("no database")
+    monkeypatch.setenv("ESPALIER_STORE", str(folder / "store"))
+    assert run("--models", model(folder, "a.onnx"), "--imgsz", 32, "--output", folder / "out") == 2
+    said = capsys.readouterr()
+    assert "p50 ms (95 %)" in said.out
+    assert "choose another with --store or $ESPALIER_STORE" in said.err
+
+
 def test_what_is_noisy_is_measured_again(
     run: Any, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
