@@ -9,11 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from benchmark import prepare, runtimes, sites, store
 from benchmark.outputs import Network
-from benchmark.worker import open_model
+from benchmark.worker import explain, open_model
 from compress import manifest, usable_cores
 from compress.devices import load_device
 from compress.errors import BenchmarkError, DataError, run_app
@@ -95,7 +96,14 @@ def _open(model: Path, runtime: str | None, threads: int) -> Network:
     except ValueError as error:
         raise BenchmarkError(str(error)) from None
     facts = runner.describe(session)
-    return Network({**facts, "runtime": runtime or facts["runtime"]}, lambda images: runner.infer(session, images))
+
+    def infer(images: np.ndarray) -> list[np.ndarray]:
+        try:
+            return runner.infer(session, images)
+        except Exception as error:  # whatever a runtime raises, as in a worker
+            raise BenchmarkError(f"{model.name} on {runtime or facts['runtime']}: {explain(error)}") from None
+
+    return Network({**facts, "runtime": runtime or facts["runtime"]}, infer)
 
 
 def _check_fit(model: Path, facts: dict[str, Any], task: str, data: Path, classes: int, imgsz: int) -> None:
@@ -161,7 +169,6 @@ def _images(settings: Any, task: str, data: Path, names: dict[int, str], split: 
 
 def _measure(validator: Any, network: Network, model: Path) -> int:
     """Run all images through the network, collect what the validator makes of it, and return their number."""
-    import numpy as np
     import torch
 
     from compress.progress import track

@@ -144,6 +144,12 @@ def test_values_that_are_not_finite_are_an_error(model: Path, data: Path, tmp_pa
         accuracy.evaluate(tmp_path / "nan.pt", data, imgsz=IMGSZ, threads=1)
 
 
+def test_what_a_runtime_raises_is_one_line(run: Any, model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+    assert run("--model", model, "--data", data, "--imgsz", 80, "--output", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert error == "error: tiny.pt on torch: takes images whose sides are multiples of 32 px, got 80×80\n"
+
+
 def test_a_split_that_is_not_there_is_an_error(model: Path, data: Path) -> None:
     with pytest.raises(DataError, match="test"):
         accuracy.evaluate(model, data, split="test", imgsz=IMGSZ, threads=1)
