@@ -216,9 +216,9 @@ def main(
     cores = usable_cores() if target.transport == "local" else None
     wanted = prepare.request(
         target, [*model, *(more or [])], runtime=runtime, precision=precision, imgsz=imgsz, threads=threads or cores,
-        data=data, split=split, host=host,
+        data=data, split=split, host=host, keep_outputs=keep_outputs,
     )  # fmt: skip
-    sites.transport_of(wanted.device, host, python)  # a mistake there moves no earlier work aside
+    sites.transport_of(wanted.device, host, python, bootstrap)  # a mistake there moves no earlier work aside
     config = {key: value for key, value in wanted.config().items() if key != "threads"}
     parents = wanted.parents()
     with manifest.lock(output):

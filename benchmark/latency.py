@@ -203,7 +203,7 @@ def main(
     ] = None,
     more: Annotated[list[Path] | None, typer.Argument(metavar="MODEL", help="more models")] = None,
     data: Annotated[str | None, typer.Option(help="data set: score the models on the device too")] = None,
-    split: Annotated[str, typer.Option(help="with --data: train, val or test")] = "val",
+    split: Annotated[str | None, typer.Option(help="with --data: train, val or test; val")] = None,
     runtime: Annotated[str | None, typer.Option(help="only these, as in torch,ncnn; exports a .pt for them")] = None,
     precision: Annotated[str | None, typer.Option(help="of exports: fp32 or fp16; the device's own")] = None,
     imgsz: Annotated[int | None, typer.Option(min=32, help="side of the square input, px; 640")] = None,
@@ -225,9 +225,9 @@ def main(
     load = Load(_batches(batch), streams)
     wanted = prepare.request(
         load_device(device), [*models, *(more or [])], runtime=runtime, precision=precision, imgsz=imgsz,
-        threads=threads, data=data, split=split, host=host, batches=load.batches,
+        threads=threads, data=data, split=split, host=host, keep_outputs=keep_outputs, batches=load.batches,
     )  # fmt: skip
-    sites.transport_of(wanted.device, host, python)  # a mistake there moves no earlier work aside
+    sites.transport_of(wanted.device, host, python, bootstrap)  # a mistake there moves no earlier work aside
     output = output or Path("runs") / STAGE / wanted.device.name
     config = {**wanted.config(), "mode": mode, "lock_clocks": lock_clocks, "seed": seed}
     # Only where they were asked for: what was measured without them stays finished.

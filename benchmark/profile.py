@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
-from benchmark import freshness, observe, statistics
+from benchmark import freshness, observe, sites, statistics
 from benchmark.observe import Wanted
 from compress import checkpoint, manifest
 from compress.devices import load_device
@@ -267,6 +267,8 @@ def main(
 ) -> None:
     """Measure a model at the widths of a budget and write the latency table that `compress.prune --latency` reads."""
     known = load_device(device)
+    if known.transport == "local":
+        sites.transport_of(known, host, python, bootstrap)  # tells what has no effect here, before a finished table
     runtime = runtime or known.runtimes[0]
     rules = load_budget(budget) if budget else known.budgets.get(runtime, Budget())  # type: ignore[call-overload]
     changes = {
