@@ -70,7 +70,9 @@ def energy_uj() -> int | None:
 
     Null where the machine does not tell, or only root may know. It starts again at 0 when it has run over.
     """
-    packages = [path for path in sorted(_POWERCAP.glob("intel-rapl:*")) if path.name.count(":") == 1]
+    domains = [path for path in sorted(_POWERCAP.glob("intel-rapl:*")) if path.name.count(":") == 1]
+    # Beside the processors some machines count `psys`, the whole platform, which holds them once more.
+    packages = [path for path in domains if (_text(path / "name") or "").startswith("package")]
     values = [_number(path / "energy_uj") for path in packages]
     known = [int(value) for value in values if value is not None]
     return sum(known) if known and len(known) == len(values) else None
