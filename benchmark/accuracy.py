@@ -50,9 +50,10 @@ def evaluate(
         network: what `model` is on a device; it is opened here when not given.
 
     Returns:
-        `task`, `images` (number of images), `runtime`; `map50_95` and `map50` (shares, 0 to 1) of what the task is
-        about: boxes, oriented boxes, masks or key points; `per_class` {class name: map50_95, for classes with labels};
-        where boxes are not what the task is about, their `box_map50_95` too. Of a classifier `top1` and `top5` instead.
+        `task`, `images` (number of images), `runtime`, `runtime_version` and `precision` (null where the file does not
+        tell); `map50_95` and `map50` (shares, 0 to 1) of what the task is about: boxes, oriented boxes, masks or key
+        points; `per_class` {class name: map50_95, for classes with labels}; where boxes are not what the task is about,
+        their `box_map50_95` too. Of a classifier `top1` and `top5` instead.
 
     Raises:
         BenchmarkError: the model cannot be run, does not fit the data or imgsz, or returns values that are not finite.
@@ -74,6 +75,7 @@ def evaluate(
         images_seen = _measure(validator, network, model)
         stats = validator.get_stats()
     found = {"task": task, "images": images_seen, "runtime": facts["runtime"]}
+    found |= {"runtime_version": facts.get("version"), "precision": facts.get("precision")}
     if task == "classify":
         scores = {name: float(stats[f"metrics/accuracy_{name}"]) for name in ("top1", "top5")}
         return {**scores, **found}

@@ -217,6 +217,7 @@ def score(wanted: Request, site: Site, files: dict[str, dict[str, Path]], output
     """
     from benchmark.accuracy import evaluate
     from benchmark.outputs import remote_network
+    from compress.data.dataset import fingerprint
 
     if wanted.data is None:
         return {}
@@ -225,6 +226,9 @@ def score(wanted: Request, site: Site, files: dict[str, dict[str, Path]], output
     asked = [path for given in wanted.models.values() for path in given.values()]
     names = dict(zip(asked, runtimes.distinct_names(asked), strict=True))  # every stage calls its model model.pt
     options: dict[str, Any] = {"split": wanted.split, "imgsz": wanted.imgsz, "threads": wanted.threads}
+    # In the record itself, which may go where the manifest does not.
+    known = {"data": wanted.data.name, "data_sha256": fingerprint(wanted.data)}
+    known |= {"split": wanted.split, "imgsz": wanted.imgsz}
     for number, (name, given) in enumerate(files.items()):
         for runtime, path in given.items():
             kept = scores / f"{number}-{runtime}.json"
@@ -237,7 +241,7 @@ def score(wanted: Request, site: Site, files: dict[str, dict[str, Path]], output
                     with remote_network(site, runtime, path, wanted.threads, wanted.imgsz, outputs) as network:
                         record = evaluate(path, wanted.data, network=network, **options)
                 facts = {"model": names[wanted.models[name][runtime]], "model_sha256": model_sha256}
-                manifest.write_json(kept, {**facts, "device": wanted.device.name, **record})
+                manifest.write_json(kept, {**facts, "device": wanted.device.name, **known, **record})
             found[f"{name}.{runtime}"] = manifest.read_json(kept)
     return found
 

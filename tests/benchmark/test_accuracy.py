@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 
 from benchmark import accuracy
 from benchmark.runners import torch_runner
 from compress.checkpoint import build_model, load_model, save_model
+from compress.data.dataset import fingerprint
 from compress.data.pixels import letterbox
 from compress.errors import BenchmarkError, DataError
 from export.ncnn import export_ncnn
@@ -206,6 +208,11 @@ def test_the_command_writes_a_record_and_is_not_repeated(
         ("tiny.onnx", "onnxruntime"),
     ]
     assert records[0]["map50_95"] == pytest.approx(records[1]["map50_95"], abs=1e-3)
+    named = ("data", "data_sha256", "split", "imgsz", "runtime_version", "precision")
+    versions = (torch.__version__, onnxruntime.__version__)
+    assert [tuple(record[name] for name in named) for record in records] == [
+        ("data.yaml", fingerprint(data), "val", IMGSZ, version, "fp32") for version in versions
+    ]
     assert f"{records[0]['map50_95']:.4f}" in capsys.readouterr().out
 
     monkeypatch.setattr(accuracy, "evaluate", None)  # would fail if it were called
