@@ -82,6 +82,7 @@ class Measurement:
     noisy: bool
     layers_share: float | None = None
     layers_left_out: str | None = None
+    streams: int = 1
 
 
 class _Lenient(BaseModel):
@@ -277,6 +278,7 @@ def _measurement(cell: _Cell, record: _Latency, identity: str, where: object) ->
         noisy=record.noisy,
         layers_share=cell.layers_share,
         layers_left_out=cell.layers_left_out,
+        streams=cell.streams,
     )
 
 
