@@ -182,8 +182,9 @@ def _check_shape(facts: dict[str, Any], imgsz: int, batch: int) -> None:
     if shape and shape[2:] != [imgsz, imgsz] and None not in shape[2:]:
         raise ValueError(f"takes images of {shape[3]}×{shape[2]} px, not {imgsz}: use --imgsz {shape[2]}")
     if shape and shape[0] not in (None, batch):
+        only_one = facts["runtime"].startswith("ncnn")  # no export of it takes several
         asked = "latency is that of one: export it with batch 1" if batch == 1 else f"--batch {batch} was asked for"
-        remedy = "" if batch == 1 else ": export it with --dynamic batch"
+        remedy = "" if batch == 1 else ": leave it out" if only_one else ": export it with --dynamic batch"
         raise ValueError(f"takes {shape[0]} image{'' if shape[0] == 1 else 's'} at once, {asked}{remedy}")
 
 

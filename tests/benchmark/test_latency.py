@@ -298,6 +298,14 @@ def test_a_file_of_another_batch_says_so(folder: Path) -> None:
     assert record["cells"][0]["batch"] == record["protocol"]["batch"] == 4
 
 
+def test_a_runtime_without_batches_promises_no_export_with_one() -> None:
+    from benchmark import worker
+
+    facts = {"runtime": "ncnn", "input_shape": [1, 3, 32, 32]}
+    with pytest.raises(ValueError, match="takes 1 image at once, --batch 2 was asked for: leave it out"):
+        worker._check_shape(facts, 32, 2)
+
+
 def test_instructions_are_of_one_image(folder: Path) -> None:
     site = sites.Site(load_device("arm-emulated"), Local())
     one = {"dense": {"torch": model(folder, "dense.pt")}}
