@@ -226,8 +226,8 @@ def _row(number: int, store: Path | None) -> Row:
 
 def _time(text: str | None) -> datetime | None:
     try:
-        return None if text is None else datetime.fromisoformat(text)
-    except ValueError:
+        return None if text is None else stored.utc(datetime.fromisoformat(text))
+    except (ValueError, OverflowError):
         raise SettingsError(f"--since '{text}' is not a date: write it as 2026-11-01 or 2026-11-01T12:00") from None
 
 

@@ -155,7 +155,7 @@ def find(
         ("instr(lower(model), lower(?))", model),
         ("instr(lower(device), lower(?))", device),
         ("runtime = ?", runtime),
-        ("time >= ?", None if since is None else _utc(since).isoformat(timespec="seconds")),
+        ("time >= ?", None if since is None else utc(since).isoformat(timespec="seconds")),
         ("id IN (SELECT value FROM json_each(?))", None if ids is None else json.dumps(list(ids))),
         ("model_sha256 = ?", model_sha256),
     ]
@@ -253,11 +253,11 @@ def _moment(text: Any, path: Path) -> datetime | None:
     if text is None:
         return None
     try:
-        return _utc(datetime.fromisoformat(re.sub("Z$", "+00:00", text)))
+        return utc(datetime.fromisoformat(re.sub("Z$", "+00:00", text)))
     except (TypeError, ValueError):
         raise RunError(f"{path}: measured_at is not a time of ISO 8601: measure again") from None
 
 
-def _utc(moment: datetime) -> datetime:
+def utc(moment: datetime) -> datetime:
     """Return a moment in UTC; one without a zone is meant so."""
     return moment.replace(tzinfo=timezone.utc) if moment.tzinfo is None else moment.astimezone(timezone.utc)

@@ -170,6 +170,8 @@ def test_a_regression_is_exit_code_1(run: Any, tmp_path: Path, place: Path, caps
     ("words", "complaint"),
     [
         (("--since", "yesterday"), "--since 'yesterday' is not a date"),
+        (("--since", "0001-01-01T00:00+14:00"), "--since '0001-01-01T00:00+14:00' is not a date"),
+        (("add", "/"), "/ is a folder: name a file"),
         (("--device", "jetson", "--since", "2026-11-01", "check"), "--device, --since is of the list, not of check"),
         (("check",), "does not exist: measure something first"),
         (("add", "nowhere.json"), "nowhere.json does not exist"),
