@@ -227,7 +227,8 @@ def test_host_and_interpreter_are_those_of_the_device_or_given(tmp_path: Path, m
     assert place("jetson", "j", "/opt/python") == Ssh("j", None, "/opt/python")
     assert place("android") == Adb(None, "python3")
     assert place("android", "0123") == Adb("0123", "python3")
-    for useless in ({"host": "h"}, {"python": "python3"}, {"put_packages": True}):
+    useless_ones: list[dict[str, Any]] = [{"host": "h"}, {"python": "python3"}, {"put_packages": True}]
+    for useless in useless_ones:
         with pytest.raises(SettingsError, match="cpu is this machine: leave out --host, --python and --bootstrap"):
             place("cpu", **useless)
     monkeypatch.setenv("ESPALIER_CACHE", str(tmp_path))
