@@ -8,17 +8,19 @@ from benchmark import runtimes, system
 from compress import manifest
 
 
-def outdated(cpu: str | None, tools: Mapping[str, str], measured: Iterable[str]) -> str | None:
+def outdated(cpu: str | None, tools: Mapping[str, str], measured: Iterable[str], gpu: str | None = None) -> str | None:
     """Return why a measurement of this machine no longer speaks of it; null where it does.
 
     Args:
         cpu: on which it was measured, as `system.device` says.
         tools: versions that were installed then, see `manifest.tool_versions`.
         measured: runtimes, or variants of them.
+        gpu: on which it was measured; null where none was, or none is known.
     """
-    here = system.device()["cpu"]
-    if cpu != here:
-        return f"was measured on {cpu}, this is {here}"
+    here = system.device()
+    for before, now in ((cpu, here["cpu"]), (gpu or here["gpu"], here["gpu"])):
+        if before != now:
+            return f"was measured on {before}, this is {now}"
     installed = manifest.tool_versions()
     for name in sorted({runtimes.base(runtime) for runtime in measured}):
         before, now = tools.get(name), installed.get(name)

@@ -283,7 +283,8 @@ def _outdated(record: dict[str, Any], output: Path, device: Device) -> str | Non
     if device.transport != "local":
         return None
     tools = manifest.read_json(output / manifest.MANIFEST).get("tools", {})
-    return freshness.outdated(record["device"]["cpu"], tools, [cell["runtime"] for cell in record["cells"]])
+    known, used = record["device"], [cell["runtime"] for cell in record["cells"]]
+    return freshness.outdated(known["cpu"], tools, used, known.get("gpu") if device.name != "cpu" else None)
 
 
 def _layers_remark(record: dict[str, Any], output: Path) -> str:

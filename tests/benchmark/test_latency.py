@@ -456,6 +456,28 @@ def test_the_device_is_described_or_null(folder: Path) -> None:
     assert record["noisy"] is bool(record["noise"])
 
 
+def test_the_gpu_is_named_where_the_driver_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system, "_NVIDIA", tmp_path)
+    assert system.device()["gpu"] is None
+    for place, model_name in (("0000:01:00.0", "NVIDIA L4"), ("0000:02:00.0", "NVIDIA L4"), ("0000:03:00.0", "Other")):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "information").write_text(f"Model: \t\t {model_name}\nIRQ:   \t\t 54\n")
+    assert system.device()["gpu"] == "NVIDIA L4 and Other"
+
+
+def test_another_gpu_is_another_device() -> None:
+    here = {"cpu": system.device()["cpu"], "gpu": "NVIDIA L4"}
+    record = {"device": here, "cells": []}
+    cuda = load_device("cuda")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifest, "read_json", lambda _: {})
+        patch.setattr(system, "device", lambda: {**here, "gpu": "NVIDIA A10"})
+        assert latency._outdated(record, Path(), cuda) == "was measured on NVIDIA L4, this is NVIDIA A10"
+        assert latency._outdated(record, Path(), load_device("cpu")) is None
+        patch.setattr(system, "device", lambda: here)
+        assert latency._outdated(record, Path(), cuda) is None
+
+
 def test_command_line_takes_several_models_after_one_option(
     run: Any, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
