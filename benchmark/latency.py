@@ -132,8 +132,8 @@ def measure(
         "device": {
             "name": site.device.name,
             **before["device"],
-            # What an emulated machine shows of its processor is the one that emulates it.
-            **({"cpu": f"emulated {before['device']['architecture']}"} if counted else {}),
+            # What an emulated machine shows of its processors are those of the machine that emulates it.
+            **({"cpu": f"emulated {before['device']['architecture']}", "gpu": None} if counted else {}),
             "start": before["state"],
             "end": after["state"],
             "start_log": before["log"],

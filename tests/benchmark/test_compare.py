@@ -125,8 +125,8 @@ def test_a_difference_of_device_runtime_or_data_is_named() -> None:
         compare.judge(replace(a, score=score(0.5, split="val")), replace(a, score=score(0.5, split="test")))
     with pytest.raises(BenchmarkError, match=r"data of the score is a\.yaml and b\.yaml"):
         compare.judge(replace(a, score=score(0.5, data="a.yaml")), replace(a, score=score(0.5, data="b.yaml")))
-    copies = [replace(a, score=score(0.5, data=f"{name}.yaml", data_sha256="d")) for name in "ab"]
-    assert compare.judge(*copies).score_change == 0.0  # the hash tells, the name does not matter
+    one, other = (replace(a, score=score(0.5, data=f"{name}.yaml", data_sha256="d")) for name in "ab")
+    assert compare.judge(one, other).score_change == 0.0  # the hash tells, the name does not matter
     assert compare.judge(a, replace(a, cost=replace(a.cost, device=None))).reason  # unknown is no difference
 
 
