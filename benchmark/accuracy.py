@@ -9,11 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from benchmark import prepare, runtimes, sites, store
 from benchmark.outputs import Network
-from benchmark.worker import open_model
+from benchmark.worker import explain, open_model
 from compress import manifest, usable_cores
 from compress.devices import load_device
 from compress.errors import BenchmarkError, DataError, run_app
@@ -49,9 +50,10 @@ def evaluate(
         network: what `model` is on a device; it is opened here when not given.
 
     Returns:
-        `task`, `images` (number of images), `runtime`; `map50_95` and `map50` (shares, 0 to 1) of what the task is
-        about: boxes, oriented boxes, masks or key points; `per_class` {class name: map50_95, for classes with labels};
-        where boxes are not what the task is about, their `box_map50_95` too. Of a classifier `top1` and `top5` instead.
+        `task`, `images` (number of images), `runtime`, `runtime_version` and `precision` (null where the file does not
+        tell); `map50_95` and `map50` (shares, 0 to 1) of what the task is about: boxes, oriented boxes, masks or key
+        points; `per_class` {class name: map50_95, for classes with labels}; where boxes are not what the task is about,
+        their `box_map50_95` too. Of a classifier `top1` and `top5` instead.
 
     Raises:
         BenchmarkError: the model cannot be run, does not fit the data or imgsz, or returns values that are not finite.
@@ -73,6 +75,7 @@ def evaluate(
         images_seen = _measure(validator, network, model)
         stats = validator.get_stats()
     found = {"task": task, "images": images_seen, "runtime": facts["runtime"]}
+    found |= {"runtime_version": facts.get("version"), "precision": facts.get("precision")}
     if task == "classify":
         scores = {name: float(stats[f"metrics/accuracy_{name}"]) for name in ("top1", "top5")}
         return {**scores, **found}
@@ -95,7 +98,14 @@ def _open(model: Path, runtime: str | None, threads: int) -> Network:
     except ValueError as error:
         raise BenchmarkError(str(error)) from None
     facts = runner.describe(session)
-    return Network({**facts, "runtime": runtime or facts["runtime"]}, lambda images: runner.infer(session, images))
+
+    def infer(images: np.ndarray) -> list[np.ndarray]:
+        try:
+            return runner.infer(session, images)
+        except Exception as error:  # whatever a runtime raises, as in a worker
+            raise BenchmarkError(f"{model.name} on {runtime or facts['runtime']}: {explain(error)}") from None
+
+    return Network({**facts, "runtime": runtime or facts["runtime"]}, infer)
 
 
 def _check_fit(model: Path, facts: dict[str, Any], task: str, data: Path, classes: int, imgsz: int) -> None:
@@ -161,7 +171,6 @@ def _images(settings: Any, task: str, data: Path, names: dict[int, str], split: 
 
 def _measure(validator: Any, network: Network, model: Path) -> int:
     """Run all images through the network, collect what the validator makes of it, and return their number."""
-    import numpy as np
     import torch
 
     from compress.progress import track
@@ -209,9 +218,9 @@ def main(
     cores = usable_cores() if target.transport == "local" else None
     wanted = prepare.request(
         target, [*model, *(more or [])], runtime=runtime, precision=precision, imgsz=imgsz, threads=threads or cores,
-        data=data, split=split, host=host,
+        data=data, split=split, host=host, keep_outputs=keep_outputs,
     )  # fmt: skip
-    sites.transport_of(wanted.device, host, python)  # a mistake there moves no earlier work aside
+    sites.transport_of(wanted.device, host, python, bootstrap)  # a mistake there moves no earlier work aside
     config = {key: value for key, value in wanted.config().items() if key != "threads"}
     parents = wanted.parents()
     with manifest.lock(output):
@@ -227,8 +236,8 @@ def main(
             metrics = {name: record.get("map50_95", record.get("top1")) for name, record in scores.items()}
             manifest.finish(output, STAGE, config, parents, [RESULT], metrics)
             prepare.clean_up(output, keep_outputs)
-    store.add(output / RESULT)
     _print_table(records, split, wanted.imgsz)
+    store.add(output / RESULT)
 
 
 def _print_table(records: list[dict[str, Any]], split: str, imgsz: int) -> None:

@@ -170,9 +170,12 @@ def _read(stream: IO[bytes], put: Callable[[Answer | None], None]) -> None:
             continue
         try:
             content = json.loads(line)
-            put((content, stream.read(content.get("bytes", 0))))
         except ValueError:
             break
+        payload = stream.read(expected := content.get("bytes", 0))
+        if len(payload) < expected:
+            break  # the connection was lost in the middle of an answer
+        put((content, payload))
     put(None)
 
 

@@ -48,7 +48,7 @@ def locked(device: Device, place: Transport) -> Iterator[None]:
 def _unlock(device: Device, place: Transport) -> None:
     try:
         for command in device.unlock:
-            transports.run(place, list(command), purpose=f"run {' '.join(command)}", timeout_s=transports.CLEAN_UP_S)
+            transports.run(place, list(command), purpose=f"run {' '.join(command)}", timeout_s=_COMMAND_S)
     except DeviceError as error:  # what came before matters more
         warn(f"the clocks of {device.name} may still be fixed: {error}")
 

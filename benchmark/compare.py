@@ -12,13 +12,13 @@ import typer
 from benchmark import sources, statistics, store, wording
 from benchmark.records import Measurement, Score, measurements, score_of
 from compress import manifest
-from compress.errors import BenchmarkError, printable, run_app
+from compress.errors import BenchmarkError, SettingsError, printable, run_app
 
 MAP_TOLERANCE = 0.005
 _HEADLINE = "onnxruntime"
 # What must be the same, where both are known, for a difference to come from the models.
 _COST_SETTINGS = ("device", "precision", "threads", "imgsz", "batch", "unit")
-_SCORE_SETTINGS = ("metric", "data_sha256", "data", "split", "imgsz")
+_SCORE_SETTINGS = ("metric", "data_sha256", "split", "imgsz")
 
 
 @dataclass(frozen=True)
@@ -192,9 +192,11 @@ def _check_alike(a: Candidate, b: Candidate) -> None:
     if a.runtime != b.runtime:
         raise BenchmarkError(f"A and B cannot be compared: runtime is {a.runtime} and {b.runtime}: measure both alike")
     different = []
+    hashed = a.score and b.score and None not in (a.score.data_sha256, b.score.data_sha256)
     for what, one, other, settings in (
         ("latency", a.cost, b.cost, _COST_SETTINGS),
-        ("score", a.score, b.score, _SCORE_SETTINGS),
+        # The name of the data only where its hash does not tell: copies bear other names.
+        ("score", a.score, b.score, _SCORE_SETTINGS if hashed else (*_SCORE_SETTINGS, "data")),
     ):
         if (one is None) != (other is None):
             raise BenchmarkError(
@@ -244,6 +246,8 @@ def main(
     place: Annotated[Path | None, typer.Option("--store", help="the store of the ids")] = None,
 ) -> None:
     """Say whether B is better than A: faster and as accurate, or more accurate and not slower. If not, exit with 1."""
+    if json is not None and json.is_dir():
+        raise SettingsError(f"--json {json} is a folder: name a file")
     one, other = choose(a, b, runtime, place)
     verdict = judge(one, other, map_tolerance)
     if json is not None:

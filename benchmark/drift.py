@@ -42,6 +42,8 @@ def remark(ids: Sequence[int], store: Path | None = None) -> str | None:
 
 
 def _earlier(row: Row, store: Path | None) -> list[Row]:
+    if row.model_sha256 is None:  # which would ask for the rows of all files
+        return []
     rows = stored.find(store, model_sha256=row.model_sha256)
     same = [other for other in rows if all(getattr(other, name) == getattr(row, name) for name in _SAME)]
     return [other for other in same if other.record < row.record and not other.noisy and other.unit == row.unit]

@@ -1,6 +1,7 @@
 """The rows of a report: every model on every runtime, what it costs, how right it is, and which rows are on a front.
 
-Times of different devices, instructions beside milliseconds, and scores of different data are never put on one plot.
+Times of different devices or under different load, instructions beside milliseconds, and scores of different data are
+never put on one plot.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def entries(sources: Sequence[Source]) -> list[Entry]:
 
 
 def panels(rows: Sequence[Entry]) -> list[Panel]:
-    """Return a plot for each device, unit and data set on which both cost and score are known."""
+    """Return a plot for each device, unit, load and data set on which both cost and score are known."""
     groups = _groups(rows)
     return [_panel([rows[index] for index in group], alone=len(groups) == 1) for group in groups]
 
@@ -86,7 +87,7 @@ def short_table(rows: Sequence[Entry]) -> Table:
     lines = [
         [
             row.name,
-            row.runtime,
+            _runtime(row),
             wording.cost(row.cost.p50, row.cost.unit) if row.cost else wording.UNKNOWN,
             f"{row.score.metric} {row.score.value:.4f}" if row.score else wording.UNKNOWN,
             "front" if row.on_front else "",
@@ -112,7 +113,8 @@ def _groups(rows: Sequence[Entry]) -> list[list[int]]:
     for index, row in enumerate(rows):
         if row.cost and row.score:
             data = row.score.data_sha256 or row.score.data
-            key = (row.cost.device, row.cost.unit, row.cost.batch, row.score.metric, data, row.score.split)
+            load = (row.cost.batch, row.cost.streams)
+            key = (row.cost.device, row.cost.unit, load, row.score.metric, data, row.score.split)
             groups.setdefault(key, []).append(index)
     return list(groups.values())
 
@@ -128,7 +130,9 @@ def _panel(rows: Sequence[Entry], alone: bool) -> Panel:
     assert first.cost
     assert first.score
     data = " ".join(filter(None, (first.score.data, first.score.split)))
-    title = "" if alone else ", ".join(filter(None, (first.cost.device, data)))
+    batch = f"batch {first.cost.batch}" if _batched(first) else None
+    streams = f"{first.cost.streams} streams" if first.cost.streams != 1 else None
+    title = "" if alone else ", ".join(filter(None, (first.cost.device, data, batch, streams)))
     return Panel(title, first.cost.unit, first.score.metric, [_point(row) for row in rows])
 
 
@@ -140,7 +144,7 @@ def _point(row: Entry) -> Point:
     p90 = f", p90 {wording.cost(cost.p90, cost.unit)}" if cost.p90 is not None else ""
     settings = [cost.precision, None if cost.threads is None else f"threads: {cost.threads}", f"{cost.imgsz or '?'} px"]
     lines = [
-        f"{row.name}, {row.runtime}",
+        f"{row.name}, {_runtime(row)}",
         f"p50 {wording.cost(cost.p50, cost.unit)}{span}{p90}",
         f"{score.metric} {score.value:.4f}" + (f"; {wording.size(row.macs)} MACs" if row.macs else ""),
         ", ".join(filter(None, settings)),
@@ -157,6 +161,15 @@ def _point(row: Entry) -> Point:
         details=tuple(lines),
         on_front=row.on_front,
     )
+
+
+def _batched(row: Entry) -> bool:
+    return row.cost is not None and (row.cost.batch or 1) != 1
+
+
+def _runtime(row: Entry) -> str:
+    """Return the runtime, and the batch where it is not one image."""
+    return f"{row.runtime}, batch {row.cost.batch}" if row.cost and _batched(row) else row.runtime
 
 
 def _short_devices(rows: Sequence[Entry]) -> dict[str | None, str]:

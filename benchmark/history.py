@@ -85,10 +85,10 @@ def cost(row: Row) -> str:
     """Return the p50 of a latency row with its unit and interval; nothing for a score."""
     if row.p50 is None:
         return ""
-    span = (
-        "" if row.unit != "ms" or row.low is None or row.high is None else f" ({wording.interval((row.low, row.high))})"
-    )
-    return wording.cost(row.p50, row.unit) + span
+    value = wording.cost(row.p50, row.unit)
+    if row.unit != "ms" or row.low is None or row.high is None:
+        return value
+    return f"{value} ({wording.interval_ms((row.low, row.high))})"
 
 
 def _or(value: float | None, other: float) -> float:
@@ -111,6 +111,9 @@ def main(
     """List what was measured, the earliest first."""
     context.obj = store
     if context.invoked_subcommand is not None:
+        filters = {"--model": model, "--device": device, "--runtime": runtime, "--since": since}
+        if given := [name for name, value in filters.items() if value is not None]:
+            raise SettingsError(f"{', '.join(given)} is of the list, not of {context.invoked_subcommand}: leave it out")
         return
     rows = stored.find(store, model=model, device=device, runtime=runtime, since=_time(since))
     if not rows:
@@ -223,8 +226,8 @@ def _row(number: int, store: Path | None) -> Row:
 
 def _time(text: str | None) -> datetime | None:
     try:
-        return None if text is None else datetime.fromisoformat(text)
-    except ValueError:
+        return None if text is None else stored.utc(datetime.fromisoformat(text))
+    except (ValueError, OverflowError):
         raise SettingsError(f"--since '{text}' is not a date: write it as 2026-11-01 or 2026-11-01T12:00") from None
 
 

@@ -16,12 +16,12 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmark import clocks, drift, prepare, runtimes, sites, statistics, store
+from benchmark import clocks, drift, freshness, prepare, runtimes, sites, statistics, store
 from benchmark.latency_record import INSTRUCTIONS, Cell, cell_record, compare, noise, others_cores, print_table, profile
 from benchmark.sites import Site
 from benchmark.turns import LEAD_IN, MODES, Show, count_cells, counted_protocol, time_cells, timed_protocol
 from compress import manifest
-from compress.devices import load_device
+from compress.devices import Device, load_device
 from compress.errors import BenchmarkError, SettingsError, printable, run_app
 
 SCHEMA = 1
@@ -132,8 +132,8 @@ def measure(
         "device": {
             "name": site.device.name,
             **before["device"],
-            # What an emulated machine shows of its processor is the one that emulates it.
-            **({"cpu": f"emulated {before['device']['architecture']}"} if counted else {}),
+            # What an emulated machine shows of its processors are those of the machine that emulates it.
+            **({"cpu": f"emulated {before['device']['architecture']}", "gpu": None} if counted else {}),
             "start": before["state"],
             "end": after["state"],
             "start_log": before["log"],
@@ -203,7 +203,7 @@ def main(
     ] = None,
     more: Annotated[list[Path] | None, typer.Argument(metavar="MODEL", help="more models")] = None,
     data: Annotated[str | None, typer.Option(help="data set: score the models on the device too")] = None,
-    split: Annotated[str, typer.Option(help="with --data: train, val or test")] = "val",
+    split: Annotated[str | None, typer.Option(help="with --data: train, val or test; val")] = None,
     runtime: Annotated[str | None, typer.Option(help="only these, as in torch,ncnn; exports a .pt for them")] = None,
     precision: Annotated[str | None, typer.Option(help="of exports: fp32 or fp16; the device's own")] = None,
     imgsz: Annotated[int | None, typer.Option(min=32, help="side of the square input, px; 640")] = None,
@@ -225,9 +225,9 @@ def main(
     load = Load(_batches(batch), streams)
     wanted = prepare.request(
         load_device(device), [*models, *(more or [])], runtime=runtime, precision=precision, imgsz=imgsz,
-        threads=threads, data=data, split=split, host=host, batches=load.batches,
+        threads=threads, data=data, split=split, host=host, keep_outputs=keep_outputs, batches=load.batches,
     )  # fmt: skip
-    sites.transport_of(wanted.device, host, python)  # a mistake there moves no earlier work aside
+    sites.transport_of(wanted.device, host, python, bootstrap)  # a mistake there moves no earlier work aside
     output = output or Path("runs") / STAGE / wanted.device.name
     config = {**wanted.config(), "mode": mode, "lock_clocks": lock_clocks, "seed": seed}
     # Only where they were asked for: what was measured without them stays finished.
@@ -241,6 +241,11 @@ def main(
     with manifest.lock(output):
         finished = manifest.is_finished(output, STAGE, config, parents)
         known = manifest.read_json(output / RESULT) if finished else None
+        if known and (reason := _outdated(known, output, wanted.device)):
+            kept = manifest.free_name(output)
+            output.rename(kept)
+            print(f"latency: {output} {reason}: it is measured anew, the old one is now {kept}")
+            known = None
         if known and not known["noisy"]:
             print(f"latency: finished before, unchanged: {output}")
             record = known
@@ -264,12 +269,22 @@ def main(
                 written.append(ACCURACY)
             manifest.finish(output, STAGE, config, parents, written, _metrics(record), seed)
             prepare.clean_up(output, keep_outputs)
-    rows = [row for name in (RESULT, ACCURACY) if (output / name).is_file() for row in store.add(output / name)]
     print_table(record)
     if layers:
         print(_layers_remark(record, output))
+    # After the table: a store that cannot be used hides nothing of what was measured.
+    rows = [row for name in (RESULT, ACCURACY) if (output / name).is_file() for row in store.add(output / name)]
     if moved := drift.remark(rows):
         print(printable(moved))
+
+
+def _outdated(record: dict[str, Any], output: Path, device: Device) -> str | None:
+    """Return why a record of this machine no longer speaks of it; null where it does, and for any other device."""
+    if device.transport != "local":
+        return None
+    tools = manifest.read_json(output / manifest.MANIFEST).get("tools", {})
+    known, used = record["device"], [cell["runtime"] for cell in record["cells"]]
+    return freshness.outdated(known["cpu"], tools, used, known.get("gpu") if device.name != "cpu" else None)
 
 
 def _layers_remark(record: dict[str, Any], output: Path) -> str:

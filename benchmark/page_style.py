@@ -71,7 +71,8 @@ td { white-space: nowrap; }
 .hidden { position: absolute; clip-path: inset(50%); }
 thead button { all: unset; cursor: pointer; }
 thead button:hover, thead button:focus-visible { color: var(--ink); text-decoration: underline; }
-thead button:focus-visible, .tools input:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+thead button:focus-visible, .tools input:focus-visible, .table:focus-visible { outline: 2px solid var(--accent);
+  outline-offset: 2px; }
 [aria-sort] button::after { content: "\\2195"; opacity: .45; padding-left: .25em; }
 [aria-sort=ascending] button::after { content: "\\2191"; opacity: 1; }
 [aria-sort=descending] button::after { content: "\\2193"; opacity: 1; }
@@ -161,6 +162,17 @@ for (const table of document.querySelectorAll('table.sortable')) {
   tools.hidden = all.length < 3;
   filter();
 }
+const scrollers = document.querySelectorAll('.table');
+const reach = () => scrollers.forEach((box) => {
+  // Without a pointer only what has the focus scrolls, and a stop that does nothing is in the way.
+  if (box.scrollWidth > box.clientWidth) {
+    box.tabIndex = 0;
+    box.setAttribute('role', 'region');
+    box.setAttribute('aria-label', 'Table, wider than the page');
+  } else ['tabindex', 'role', 'aria-label'].forEach((name) => box.removeAttribute(name));
+});
+addEventListener('resize', reach);
+reach();
 const tip = document.getElementById('tip');
 const hide = () => { tip.hidden = true; };
 const show = (mark) => {

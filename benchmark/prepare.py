@@ -19,6 +19,7 @@ from compress.errors import BenchmarkError, SettingsError
 IMGSZ = 640
 EXPORTS, SCORES, OUTPUTS = "exports", "scores", "outputs"
 PRECISIONS = ("fp32", "fp16")
+_ALWAYS_FP32 = "onnxruntime"  # its kernels on a CPU compute in nothing less
 
 
 @dataclass(frozen=True)
@@ -76,17 +77,22 @@ def request(
     imgsz: int | None,
     threads: int | None,
     data: str | None,
-    split: str,
+    split: str | None,
     host: str | None,
     batches: tuple[int, ...] = (1,),
+    keep_outputs: bool = False,
 ) -> Request:
-    """Return what is asked for, with the device's own values where none are given.
+    """Return what is asked for, with the device's own values where none are given; nothing asked for is ignored.
 
     Raises:
         BenchmarkError: a model is missing or does not run in the runtime, or a checkpoint is to be exported and no
             images prove the export.
-        SettingsError: the precision is not known.
+        SettingsError: the precision is not known, or an option has no effect on what else is asked for.
     """
+    if split is not None and data is None:
+        raise SettingsError("--split is of --data, which is missing: give both or none")
+    if keep_outputs and (data is None or device.transport == "local"):
+        raise SettingsError("--keep-outputs keeps what another device infers of --data: leave it out")
     if precision not in (None, *PRECISIONS):
         raise SettingsError(f"--precision must be {' or '.join(PRECISIONS)}, got {precision!r}")
     models = by_name(paths, runtime, device)
@@ -99,6 +105,8 @@ def request(
                 )
             if _is_exported(own, path) and data is None:
                 raise BenchmarkError(f"--data is missing: real images prove the export of {path} for {own}")
+    if precision is not None:
+        _check_precision(precision, models)
     yaml = None
     if data is not None:
         from compress.data.dataset import resolve
@@ -111,10 +119,18 @@ def request(
         imgsz=imgsz or device.imgsz or IMGSZ,
         threads=threads or device.threads,
         data=yaml,
-        split=split,
+        split=split or "val",
         host=host,
         batches=batches,
     )
+
+
+def _check_precision(precision: str, models: dict[str, dict[str, Path]]) -> None:
+    exported = {own for files in models.values() for own, path in files.items() if _is_exported(own, path)}
+    if not exported:
+        raise SettingsError("--precision is of what is exported, and nothing is: leave it out, or give a checkpoint")
+    if precision != "fp32" and exported == {_ALWAYS_FP32}:
+        raise SettingsError(f"--precision {precision} has no effect: {_ALWAYS_FP32} computes in fp32 on a CPU")
 
 
 def by_name(paths: list[Path], runtime: str | None, device: Device) -> dict[str, dict[str, Path]]:
@@ -201,6 +217,7 @@ def score(wanted: Request, site: Site, files: dict[str, dict[str, Path]], output
     """
     from benchmark.accuracy import evaluate
     from benchmark.outputs import remote_network
+    from compress.data.dataset import fingerprint
 
     if wanted.data is None:
         return {}
@@ -209,6 +226,9 @@ def score(wanted: Request, site: Site, files: dict[str, dict[str, Path]], output
     asked = [path for given in wanted.models.values() for path in given.values()]
     names = dict(zip(asked, runtimes.distinct_names(asked), strict=True))  # every stage calls its model model.pt
     options: dict[str, Any] = {"split": wanted.split, "imgsz": wanted.imgsz, "threads": wanted.threads}
+    # In the record itself, which may go where the manifest does not.
+    known = {"data": wanted.data.name, "data_sha256": fingerprint(wanted.data)}
+    known |= {"split": wanted.split, "imgsz": wanted.imgsz}
     for number, (name, given) in enumerate(files.items()):
         for runtime, path in given.items():
             kept = scores / f"{number}-{runtime}.json"
@@ -221,7 +241,7 @@ def score(wanted: Request, site: Site, files: dict[str, dict[str, Path]], output
                     with remote_network(site, runtime, path, wanted.threads, wanted.imgsz, outputs) as network:
                         record = evaluate(path, wanted.data, network=network, **options)
                 facts = {"model": names[wanted.models[name][runtime]], "model_sha256": model_sha256}
-                manifest.write_json(kept, {**facts, "device": wanted.device.name, **record})
+                manifest.write_json(kept, {**facts, "device": wanted.device.name, **known, **record})
             found[f"{name}.{runtime}"] = manifest.read_json(kept)
     return found
 
@@ -253,8 +273,7 @@ def _export(wanted: Request, runtime: str, model: Path, folder: Path, place: Tra
     if kind == "onnxruntime":
         from export import onnx
 
-        # In fp32 on the CPU: its kernels there compute in nothing less.
-        half = runtime != kind and wanted.precision == "fp16"
+        half = runtime != _ALWAYS_FP32 and wanted.precision == "fp16"
         settings = Export(half=half, dynamic="batch" if wanted.batches != (1,) else None)
         onnx.export_stage({name: model}, wanted.data, wanted.imgsz, settings, folder)
         return folder / f"{name}.onnx"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
-from benchmark import observe, runtimes, statistics, system
+from benchmark import freshness, observe, sites, statistics
 from benchmark.observe import Wanted
 from compress import checkpoint, manifest
 from compress.devices import load_device
@@ -93,11 +93,7 @@ def _outdated(table: LatencyTable, heading: dict[str, Any], wanted: Wanted) -> s
     """Return why a table of this machine no longer speaks of it; None where it does, and for any other device."""
     if wanted.site.transport != "local":
         return None  # `compress.prune` finds out when it measures there
-    if table.machine != (machine := system.device()["cpu"]):
-        return f"was measured on {table.machine}, this is {machine}"
-    runtime = runtimes.base(wanted.runtime)
-    before, now = (tools.get(runtime) for tools in (heading.get("tools", {}), manifest.tool_versions()))
-    return f"was measured in {runtime} {before}, {now} is installed" if before and before != now else None
+    return freshness.outdated(table.machine, heading.get("tools", {}), [wanted.runtime])
 
 
 def _otherwise(heading: dict[str, Any], wanted: Wanted) -> str:
@@ -271,6 +267,8 @@ def main(
 ) -> None:
     """Measure a model at the widths of a budget and write the latency table that `compress.prune --latency` reads."""
     known = load_device(device)
+    if known.transport == "local":
+        sites.transport_of(known, host, python, bootstrap)  # tells what has no effect here, before a finished table
     runtime = runtime or known.runtimes[0]
     rules = load_budget(budget) if budget else known.budgets.get(runtime, Budget())  # type: ignore[call-overload]
     changes = {

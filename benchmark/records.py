@@ -82,6 +82,7 @@ class Measurement:
     noisy: bool
     layers_share: float | None = None
     layers_left_out: str | None = None
+    streams: int = 1
 
 
 class _Lenient(BaseModel):
@@ -202,13 +203,14 @@ def scores(record: Any, where: object = "the record", **known: Any) -> list[Scor
 def device_key(device: dict[str, Any]) -> str | None:
     """Return what tells one device from another, and stays the same when its system is updated.
 
-    The name "cpu" is left out: it may be any.
+    The name "cpu" is left out: it may be any, and so is the GPU that stands idle in it.
 
     >>> device_key({"cpu": "AMD EPYC", "architecture": "x86_64", "cores": 2, "kernel": "Linux 6"})
     'AMD EPYC, x86_64, 2 cores'
     """
-    cores = device.get("cores")
-    parts = [device.get(key) for key in ("name", "cpu", "gpu", "architecture") if device.get(key) != "cpu"]
+    cores, is_cpu = device.get("cores"), device.get("name") == "cpu"
+    parts = [device.get(key) for key in (("cpu",) if is_cpu else ("name", "cpu", "gpu"))]
+    parts.append(device.get("architecture"))
     if cores is not None:
         parts.append(f"{cores} cores" if cores != 1 else "1 core")
     return ", ".join(str(part) for part in parts if part) or None
@@ -277,6 +279,7 @@ def _measurement(cell: _Cell, record: _Latency, identity: str, where: object) ->
         noisy=record.noisy,
         layers_share=cell.layers_share,
         layers_left_out=cell.layers_left_out,
+        streams=cell.streams,
     )
 
 

@@ -108,13 +108,29 @@ def require(model: Path) -> None:
     """Check that a model is on disk.
 
     Raises:
-        BenchmarkError: it is not, or it is a file where a folder is meant or the other way round.
+        BenchmarkError: it is not, or it is a file where a folder is meant or the other way round, or an ONNX file whose
+            weights lie in other files: neither its hash nor a copy of it would hold them.
     """
     if not model.exists():
         raise BenchmarkError(f"{model} does not exist: check the path")
     is_folder = runtime_of(model) == "ncnn"
     if model.is_dir() != is_folder:
         raise BenchmarkError(f"{model} is {'a file' if is_folder else 'a folder'}: check the path")
+    if runtime_of(model) == "onnxruntime" and _has_external_weights(model):
+        raise BenchmarkError(
+            f"{model} keeps its weights in other files: save it as one with onnx.save(onnx.load(path), path)"
+        )
+
+
+def _has_external_weights(model: Path) -> bool:
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        graph = onnx.load(model, load_external_data=False).graph
+    except (DecodeError, UnicodeDecodeError):
+        return False  # the runtime tells what is wrong with it
+    return any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in graph.initializer)
 
 
 def known(kind: str, value: str, choices: Collection[str]) -> str:

@@ -55,21 +55,22 @@ def here() -> Site:
     return Site(load_device("cpu"), Local())
 
 
-def transport_of(device: Device, host: str | None, python: str | None) -> Transport:
+def transport_of(device: Device, host: str | None, python: str | None, put_packages: bool = False) -> Transport:
     """Return how a device is reached.
 
     Args:
         device: what it is.
         host: `[user@]host[:port]`, an alias of ssh_config, or a serial of adb; the device's own when null.
         python: the interpreter there; the device's own when null.
+        put_packages: whether `open_site` shall.
 
     Raises:
-        SettingsError: host or interpreter is missing or not plain.
+        SettingsError: host or interpreter is missing or not plain, or is of no use on this machine.
         DeviceError: the device must be set up first.
     """
     if device.transport == "local":
-        if host is not None or python is not None:
-            raise SettingsError(f"{device.name} is this machine: leave out --host and --python")
+        if host is not None or python is not None or put_packages:
+            raise SettingsError(f"{device.name} is this machine: leave out --host, --python and --bootstrap")
         return Local()
     interpreter, where = transports.check_python(python or device.python), host or device.host
     if device.transport == "adb":
@@ -114,7 +115,7 @@ def open_site(
             raise SettingsError(f"{device.name} does not run {runtime}: it runs {', '.join(device.runtimes)}")
         if runtimes.base(runtime) not in runtimes.MODULES and device.transport != "local":
             raise SettingsError(f"{runtime} runs on this machine only: export the model for {device.name}")
-    place = transport_of(device, host, python)
+    place = transport_of(device, host, python, put_packages)
     if isinstance(place, Local):
         yield Site(device, place)
         return

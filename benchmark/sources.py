@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmark import records
 from compress import manifest
+from compress.errors import RunError
 
 LATENCY = "latency.json"
 ACCURACY = "accuracy.json"
@@ -43,7 +44,10 @@ def read(folder: Path) -> Source | None:
     summary, latency, accuracy = folder / SUMMARY, folder / BENCHMARK / LATENCY, folder / BENCHMARK / ACCURACY
     if summary.is_file() and latency.is_file():
         known = scores_of(accuracy) if accuracy.is_file() else None
-        return of_pipeline(manifest.read_json(summary), manifest.read_json(latency), known)
+        try:
+            return of_pipeline(manifest.read_json(summary), manifest.read_json(latency), known)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise RunError(f"{summary} is damaged or incomplete ({error!r}): run the pipeline again") from None
     places = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
     found = [manifest.read_json(place / LATENCY) for place in places if (place / LATENCY).is_file()]
     for record in found:
@@ -85,7 +89,9 @@ def scores_of(accuracy: Path, **known: Any) -> list[records.Score]:
     if path.is_file():
         stage = manifest.read_json(path)
         manifest.check_schema(stage, path)
-        config, parents = stage.get("config") or {}, stage.get("parents") or {}
+        config, parents = (stage.get(part) or {} for part in ("config", "parents"))
+        if not (isinstance(config, dict) and isinstance(parents, dict)):
+            raise RunError(f"{path} is damaged, its 'config' or 'parents' is wrong: delete the folder and run again")
         context = {key: config.get(key) for key in ("split", "imgsz")} | {"data_sha256": parents.get("data")}
         if isinstance(data := config.get("data"), str):
             context["data"] = Path(data).name

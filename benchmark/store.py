@@ -26,6 +26,7 @@ NAME = "espalier.sqlite"
 BUSY_S = 30.0
 APPLICATION_ID = 0x4573706C  # "Espl", in the header of the file
 LARGEST_RECORD_BYTES = 1 << 28
+_OTHER = f"choose another with --store or ${VARIABLE}"  # benchmark.latency and accuracy have no such option
 # From version n to n + 1. A store has the version that is the length of this list.
 _MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
@@ -154,7 +155,7 @@ def find(
         ("instr(lower(model), lower(?))", model),
         ("instr(lower(device), lower(?))", device),
         ("runtime = ?", runtime),
-        ("time >= ?", None if since is None else _utc(since).isoformat(timespec="seconds")),
+        ("time >= ?", None if since is None else utc(since).isoformat(timespec="seconds")),
         ("id IN (SELECT value FROM json_each(?))", None if ids is None else json.dumps(list(ids))),
         ("model_sha256 = ?", model_sha256),
     ]
@@ -178,9 +179,7 @@ def record_of(row: Row, store: Path | None = None) -> Any:
     try:
         return json.loads(zlib.decompressobj().decompress(found[0], LARGEST_RECORD_BYTES))
     except (zlib.error, ValueError, TypeError):
-        raise RunError(
-            f"{path} is damaged, the record of row {row.id} cannot be read: choose another --store"
-        ) from None
+        raise RunError(f"{path} is damaged, the record of row {row.id} cannot be read: {_OTHER}") from None
 
 
 @contextmanager
@@ -189,7 +188,7 @@ def _open(path: Path, mode: str) -> Iterator[sqlite3.Connection]:
     if mode == "rwc":
         path.parent.mkdir(parents=True, exist_ok=True)
     elif not path.is_file():
-        raise RunError(f"{path} does not exist: measure something first, or choose another --store")
+        raise RunError(f"{path} does not exist: measure something first, or {_OTHER}")
     try:
         # Without isolation_level, transactions are ours. The rollback journal needs no shared memory, unlike WAL.
         uri = f"{path.resolve().as_uri()}?mode={mode}"
@@ -199,7 +198,7 @@ def _open(path: Path, mode: str) -> Iterator[sqlite3.Connection]:
     except (sqlite3.Error, OverflowError) as error:
         if "locked" in str(error):
             raise RunError(f"{path} is in use by another process for {BUSY_S:g} s now: try again later") from None
-        raise RunError(f"{path} cannot be used as the store ({error}): choose another --store") from None
+        raise RunError(f"{path} cannot be used as the store ({error}): {_OTHER}") from None
 
 
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
@@ -225,11 +224,10 @@ def _version(connection: sqlite3.Connection, path: Path) -> int:
         for query in ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
     )
     if application != APPLICATION_ID and (application, version, tables) != (0, 0, 0):
-        raise RunError(f"{path} is the database of another program: choose another --store")
+        raise RunError(f"{path} is the database of another program: {_OTHER}")
     if version > len(_MIGRATIONS):
         raise RunError(
-            f"{path} has schema {version}, this version reads up to {len(_MIGRATIONS)}: update Espalier, "
-            "or choose another --store"
+            f"{path} has schema {version}, this version reads up to {len(_MIGRATIONS)}: update Espalier, or {_OTHER}"
         )
     return version
 
@@ -255,11 +253,11 @@ def _moment(text: Any, path: Path) -> datetime | None:
     if text is None:
         return None
     try:
-        return _utc(datetime.fromisoformat(re.sub("Z$", "+00:00", text)))
+        return utc(datetime.fromisoformat(re.sub("Z$", "+00:00", text)))
     except (TypeError, ValueError):
         raise RunError(f"{path}: measured_at is not a time of ISO 8601: measure again") from None
 
 
-def _utc(moment: datetime) -> datetime:
+def utc(moment: datetime) -> datetime:
     """Return a moment in UTC; one without a zone is meant so."""
     return moment.replace(tzinfo=timezone.utc) if moment.tzinfo is None else moment.astimezone(timezone.utc)

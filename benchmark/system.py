@@ -13,17 +13,19 @@ from typing import Any
 
 _CPU = Path("/sys/devices/system/cpu/cpu0")
 _POWERCAP = Path("/sys/class/powercap")
+_NVIDIA = Path("/proc/driver/nvidia/gpus")
 
 
 def device() -> dict[str, Any]:
     """Return what does not change during a measurement.
 
-    `cpu`, `cores` (of the machine), `usable_cores` (this process may run on), `memory_bytes`, `os`, `kernel`,
-    `container` (its kind; null where there is no sign of one), `virtual_machine` (true or false; null where the CPU
-    does not tell).
+    `cpu`, `gpu` (NVIDIA's; null where no driver tells), `cores` (of the machine), `usable_cores` (this process may run
+    on), `memory_bytes`, `os`, `kernel`, `container` (its kind; null where there is no sign of one), `virtual_machine`
+    (true or false; null where the CPU does not tell).
     """
     return {
         "cpu": _cpu_model(),
+        "gpu": _gpu_models(),
         "architecture": platform.machine() or None,
         "cores": os.cpu_count(),
         "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
@@ -70,7 +72,9 @@ def energy_uj() -> int | None:
 
     Null where the machine does not tell, or only root may know. It starts again at 0 when it has run over.
     """
-    packages = [path for path in sorted(_POWERCAP.glob("intel-rapl:*")) if path.name.count(":") == 1]
+    domains = [path for path in sorted(_POWERCAP.glob("intel-rapl:*")) if path.name.count(":") == 1]
+    # Beside the processors some machines count `psys`, the whole platform, which holds them once more.
+    packages = [path for path in domains if (_text(path / "name") or "").startswith("package")]
     values = [_number(path / "energy_uj") for path in packages]
     known = [int(value) for value in values if value is not None]
     return sum(known) if known and len(known) == len(values) else None
@@ -99,6 +103,13 @@ def _cpu_model() -> str | None:
     found = re.search(r"^model name\s*:\s*(.+)$", _text(Path("/proc/cpuinfo")) or "", re.MULTILINE)
     board = _text(Path("/proc/device-tree/model"))
     return found[1] if found else board.rstrip("\0") if board else platform.processor() or None
+
+
+def _gpu_models() -> str | None:
+    """Return the names of the GPUs, each once: which of several CUDA calls the first is not the driver's to tell."""
+    said = [_text(path) or "" for path in sorted(_NVIDIA.glob("*/information"))]
+    found = [match[1] for text in said if (match := re.search(r"^Model:\s*(.+)$", text, re.MULTILINE))]
+    return " and ".join(dict.fromkeys(found)) or None
 
 
 def _cpuinfo_mhz() -> float | None:

@@ -156,7 +156,7 @@ def run(
     else:
         done = call(there(place, script(arguments, folder, environment)), timeout_s, place)
     if _is_lost(place, done) or (purpose and done.returncode != 0):
-        raise DeviceError(explain(place, done.stderr, done.returncode, purpose))
+        raise DeviceError(explain(place, done.stderr.strip() or done.stdout, done.returncode, purpose))
     return done
 
 
@@ -200,7 +200,7 @@ def explain(place: Transport, said: str, code: int, purpose: str | None) -> str:
 
     Args:
         place: where it ran.
-        said: its standard error.
+        said: its standard error, or where that is empty its output.
         code: its exit code.
         purpose: what it was for.
     """

@@ -133,6 +133,12 @@ def needs(package: str | None) -> str:
     return f"needs the package {package}, which is not installed: {sys.executable} -m pip install {package}"
 
 
+def explain(error: Exception) -> str:
+    """Return in a line what a runtime raised; a ValueError is one of ours, which says it in words."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"
+
+
 def _layers(runner: Any, session: Any, model: str, images: np.ndarray) -> dict[str, Any]:
     """Return what each layer costs, and what of a query is in none of them. The profiler lies beside the runner."""
     name = runner.__name__.replace("_runner", "_layers")
@@ -176,8 +182,9 @@ def _check_shape(facts: dict[str, Any], imgsz: int, batch: int) -> None:
     if shape and shape[2:] != [imgsz, imgsz] and None not in shape[2:]:
         raise ValueError(f"takes images of {shape[3]}×{shape[2]} px, not {imgsz}: use --imgsz {shape[2]}")
     if shape and shape[0] not in (None, batch):
+        only_one = facts["runtime"].startswith("ncnn")  # no export of it takes several
         asked = "latency is that of one: export it with batch 1" if batch == 1 else f"--batch {batch} was asked for"
-        remedy = "" if batch == 1 else ": export it with --dynamic batch"
+        remedy = "" if batch == 1 else ": leave it out" if only_one else ": export it with --dynamic batch"
         raise ValueError(f"takes {shape[0]} image{'' if shape[0] == 1 else 's'} at once, {asked}{remedy}")
 
 
@@ -232,8 +239,7 @@ def main() -> None:
             code = 130  # the parent is gone, or is ending us
         except Exception as error:
             # Whatever a runtime raises concerns this one model: the parent says which, in one line.
-            text = " ".join(str(error).split())
-            answer({"error": text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"})
+            answer({"error": explain(error)})
             code = 1
     sys.stderr.flush()
     os._exit(code)  # the reading thread holds the input's lock, which an orderly end would wait for

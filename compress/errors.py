@@ -14,6 +14,7 @@ _REMEDIES = {
     errno.EROFS: "choose another --output",
     errno.EACCES: "change its permissions or choose another --output",
     errno.EEXIST: "choose another --output",
+    errno.EISDIR: "choose another --output",
     errno.ENOTDIR: "choose another --output",
     errno.ENAMETOOLONG: "choose a shorter --output",
 }

@@ -63,12 +63,14 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        RunError: the file is missing or is not JSON.
+        RunError: the file is missing, a folder, or not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunError(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise RunError(f"{path} is a folder: name a file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RunError(f"{path} is not valid JSON ({error}): delete it and run again") from None
 

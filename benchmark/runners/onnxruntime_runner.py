@@ -16,6 +16,7 @@ import numpy as np
 import onnxruntime
 
 _ERRORS_ONLY = 3
+_FLOAT32 = "tensor(float)"
 _CPU, _CUDA, _TENSORRT = (f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt"))
 # What runs a node first. Nodes that it cannot run go to the next, which the record tells.
 _PROVIDERS = {"": [_CPU], "cuda": [_CUDA, _CPU], "tensorrt": [_TENSORRT, _CUDA, _CPU]}
@@ -40,7 +41,8 @@ def load(path: str, threads: int, variant: str = "", profile: str | None = None)
         profile: how the name of a file begins that onnxruntime's own profiler writes; null for no profile.
 
     Raises:
-        ValueError: the file is not an ONNX model with one image input, or onnxruntime cannot use the provider here.
+        ValueError: the file is not an ONNX model with one image input in fp32, or onnxruntime cannot use the provider
+            here.
     """
     wanted = _PROVIDERS[variant]
     if wanted[0] not in onnxruntime.get_available_providers():
@@ -65,6 +67,8 @@ def load(path: str, threads: int, variant: str = "", profile: str | None = None)
     inputs = graph.get_inputs()
     if len(inputs) != 1 or len(inputs[0].shape) != 4:
         raise ValueError(f"{path} must have one input of shape (n, 3, height, width), it has {len(inputs)} input(s)")
+    if inputs[0].type != _FLOAT32:
+        raise ValueError(f"{path} takes images as {inputs[0].type}, not {_FLOAT32}: export it with inputs in fp32")
     return Session(graph, threads, variant)
 
 

@@ -28,13 +28,17 @@ _BEFORE_CAPTURE = 3
 
 @dataclass(frozen=True)
 class Session:
-    """A network ready to infer: `run` is what calls it; `graphs` are CUDA graphs by the shape of their input."""
+    """A network ready to infer: `run` is what calls it; `graphs` are CUDA graphs by the shape of their input.
+
+    `stride` is the largest one of its levels, px.
+    """
 
     network: nn.Module
     threads: int
     words: frozenset[str] = frozenset()
     run: Callable[[torch.Tensor], Any] | None = None
     graphs: dict[tuple[int, ...], Any] = field(default_factory=dict)
+    stride: int = 1
 
     @property
     def on_gpu(self) -> bool:
@@ -55,7 +59,8 @@ def load(path: str, threads: int, variant: str = "") -> Session:
         ValueError: there is no GPU that this PyTorch can use.
     """
     words = frozenset(variant.split("-")) if variant else frozenset()
-    session = Session(inference_network(path) if not words & _ON_GPU else _on_gpu(path, words), threads, words)
+    network: Any = inference_network(path) if not words & _ON_GPU else _on_gpu(path, words)
+    session = Session(network, threads, words, stride=int(max(getattr(network, "stride", [1]))))
     torch.set_num_threads(threads)
     if _channels_last(session):
         session.network.to(memory_format=torch.channels_last)
@@ -67,7 +72,7 @@ def infer(session: Session, images: np.ndarray) -> list[np.ndarray]:
 
     Args:
         session: what `load` returned.
-        images: (n, 3, height, width) float32 in [0, 1], RGB.
+        images: (n, 3, height, width) float32 in [0, 1], RGB, whose sides the model's stride divides.
 
     Returns:
         For a detector one array: (n, 4 + classes, anchors), boxes as centre x, centre y, width, height in px; for an
@@ -77,7 +82,13 @@ def infer(session: Session, images: np.ndarray) -> list[np.ndarray]:
         the angle of the box in radians, whose sides are then always given as centre and size. classify: (n, classes),
         probabilities, or logits where the network ends with nn.Linear;
         semantic: (n, classes, height, width), logits; depth: (n, 1, height, width), m.
+
+    Raises:
+        ValueError: the images have other sides.
     """
+    rows, columns = images.shape[2:]
+    if rows % session.stride or columns % session.stride:
+        raise ValueError(f"takes images whose sides are multiples of {session.stride} px, got {columns}×{rows}")
     with torch.inference_mode():
         tensor = torch.from_numpy(np.ascontiguousarray(images))
         if session.on_gpu:

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 
 from benchmark import accuracy
 from benchmark.runners import torch_runner
 from compress.checkpoint import build_model, load_model, save_model
+from compress.data.dataset import fingerprint
 from compress.data.pixels import letterbox
 from compress.errors import BenchmarkError, DataError
 from export.ncnn import export_ncnn
@@ -144,6 +146,12 @@ def test_values_that_are_not_finite_are_an_error(model: Path, data: Path, tmp_pa
         accuracy.evaluate(tmp_path / "nan.pt", data, imgsz=IMGSZ, threads=1)
 
 
+def test_what_a_runtime_raises_is_one_line(run: Any, model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+    assert run("--model", model, "--data", data, "--imgsz", 80, "--output", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert error == "error: tiny.pt on torch: takes images whose sides are multiples of 32 px, got 80×80\n"
+
+
 def test_a_split_that_is_not_there_is_an_error(model: Path, data: Path) -> None:
     with pytest.raises(DataError, match="test"):
         accuracy.evaluate(model, data, split="test", imgsz=IMGSZ, threads=1)
@@ -200,6 +208,11 @@ def test_the_command_writes_a_record_and_is_not_repeated(
         ("tiny.onnx", "onnxruntime"),
     ]
     assert records[0]["map50_95"] == pytest.approx(records[1]["map50_95"], abs=1e-3)
+    named = ("data", "data_sha256", "split", "imgsz", "runtime_version", "precision")
+    versions = (torch.__version__, onnxruntime.__version__)
+    assert [tuple(record[name] for name in named) for record in records] == [
+        ("data.yaml", fingerprint(data), "val", IMGSZ, version, "fp32") for version in versions
+    ]
     assert f"{records[0]['map50_95']:.4f}" in capsys.readouterr().out
 
     monkeypatch.setattr(accuracy, "evaluate", None)  # would fail if it were called

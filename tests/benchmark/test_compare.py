@@ -123,6 +123,10 @@ def test_a_difference_of_device_runtime_or_data_is_named() -> None:
         compare.judge(a, replace(a, runtime="ncnn"))
     with pytest.raises(BenchmarkError, match="split of the score is val and test"):
         compare.judge(replace(a, score=score(0.5, split="val")), replace(a, score=score(0.5, split="test")))
+    with pytest.raises(BenchmarkError, match=r"data of the score is a\.yaml and b\.yaml"):
+        compare.judge(replace(a, score=score(0.5, data="a.yaml")), replace(a, score=score(0.5, data="b.yaml")))
+    one, other = (replace(a, score=score(0.5, data=f"{name}.yaml", data_sha256="d")) for name in "ab")
+    assert compare.judge(one, other).score_change == 0.0  # the hash tells, the name does not matter
     assert compare.judge(a, replace(a, cost=replace(a.cost, device=None))).reason  # unknown is no difference
 
 
@@ -239,6 +243,8 @@ def test_rows_of_the_store(run: Any, tmp_path: Path, capsys: pytest.CaptureFixtu
         ("{0}/ncnn", "runtime is ncnn of"),
         ("{0}/twice", "holds 2 records of m in torch"),
         ("{0}/broken", "latency.json is not valid JSON"),
+        ("{0}/pipeline:dense", "summary.json is damaged or incomplete (KeyError('name')): run the pipeline again"),
+        ("{0}/manifest", "manifest.json is damaged, its 'config' or 'parents' is wrong"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -251,7 +257,15 @@ def test_bad_input_is_one_line_and_exit_code_2(
     write(tmp_path / "twice", latency=latency(one, one))
     (write(tmp_path / "broken") / "latency.json").write_text("{")
     write(tmp_path / "empty")
+    write(write(tmp_path / "pipeline", summary={}) / "06_benchmark", latency=latency(one), accuracy={})
+    write(tmp_path / "manifest", latency=latency(one), accuracy=[], manifest={"schema": 1, "config": [1]})
     assert run(a.format(tmp_path), good) == 2
     error = capsys.readouterr().err
     assert complaint in error
     assert error.count("\n") == 1
+
+
+def test_a_folder_is_no_file_for_the_verdict(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = write(tmp_path / "good", latency=latency(cell("m", [[1.0]])))
+    assert run(good, good, "--json", tmp_path) == 2
+    assert capsys.readouterr().err == f"error: --json {tmp_path} is a folder: name a file\n"

@@ -56,6 +56,11 @@ def test_other_files_and_settings_are_no_drift(tmp_path: Path, other: dict[str, 
     assert remark(tmp_path, measured(tmp_path, 2, {"p50_ms": 12.0})) is None
 
 
+def test_a_file_that_is_not_known_has_no_earlier_runs(tmp_path: Path) -> None:
+    measured(tmp_path, 1, {"p50_ms": 10.0, "model_sha256": "b" * 64})
+    assert remark(tmp_path, measured(tmp_path, 2, {"p50_ms": 12.0, "model_sha256": None})) is None
+
+
 def test_what_was_noisy_does_not_count(tmp_path: Path) -> None:
     measured(tmp_path, 1, {"p50_ms": 10.0}, noisy=True, noise=["a compiler ran"])
     assert remark(tmp_path, measured(tmp_path, 2, {"p50_ms": 12.0})) is None

@@ -12,13 +12,20 @@ from benchmark import system, worker
 @pytest.fixture
 def powercap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(system, "_POWERCAP", tmp_path)
-    for name, energy in (("intel-rapl:0", 5_000_000), ("intel-rapl:1", 2_000_000), ("intel-rapl:0:0", 4_000_000)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "energy_uj").write_text(f"{energy}\n")
+    domains = [
+        ("intel-rapl:0", "package-0", 5_000_000),
+        ("intel-rapl:0:0", "core", 4_000_000),
+        ("intel-rapl:1", "package-1", 2_000_000),
+        ("intel-rapl:2", "psys", 9_000_000),
+    ]
+    for folder, name, energy in domains:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "name").write_text(f"{name}\n")
+        (tmp_path / folder / "energy_uj").write_text(f"{energy}\n")
     return tmp_path
 
 
-def test_packages_are_added_and_their_parts_are_not(powercap: Path) -> None:
+def test_packages_are_added_and_neither_their_parts_nor_the_platform_are(powercap: Path) -> None:
     assert system.energy_uj() == 7_000_000
 
 

@@ -76,6 +76,7 @@ def test_another_model_of_the_same_name_is_told(before: int | None, after: int, 
 
 def test_costs_keep_their_units() -> None:
     assert history.cost(timed(1, 10.0)) == "10.00 ms (9.90–10.10)"
+    assert history.cost(timed(1, 0.3461, 0.3443)) == "0.346 ms (0.344–0.350)"
     assert history.cost(replace(TIMED, low=None)) == "10.00 ms"
     assert history.cost(replace(TIMED, unit="instructions", p50=2.24e8)) == "224 M instructions"
     assert history.cost(SCORED) == ""
@@ -169,6 +170,9 @@ def test_a_regression_is_exit_code_1(run: Any, tmp_path: Path, place: Path, caps
     ("words", "complaint"),
     [
         (("--since", "yesterday"), "--since 'yesterday' is not a date"),
+        (("--since", "0001-01-01T00:00+14:00"), "--since '0001-01-01T00:00+14:00' is not a date"),
+        (("add", "/"), "/ is a folder: name a file"),
+        (("--device", "jetson", "--since", "2026-11-01", "check"), "--device, --since is of the list, not of check"),
         (("check",), "does not exist: measure something first"),
         (("add", "nowhere.json"), "nowhere.json does not exist"),
     ],
@@ -176,8 +180,7 @@ def test_a_regression_is_exit_code_1(run: Any, tmp_path: Path, place: Path, caps
 def test_mistakes_are_one_line(
     run: Any, words: tuple[str, ...], complaint: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = words[0] if words[0] != "--since" else ""
-    assert run(*([command] if command else []), "--store", place, *words[bool(command) :]) == 2
+    assert run(*words, "--store", place) == 2
     error = capsys.readouterr().err
     assert complaint in error
     assert error.count("\n") == 1

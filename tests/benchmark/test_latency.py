@@ -18,6 +18,7 @@ import pytest
 from benchmark import cell as cell_module
 from benchmark import latency, latency_record, prepare, records, runtimes, sites, statistics, system, turns
 from benchmark.transports import Local
+from compress import manifest
 from compress.devices import load_device
 from compress.errors import BenchmarkError
 
@@ -297,6 +298,14 @@ def test_a_file_of_another_batch_says_so(folder: Path) -> None:
     assert record["cells"][0]["batch"] == record["protocol"]["batch"] == 4
 
 
+def test_a_runtime_without_batches_promises_no_export_with_one() -> None:
+    from benchmark import worker
+
+    facts = {"runtime": "ncnn", "input_shape": [1, 3, 32, 32]}
+    with pytest.raises(ValueError, match="takes 1 image at once, --batch 2 was asked for: leave it out"):
+        worker._check_shape(facts, 32, 2)
+
+
 def test_instructions_are_of_one_image(folder: Path) -> None:
     site = sites.Site(load_device("arm-emulated"), Local())
     one = {"dense": {"torch": model(folder, "dense.pt")}}
@@ -447,6 +456,28 @@ def test_the_device_is_described_or_null(folder: Path) -> None:
     assert record["noisy"] is bool(record["noise"])
 
 
+def test_the_gpu_is_named_where_the_driver_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system, "_NVIDIA", tmp_path)
+    assert system.device()["gpu"] is None
+    for place, model_name in (("0000:01:00.0", "NVIDIA L4"), ("0000:02:00.0", "NVIDIA L4"), ("0000:03:00.0", "Other")):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "information").write_text(f"Model: \t\t {model_name}\nIRQ:   \t\t 54\n")
+    assert system.device()["gpu"] == "NVIDIA L4 and Other"
+
+
+def test_another_gpu_is_another_device() -> None:
+    here = {"cpu": system.device()["cpu"], "gpu": "NVIDIA L4"}
+    record = {"device": here, "cells": []}
+    cuda = load_device("cuda")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifest, "read_json", lambda _: {})
+        patch.setattr(system, "device", lambda: {**here, "gpu": "NVIDIA A10"})
+        assert latency._outdated(record, Path(), cuda) == "was measured on NVIDIA L4, this is NVIDIA A10"
+        assert latency._outdated(record, Path(), load_device("cpu")) is None
+        patch.setattr(system, "device", lambda: here)
+        assert latency._outdated(record, Path(), cuda) is None
+
+
 def test_command_line_takes_several_models_after_one_option(
     run: Any, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -464,6 +495,41 @@ def test_command_line_takes_several_models_after_one_option(
 
     assert run("--models", files[0], "--models", files[1], files[2], "--imgsz", 32, "--output", folder / "out") == 0
     assert "finished before, unchanged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("cpu", "version", "reason"),
+    [
+        ("a toaster", None, "was measured on {cpu}, this is a toaster"),
+        (None, "99.0", "was measured in onnxruntime {onnxruntime}, 99.0 is installed"),
+    ],
+)
+def test_what_no_longer_speaks_of_this_machine_is_measured_anew(
+    cpu: str | None, version: str | None, reason: str, run: Any, folder: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(latency, "noise", lambda *_: [])
+    output, tools, device = folder / "out", manifest.tool_versions(), system.device()
+    arguments = ["--models", model(folder, "a.onnx"), "--imgsz", 32, "--output", output]
+    assert run(*arguments) == 0
+    old = (output / "latency.json").read_bytes()
+    monkeypatch.setattr(manifest, "tool_versions", lambda: {**tools, "onnxruntime": version or tools["onnxruntime"]})
+    monkeypatch.setattr(system, "device", lambda: {**device, "cpu": cpu or device["cpu"]})
+    capsys.readouterr()
+    assert run(*arguments) == 0
+    said = f"latency: {output} {reason.format(**tools, **device)}: it is measured anew, the old one is now {output}.1"
+    assert said in capsys.readouterr().out
+    assert (folder / "out.1" / "latency.json").read_bytes() == old
+    assert run(*arguments) == 0
+    assert "finished before, unchanged" in capsys.readouterr().out
+
+
+def test_a_store_that_cannot_be_used_hides_no_table(run: Any, folder: Path, capsys: Any, monkeypatch: Any) -> None:
+    (folder / "store").write_text("no database")
+    monkeypatch.setenv("ESPALIER_STORE", str(folder / "store"))
+    assert run("--models", model(folder, "a.onnx"), "--imgsz", 32, "--output", folder / "out") == 2
+    said = capsys.readouterr()
+    assert "p50 ms (95 %)" in said.out
+    assert "choose another with --store or $ESPALIER_STORE" in said.err
 
 
 def test_what_is_noisy_is_measured_again(

@@ -10,7 +10,7 @@ import pytest
 from benchmark import prepare, sites
 from benchmark.transports import Adb, Local, Ssh
 from compress.devices import Device, load_device
-from compress.errors import BenchmarkError
+from compress.errors import BenchmarkError, SettingsError
 from compress.settings import Export, ExportTrt
 
 
@@ -23,8 +23,8 @@ def models(tmp_path: Path) -> list[Path]:
 
 
 def asked(device: str, paths: list[Path], **changes: Any) -> prepare.Request:
-    given: dict[str, Any] = dict.fromkeys(("runtime", "precision", "imgsz", "threads", "data", "host"))
-    return prepare.request(load_device(device), paths, **{**given, "split": "val", **changes})
+    given: dict[str, Any] = dict.fromkeys(("runtime", "precision", "imgsz", "threads", "data", "split", "host"))
+    return prepare.request(load_device(device), paths, **{**given, **changes})
 
 
 @pytest.mark.parametrize(
@@ -138,6 +138,31 @@ def test_the_device_says_what_was_not_asked(tiny_data: Path, models: list[Path])
     assert other.config()["precision"] is None  # nothing is exported
 
 
+@pytest.mark.parametrize(
+    ("device", "options", "message"),
+    [
+        ("cpu", {"split": "test"}, "--split is of --data, which is missing"),
+        ("cpu", {"precision": "fp16"}, "--precision is of what is exported, and nothing is"),
+        ("cpu", {"precision": "fp16", "runtime": "onnxruntime", "data": True}, "--precision fp16 has no effect"),
+        ("cpu", {"keep_outputs": True, "data": True}, "--keep-outputs keeps what another device infers"),
+        ("rpi5", {"keep_outputs": True}, "--keep-outputs keeps what another device infers"),
+    ],
+)
+def test_an_option_without_effect_is_refused(
+    device: str, options: dict[str, Any], message: str, tiny_data: Path, models: list[Path]
+) -> None:
+    if "data" in options:
+        options = {**options, "data": str(tiny_data)}
+    with pytest.raises(SettingsError, match=message):
+        asked(device, models, **options)
+
+
+def test_precision_and_split_reach_what_they_are_of(tiny_data: Path, models: list[Path]) -> None:
+    wanted = asked("cpu", models, runtime="onnxruntime,ncnn", precision="fp16", data=str(tiny_data), split="test")
+    assert (wanted.precision, wanted.split) == ("fp16", "test")
+    assert asked("cpu", models, runtime="onnxruntime", precision="fp32", data=str(tiny_data)).split == "val"
+
+
 def test_a_file_that_the_device_does_not_run_is_refused(tiny_data: Path, models: list[Path], tmp_path: Path) -> None:
     (tmp_path / "a.onnx").write_bytes(b"graph")
     with pytest.raises(
@@ -195,15 +220,17 @@ def test_the_score_of_an_interrupted_start_is_that_of_the_same_file(
 
 
 def test_host_and_interpreter_are_those_of_the_device_or_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def place(name: str, host: str | None = None, python: str | None = None) -> Any:
-        return sites.transport_of(load_device(name), host, python)
+    def place(name: str, host: str | None = None, python: str | None = None, put_packages: bool = False) -> Any:
+        return sites.transport_of(load_device(name), host, python, put_packages)
 
     assert place("rpi5", "pi@10.0.0.7:2222") == Ssh("pi@10.0.0.7", 2222, "python3")
     assert place("jetson", "j", "/opt/python") == Ssh("j", None, "/opt/python")
     assert place("android") == Adb(None, "python3")
     assert place("android", "0123") == Adb("0123", "python3")
-    with pytest.raises(Exception, match="cpu is this machine: leave out --host and --python"):
-        place("cpu", "host")
+    useless_ones: list[dict[str, Any]] = [{"host": "h"}, {"python": "python3"}, {"put_packages": True}]
+    for useless in useless_ones:
+        with pytest.raises(SettingsError, match="cpu is this machine: leave out --host, --python and --bootstrap"):
+            place("cpu", **useless)
     monkeypatch.setenv("ESPALIER_CACHE", str(tmp_path))
     with pytest.raises(Exception, match=r"ssh_config does not exist: run bash scripts/emulated_arm\.sh up"):
         place("arm-emulated")

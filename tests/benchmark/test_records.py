@@ -81,6 +81,8 @@ def test_instructions_are_summed_up_like_times_but_keep_their_unit() -> None:
         ({"cpu": None, "cores": 1, "os": "Debian"}, "1 core"),
         ({"os": "Debian"}, None),
         ({"name": "cpu", "cpu": "Acme", "cores": 1}, "Acme, 1 core"),
+        ({"name": "cpu", "cpu": "Acme", "gpu": "NVIDIA L4", "cores": 1}, "Acme, 1 core"),
+        ({"name": "cuda", "cpu": "Acme", "gpu": "NVIDIA L4", "cores": 1}, "cuda, Acme, NVIDIA L4, 1 core"),
     ],
 )
 def test_a_device_keeps_its_key_when_its_system_is_updated(device: dict[str, Any], key: str | None) -> None:

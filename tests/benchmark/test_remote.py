@@ -387,6 +387,37 @@ def test_the_answer_to_a_shell_that_greets_is_found(tmp_path: Path) -> None:
     assert answers == [({"facts": {}}, b""), ({"arrays": [[1]], "bytes": 3}, b"a\nb"), ({"ok": 1}, b""), None]
 
 
+def test_a_connection_that_is_lost_in_the_middle_of_an_answer_is_an_error_and_keeps_no_half(
+    run_command: Any, sshd: Any, artefact: Path, tiny_data: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    class Cut:
+        """The stream of ssh, which ends in the middle of the first outputs."""
+
+        def __init__(self, stream: Any) -> None:
+            self.stream = stream
+
+        def __iter__(self) -> Any:
+            return iter(self.stream)
+
+        def read(self, size: int) -> bytes:
+            if size:
+                started[0].terminate()
+            return self.stream.read(size)[: size // 2]
+
+    read, start, started = cell._read, transports.start, []
+
+    def remember(*words: Any) -> Any:
+        started.append(start(*words))
+        return started[0]
+
+    monkeypatch.setattr(transports, "start", remember)
+    monkeypatch.setattr(cell, "_read", lambda stream, put: read(Cut(stream), put))  # type: ignore[arg-type]
+    place = ("--device", board(tmp_path), "--host", sshd.host, "--imgsz", IMGSZ, "--output", tmp_path / "out")
+    assert run_command(accuracy.app, "--models", artefact, "--data", tiny_data, *place) == 2
+    assert "tiny_ncnn_model on ncnn: the connection to loopback was lost" in error_of(capsys)
+    assert list((tmp_path / "out" / "outputs").rglob("*.bin")) == []
+
+
 def test_a_worker_is_told_that_we_are_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cell, "PING_S", 0.01)
     done, sent = threading.Event(), []

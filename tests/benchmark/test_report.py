@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmark import facts, report, sections, wording
+from benchmark import facts, records, report, sections, wording
 from benchmark.pages import Code, Number, Table, Text, to_html, to_markdown
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)">| `[red]*_$\\frac\n# x\x1b[31m %{x} &amp;'
@@ -490,6 +490,18 @@ def test_a_folder_of_latency_and_accuracy(run: Any, tmp_path: Path, capsys: pyte
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "b onnxruntime 10.00 ms mAP50-95 0.5000 front" in lines
     assert lines[-1] == f"report: {folder / 'report.html'}"
+
+
+def test_batches_and_streams_have_plots_of_their_own(run: Any, tmp_path: Path, capsys: Any) -> None:
+    cells = [cell("a", 20.0), cell("b", 10.0), cell("a", 80.0, batch=8), cell("a", 50.0, streams=4)]
+    folder = benchmark_folder(tmp_path / "zoo", cells, {"a": 0.5, "b": 0.4})
+    assert run(folder) == 0
+    plots = (folder / "report.html").read_text().split("<figure>")[1:]
+    assert [plot.count('<g class="mark') for plot in plots] == [2, 1, 1]
+    titles = re.findall('<figure><p class="note">(.*?)</p>', (folder / "report.html").read_text())
+    device = records.device_key(record()["device"])
+    assert titles == [device, f"{device}, batch 8", f"{device}, 4 streams"]
+    assert "a onnxruntime, batch 8 80.00 ms" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_score_of_another_folder_belongs_to_the_same_file(run: Any, tmp_path: Path) -> None:

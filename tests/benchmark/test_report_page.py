@@ -194,7 +194,8 @@ def test_the_page_fits_a_phone_and_a_wide_screen(page: str, tmp_path: Path, widt
       }));
       document.getElementById('harness').textContent = JSON.stringify([
         inner.documentElement.scrollWidth - inner.documentElement.clientWidth, plot.width, plot.right,
-        parseFloat(frame.contentWindow.getComputedStyle(text).fontSize), hidden('.layers'), hidden('.sortable')]);
+        parseFloat(frame.contentWindow.getComputedStyle(text).fontSize), hidden('.layers'), hidden('.sortable'),
+        [...inner.querySelectorAll('.table')].map((box) => [box.tabIndex === 0, box.scrollWidth > box.clientWidth])]);
     };
     frame.srcdoc = PAGE;
     </script></body>"""
@@ -202,10 +203,11 @@ def test_the_page_fits_a_phone_and_a_wide_screen(page: str, tmp_path: Path, widt
     dom, console = visit(tmp_path, outer.replace("WIDTH", str(width)).replace("PAGE", content))
     assert console == []
     numbers = json.loads(dom.rpartition('id="harness">')[2].partition("</pre>")[0])
-    scrolled, plot_width, plot_right, letters_px, layers_hidden, rows_hidden = numbers
+    scrolled, plot_width, plot_right, letters_px, layers_hidden, rows_hidden, tables = numbers
     assert scrolled == 0  # the page itself does not scroll sideways, wide tables do
     assert plot_width > 280
     assert plot_right <= width
     assert layers_hidden == 0  # px of a table that only scrolling shows
     assert (rows_hidden == 0) == (width == 1400)
+    assert all(is_stop == is_wider for is_stop, is_wider in tables)  # so that a keyboard scrolls them
     assert letters_px >= 12

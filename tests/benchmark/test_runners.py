@@ -69,6 +69,27 @@ def test_what_a_foreign_file_does_not_tell_is_null(onnx_file: Path, tmp_path: Pa
     assert (facts["classes"], facts["precision"], facts["end2end"]) == (None, None, False)
 
 
+def test_sides_that_the_stride_does_not_divide_are_named(checkpoint: Path) -> None:
+    session = torch_runner.load(str(checkpoint), 1)
+    with pytest.raises(ValueError, match="takes images whose sides are multiples of 32 px, got 80×64"):
+        torch_runner.infer(session, np.zeros((1, 3, 64, 80), np.float32))
+
+
+def test_inputs_in_fp16_are_named(onnx_file: Path, tmp_path: Path) -> None:
+    import onnx
+
+    graph = onnx.load(onnx_file)
+    images = graph.graph.input[0]
+    cast = onnx.helper.make_node("Cast", [images.name], ["fp32"], to=onnx.TensorProto.FLOAT)
+    for node in graph.graph.node:
+        node.input[:] = ["fp32" if name == images.name else name for name in node.input]
+    graph.graph.node.insert(0, cast)
+    images.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    onnx.save(graph, tmp_path / "half.onnx")
+    with pytest.raises(ValueError, match=r"half\.onnx takes images as tensor\(float16\), not tensor\(float\)"):
+        onnxruntime_runner.load(str(tmp_path / "half.onnx"), 1)
+
+
 def test_a_file_that_is_no_onnx_is_named(tmp_path: Path) -> None:
     (tmp_path / "notes.onnx").write_text("not a graph")
     with pytest.raises(ValueError, match=r"notes\.onnx cannot be opened by onnxruntime"):

@@ -91,6 +91,18 @@ def test_the_hash_of_a_folder_changes_with_each_file_and_name(tmp_path: Path) ->
     )
 
 
+def test_weights_beside_an_onnx_file_are_refused(onnx_file: Path, tmp_path: Path) -> None:
+    import onnx
+
+    far = tmp_path / "far.onnx"
+    onnx.save(onnx.load(onnx_file), far, save_as_external_data=True, location="weights")
+    with pytest.raises(BenchmarkError, match=r"far\.onnx keeps its weights in other files: save it as one"):
+        runtimes.require(far)
+    onnx.save(onnx.load(far), far)  # what the message says
+    runtimes.require(far)
+    assert runtimes.size_bytes(far) > 10_000_000
+
+
 @pytest.mark.parametrize(
     ("paths", "names"),
     [

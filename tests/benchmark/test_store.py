@@ -155,7 +155,7 @@ def test_a_file_that_is_no_store_is_refused_and_left_alone(tmp_path: Path, make:
     path, record = tmp_path / "s.sqlite", latency(tmp_path / "l.json", cell("a", 2.0))
     make(path)
     before = path.read_bytes() if path.is_file() else None
-    with pytest.raises(RunError, match="choose another --store") as caught:
+    with pytest.raises(RunError, match=r"choose another with --store or \$ESPALIER_STORE") as caught:
         store.add(record, path)
     assert complaint in str(caught.value)
     with pytest.raises(RunError, match=r"s\.sqlite"):

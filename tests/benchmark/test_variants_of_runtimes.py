@@ -89,7 +89,7 @@ class FakeGraph:
         return [name for name in self.asked if name in self.works]
 
     def get_inputs(self) -> list[Any]:
-        return [SimpleNamespace(name="images", shape=[1, 3, 64, 64])]
+        return [SimpleNamespace(name="images", shape=[1, 3, 64, 64], type="tensor(float)")]
 
     def get_modelmeta(self) -> Any:
         return SimpleNamespace(custom_metadata_map={})
