@@ -14,14 +14,28 @@ from typing import Any
 _CPU = Path("/sys/devices/system/cpu/cpu0")
 _POWERCAP = Path("/sys/class/powercap")
 _NVIDIA = Path("/proc/driver/nvidia/gpus")
+_CPUINFO = Path("/proc/cpuinfo")
+# By Linux's names, those that decide how fast a runtime computes: a virtual machine may call two processors the same of
+# which one has them.
+_EXTENSIONS = {
+    "avx2": "AVX2",
+    "avx512f": "AVX-512",
+    "avx_vnni": "VNNI",
+    "avx512_vnni": "VNNI",
+    "amx_int8": "AMX",
+    "asimdhp": "fp16",
+    "asimddp": "dot products",
+    "i8mm": "int8 matrices",
+    "sve": "SVE",
+}
 
 
 def device() -> dict[str, Any]:
     """Return what does not change during a measurement.
 
-    `cpu`, `gpu` (NVIDIA's; null where no driver tells), `cores` (of the machine), `usable_cores` (this process may run
-    on), `memory_bytes`, `os`, `kernel`, `container` (its kind; null where there is no sign of one), `virtual_machine`
-    (true or false; null where the CPU does not tell).
+    `cpu` with its vector extensions, `gpu` (NVIDIA's; null where no driver tells), `cores` (of the machine),
+    `usable_cores` (this process may run on), `memory_bytes`, `os`, `kernel`, `container` (its kind; null where there is
+    no sign of one), `virtual_machine` (true or false; null where the CPU does not tell).
     """
     return {
         "cpu": _cpu_model(),
@@ -100,9 +114,17 @@ def huge_page_bytes() -> int | None:
 
 
 def _cpu_model() -> str | None:
-    found = re.search(r"^model name\s*:\s*(.+)$", _text(Path("/proc/cpuinfo")) or "", re.MULTILINE)
+    found = re.search(r"^model name\s*:\s*(.+)$", _text(_CPUINFO) or "", re.MULTILINE)
     board = _text(Path("/proc/device-tree/model"))
-    return found[1] if found else board.rstrip("\0") if board else platform.processor() or None
+    name = found[1] if found else board.rstrip("\0") if board else platform.processor() or None
+    extensions = dict.fromkeys(named for flag, named in _EXTENSIONS.items() if flag in _cpu_flags())
+    return f"{name} ({', '.join(extensions)})" if name and extensions else name
+
+
+def _cpu_flags() -> set[str]:
+    """Return what the first core can do, by Linux's names on x86 and ARM."""
+    found = re.search(r"^(?:flags|Features)\s*:(.+)$", _text(_CPUINFO) or "", re.MULTILINE)
+    return set(found[1].split()) if found else set()
 
 
 def _gpu_models() -> str | None:
@@ -113,7 +135,7 @@ def _gpu_models() -> str | None:
 
 
 def _cpuinfo_mhz() -> float | None:
-    found = re.search(r"^cpu MHz\s*:\s*([\d.]+)", _text(Path("/proc/cpuinfo")) or "", re.MULTILINE)
+    found = re.search(r"^cpu MHz\s*:\s*([\d.]+)", _text(_CPUINFO) or "", re.MULTILINE)
     return float(found[1]) if found else None
 
 
@@ -140,8 +162,8 @@ def _container() -> str | None:
 
 
 def _virtual_machine() -> bool | None:
-    flags = re.search(r"^flags\s*:(.+)$", _text(Path("/proc/cpuinfo")) or "", re.MULTILINE)
-    return "hypervisor" in flags[1].split() if flags else None
+    flags = _cpu_flags()
+    return "hypervisor" in flags if "fpu" in flags else None  # ARM's do not tell
 
 
 def _text(path: Path) -> str | None:

@@ -180,12 +180,12 @@ def benchmark(
     parents = {role: runtimes.sha256(path) for role, path in inputs.items()} | {"data": fingerprint(data)}
     with manifest.lock(output):
         finished = manifest.is_finished(output, "benchmark", config, parents)
-        noisy = finished and manifest.read_json(output / "latency.json")["noisy"]
-        if finished and not noisy:
+        reason = _doubted(output) if finished else None
+        if finished and reason is None:
             print(f"benchmark: finished before, unchanged: {output}")
         else:
-            if noisy:
-                print(f"benchmark: the latency measured before is noisy, it is measured again: {output}")
+            if reason:
+                print(f"benchmark: the latency of before {reason}, it is measured again: {output}")
             else:
                 manifest.begin(output, "benchmark", config, parents)
             if not (output / "accuracy.json").exists():  # an interrupted start may have come as far as to the timing
@@ -218,6 +218,16 @@ def benchmark(
     for name in ("latency.json", "accuracy.json"):
         store.add(output / name, prefix=f"{settings.name}/")
     return summary
+
+
+def _doubted(output: Path) -> str | None:
+    """Return why the latency of a finished benchmark has to be measured again, or None."""
+    from benchmark import freshness
+
+    record, tools = manifest.read_json(output / "latency.json"), manifest.read_json(output / manifest.MANIFEST)["tools"]
+    if record["noisy"]:
+        return "is noisy"
+    return freshness.outdated(record["device"]["cpu"], tools, {cell["runtime"] for cell in record["cells"]})
 
 
 def summarise(

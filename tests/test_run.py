@@ -217,19 +217,35 @@ def test_a_second_start_finds_everything_finished(finished, home: Path, start) -
     assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == STAGES  # nothing moved aside
 
 
-def test_a_noisy_latency_is_measured_again_and_nothing_else(finished, home: Path, start, monkeypatch) -> None:
-    folder = home / "runs" / "tiny" / "06_benchmark"
-    quiet, scored = json.loads((folder / "latency.json").read_text()), (folder / "accuracy.json").stat().st_mtime_ns
-    noisy = {**quiet, "noisy": True, "noise": ["a compiler ran"]}
-    (folder / "latency.json").write_text(json.dumps(noisy))
+def put_latency(folder: Path, latency: dict[str, Any]) -> None:
+    """Write the latency of a finished benchmark, as if it had been measured so."""
+    (folder / "latency.json").write_text(json.dumps(latency))
     record = json.loads((folder / manifest.MANIFEST).read_text())
     record["files"]["latency.json"] = manifest.sha256_file(folder / "latency.json")
     (folder / manifest.MANIFEST).write_text(json.dumps(record))
 
+
+def test_a_latency_of_another_machine_is_measured_again(finished, home: Path, start, monkeypatch) -> None:
+    folder = home / "runs" / "tiny" / "06_benchmark"
+    here = json.loads((folder / "latency.json").read_text())
+    put_latency(folder, {**here, "device": {**here["device"], "cpu": "another"}})
+    monkeypatch.setattr("benchmark.latency.measure", lambda *_, **__: here)
+    code, out, err = start(home, "seed=3")
+    assert (code, err) == (0, "")
+    assert f"latency of before was measured on another, this is {here['device']['cpu']}, it is measured" in out
+    assert json.loads((folder / "latency.json").read_text()) == here
+
+
+def test_a_noisy_latency_is_measured_again_and_nothing_else(finished, home: Path, start, monkeypatch) -> None:
+    folder = home / "runs" / "tiny" / "06_benchmark"
+    quiet, scored = json.loads((folder / "latency.json").read_text()), (folder / "accuracy.json").stat().st_mtime_ns
+    noisy = {**quiet, "noisy": True, "noise": ["a compiler ran"]}
+    put_latency(folder, noisy)
+
     monkeypatch.setattr("benchmark.latency.measure", lambda *_, **__: noisy)
     code, out, err = start(home, "seed=3")
     assert (code, err) == (0, "")
-    assert "benchmark: the latency measured before is noisy, it is measured again: runs/tiny/06_benchmark\n" in out
+    assert "benchmark: the latency of before is noisy, it is measured again: runs/tiny/06_benchmark\n" in out
     remark = "the measurement is noisy (a compiler ran): end what else runs there, and run the same command again"
     lines = out.splitlines()
     assert (lines[-4], lines[-1]) == (remark, "report: runs/tiny/report.html")

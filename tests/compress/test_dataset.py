@@ -261,6 +261,12 @@ def test_a_moved_set_keeps_its_hash(data, tmp_path, digest):
         pytest.param(lambda root: (root / "images/train/a.jpg").write_text("TRAIN/A"), True, False, id="image bytes"),
         pytest.param(lambda root: (root / "images/train/a.jpg").write_text("longer than"), True, True, id="image size"),
         pytest.param(lambda root: (root / "labels/train/a.txt").write_text("0 0 0 1 1"), True, True, id="label"),
+        pytest.param(
+            lambda root: (path := root / "labels/train/a.txt").write_text(path.read_text().replace("1 ", "0 ", 1)),
+            True,
+            True,
+            id="class of a label, as long as before",
+        ),
         pytest.param(lambda root: (root / "labels/train/a.txt").unlink(), True, True, id="label gone"),
         pytest.param(
             lambda root: (root / "images/train/a.jpg").rename(root / "images/train/A.jpg"), True, True, id="image name"
