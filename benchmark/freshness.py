@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 from benchmark import runtimes, system
 from compress import manifest
+
+
+def outdated_record(record: dict[str, Any], stage: Path, gpu: str | None = None) -> str | None:
+    """Return why a latency record of this machine no longer speaks of it; null where it does.
+
+    Args:
+        stage: the folder of the finished stage that holds it.
+        gpu: as for `outdated`.
+    """
+    tools = manifest.read_json(stage / manifest.MANIFEST).get("tools", {})
+    return outdated(record["device"]["cpu"], tools, [cell["runtime"] for cell in record["cells"]], gpu)
 
 
 def outdated(cpu: str | None, tools: Mapping[str, str], measured: Iterable[str], gpu: str | None = None) -> str | None:

@@ -224,10 +224,8 @@ def _doubted(output: Path) -> str | None:
     """Return why the latency of a finished benchmark has to be measured again, or None."""
     from benchmark import freshness
 
-    record, tools = manifest.read_json(output / "latency.json"), manifest.read_json(output / manifest.MANIFEST)["tools"]
-    if record["noisy"]:
-        return "is noisy"
-    return freshness.outdated(record["device"]["cpu"], tools, {cell["runtime"] for cell in record["cells"]})
+    record = manifest.read_json(output / "latency.json")
+    return "is noisy" if record["noisy"] else freshness.outdated_record(record, output)
 
 
 def summarise(
