@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +59,19 @@ class Request:
 
     def parents(self) -> dict[str, str]:
         """Return the hashes of the inputs by role."""
-        from compress.data.dataset import fingerprint
-
         hashes = {
             f"{name}.{runtime}": runtimes.sha256(path)
             for name, files in self.models.items()
             for runtime, path in files.items()
         }
-        return hashes if self.data is None else {**hashes, "data": fingerprint(self.data)}
+        return hashes if self.data_sha256 is None else {**hashes, "data": self.data_sha256}
+
+    @cached_property
+    def data_sha256(self) -> str | None:
+        """Return the fingerprint of the data set, for which all its labels are read."""
+        from compress.data.dataset import fingerprint
+
+        return None if self.data is None else fingerprint(self.data)
 
 
 def request(
@@ -217,7 +223,6 @@ def score(wanted: Request, site: Site, files: dict[str, dict[str, Path]], output
     """
     from benchmark.accuracy import evaluate
     from benchmark.outputs import remote_network
-    from compress.data.dataset import fingerprint
 
     if wanted.data is None:
         return {}
@@ -227,7 +232,7 @@ def score(wanted: Request, site: Site, files: dict[str, dict[str, Path]], output
     names = dict(zip(asked, runtimes.distinct_names(asked), strict=True))  # every stage calls its model model.pt
     options: dict[str, Any] = {"split": wanted.split, "imgsz": wanted.imgsz, "threads": wanted.threads}
     # In the record itself, which may go where the manifest does not.
-    known = {"data": wanted.data.name, "data_sha256": fingerprint(wanted.data)}
+    known = {"data": wanted.data.name, "data_sha256": wanted.data_sha256}
     known |= {"split": wanted.split, "imgsz": wanted.imgsz}
     for number, (name, given) in enumerate(files.items()):
         for runtime, path in given.items():

@@ -117,7 +117,8 @@ def _cpu_model() -> str | None:
     found = re.search(r"^model name\s*:\s*(.+)$", _text(_CPUINFO) or "", re.MULTILINE)
     board = _text(Path("/proc/device-tree/model"))
     name = found[1] if found else board.rstrip("\0") if board else platform.processor() or None
-    extensions = dict.fromkeys(named for flag, named in _EXTENSIONS.items() if flag in _cpu_flags())
+    flags = _cpu_flags()
+    extensions = dict.fromkeys(named for flag, named in _EXTENSIONS.items() if flag in flags)
     return f"{name} ({', '.join(extensions)})" if name and extensions else name
 
 

@@ -129,6 +129,7 @@ class GammaLog:
         self.threshold = NEAR_ZERO * settings["start_mean"]
         self.near_zero = 0.0
         self.table = load_table(Path(settings["table"])) if settings.get("table") else None
+        self.latency = evaluate(self.table, graph) if self.table else None
 
     def write(self, model: nn.Module, epoch: int, strength: float, metrics: dict[str, Any]) -> None:
         """Write one epoch."""
@@ -142,9 +143,9 @@ class GammaLog:
         left = widths_without(self.graph, batch_norm_scales(self.graph, model), self.threshold)
         share = self.graph.macs(left) / self.graph.macs(self.graph.widths)
         self.writer.add_scalar("sparsity/macs_if_pruned", share, epoch)
-        if self.table:
-            latency, allowed = evaluate(self.table, self.graph), round_up(self.graph, left, self.table.budget)
-            share = latency(allowed) / latency(self.graph.widths)
+        if self.table and self.latency:
+            allowed = round_up(self.graph, left, self.table.budget)
+            share = self.latency(allowed) / self.latency(self.graph.widths)
             self.writer.add_scalar("sparsity/latency_if_pruned", share, epoch)
         self.writer.add_scalar("sparsity/mean_gamma", float(every.mean()), epoch)
         self.writer.add_scalar("sparsity/lambda", strength, epoch)
