@@ -1,8 +1,9 @@
 """How long a network and each of its segments take, in a process of its own, beside the dense model.
 
-`python -m benchmark.layer_times RUNTIME DENSE MODEL THREADS IMGSZ SEED ROUNDS` writes one JSON line: medians per round
-of both networks, and of the segments of MODEL. A segment is what the runtime computes after one convolution up to and
-including the next one. The two take turns in short bursts, so that what the machine does meanwhile meets both alike.
+`python -m benchmark.layer_times RUNTIME DENSE MODEL THREADS IMGSZ SEED INTERVAL` writes one JSON line: medians per
+round of both networks, and of the segments of MODEL. A segment is what the runtime computes after one convolution up to
+and including the next one. The two take turns in short bursts, so that what the machine does meanwhile meets both
+alike, until their ratio is known twice as well as INTERVAL asks for (width of its 95 % interval, as a share).
 
 With one thread the clock is the CPU time of that thread, which others on the machine do not lengthen by taking turns;
 with more it is the wall clock.
@@ -22,11 +23,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmark import statistics
+
 # The other network has just used the caches: the first queries of a burst bring them back and are not counted. With
 # fewer of them small networks seem slower than `benchmark.latency` finds them, whose bursts are as long.
 LEAD_IN = 2
 BURST = 8
 WARM_UP = 3
+MIN_ROUNDS, MAX_ROUNDS = 6, 12
 # onnxruntime fuses these into the convolution that feeds them, which then bears their name.
 _FUSED = {"Relu", "LeakyRelu", "Clip", "Sigmoid", "Tanh", "HardSigmoid", "Add"}
 
@@ -42,7 +46,9 @@ class Segment(NamedTuple):
 TAIL = "tail"  # what follows the last convolution
 
 
-def measure(runtime: str, dense: str, model: str, threads: int, imgsz: int, seed: int, rounds: int) -> dict[str, Any]:
+def measure(
+    runtime: str, dense: str, model: str, threads: int, imgsz: int, seed: int, max_interval: float
+) -> dict[str, Any]:
     """Return what the module says.
 
     Raises:
@@ -56,12 +62,26 @@ def measure(runtime: str, dense: str, model: str, threads: int, imgsz: int, seed
         for _ in range(WARM_UP):
             query()
     record: dict[str, list[float]] = {"dense": [], "whole": []}
-    for _ in range(rounds):
+    while not is_enough(record["dense"], record["whole"], max_interval, seed):
         for name, query in (("dense", reference.run), ("whole", network.run)):
             record[name].append(_burst(query, clock))
         network.burst_by_layer()
     segments = [{"name": s.name, "shape": s.shape, "cost": round(s.cost, 6)} for s in network.segments()]
     return {**record, "segments": segments, "version": reference.version, "precision": reference.precision}
+
+
+def is_enough(dense: list[float], whole: list[float], max_interval: float, seed: int) -> bool:
+    """Tell whether the rounds so far, one value of each network for each, tell the ratio of the two well enough.
+
+    Half of the interval that is asked for: what narrows slowly would else stop on the first lucky draw.
+
+    >>> is_enough([8.0] * 5, [4.0] * 5, 0.05, 0), is_enough([8.0] * 6, [4.0] * 6, 0.05, 0)
+    (False, True)
+    """
+    if len(dense) < MIN_ROUNDS:
+        return False
+    ratio, (low, high) = statistics.speedup([[value] for value in dense], [[value] for value in whole], seed)
+    return len(dense) >= MAX_ROUNDS or high - low <= max_interval / 2 * ratio
 
 
 def _burst(query: Callable[[], object], clock: Callable[[], int]) -> float:
@@ -220,10 +240,9 @@ def main() -> None:
     """Measure and write the record; a fault of the model becomes a line `{"error": …}`."""
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as channel:
         os.dup2(2, 1)  # no library writes into the record
-        runtime, dense, model, *numbers = sys.argv[1:]
-        threads, imgsz, seed, rounds = map(int, numbers)
+        runtime, dense, model, threads, imgsz, seed, interval = sys.argv[1:]
         try:
-            record = measure(runtime, dense, model, threads, imgsz, seed, rounds)
+            record = measure(runtime, dense, model, int(threads), int(imgsz), int(seed), float(interval))
         except Exception as error:
             record = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
         channel.write(json.dumps(record) + "\n")

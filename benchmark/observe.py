@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmark import programs, sites, statistics
-from benchmark.layer_times import BURST, LEAD_IN, RUNTIMES, join, ncnn_shapes
+from benchmark.layer_times import BURST, LEAD_IN, RUNTIMES, is_enough, join, ncnn_shapes
 from benchmark.sites import Site
 from compress.devices import Device, load_device
 from compress.errors import BenchmarkError, SettingsError
 from compress.settings import Budget
 
-ROUNDS = 12
 COUNTED = 2  # queries where instructions are counted: they repeat to 0.1 %
 ATTEMPTS = 3
 TIMEOUT_S = 300
@@ -148,9 +147,13 @@ def _by_workers(site: Site, dense: Path, model: Path, wanted: Wanted, known: dic
         else:
             with sites.worker(site, wanted.runtime, dense, **options) as other:
                 other.receive()
-                turns = [(sample(other), sample(mine)) for _ in range(ROUNDS + 1)][1:]  # the first is the warm-up
+                for worker in (other, mine):
+                    sample(worker)  # the warm-up
+                reference, whole = [], []
+                while not is_enough(reference, whole, wanted.max_interval, wanted.seed):
+                    reference.append(sample(other))
+                    whole.append(sample(mine))
                 costs = _layers(mine, wanted)
-                reference, whole = [list(column) for column in zip(*turns, strict=True)]
     facts = {key: facts[key] for key in ("version", "precision")}
     return {"dense": reference, "whole": whole, "segments": _segments(model, costs), **facts}
 
@@ -173,7 +176,7 @@ def _segments(model: Path, costs: list[tuple[str, float]]) -> list[dict[str, Any
 
 def _here(dense: Path, model: Path, wanted: Wanted) -> dict[str, Any]:
     """Measure in a fresh process, see `layer_times.measure`."""
-    numbers = (wanted.threads, wanted.imgsz, wanted.seed, ROUNDS)
+    numbers = (wanted.threads, wanted.imgsz, wanted.seed, wanted.max_interval)
     command = programs.own("benchmark.layer_times", wanted.runtime, dense.resolve(), model.resolve(), *numbers)
     try:
         done = programs.run(command, TIMEOUT_S, environment=programs.own_environment(wanted.threads))

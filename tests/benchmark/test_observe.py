@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmark import observe, sites
+from benchmark.layer_times import MIN_ROUNDS
 from benchmark.observe import BURST, LEAD_IN, Wanted
 from compress.devices import load_device
 from compress.errors import SettingsError
@@ -63,8 +64,8 @@ def test_a_device_with_a_clock_measures_both_in_turns(asked: list[tuple[str, int
     found = observe.observe(site("rpi5"), DENSE, MODEL, wanted("rpi5"))
     assert (found["speedup"], found["interval"], found["noisy"], found["attempts"]) == (2.0, [2.0, 2.0], False, 1)
     assert found["record"] == {
-        "dense": [8.0] * observe.ROUNDS,
-        "whole": [4.0] * observe.ROUNDS,
+        "dense": [8.0] * MIN_ROUNDS,
+        "whole": [4.0] * MIN_ROUNDS,
         "segments": [
             {"name": "conv_0", "shape": [8, 3, 3, 3], "cost": 3.0},
             {"name": "tail", "shape": [], "cost": 1.0},
@@ -72,7 +73,7 @@ def test_a_device_with_a_clock_measures_both_in_turns(asked: list[tuple[str, int
         "version": "1.2",
         "precision": "fp16",
     }
-    turns = [(DENSE.name, LEAD_IN + BURST), (MODEL.name, LEAD_IN + BURST)] * (observe.ROUNDS + 1)
+    turns = [(DENSE.name, LEAD_IN + BURST), (MODEL.name, LEAD_IN + BURST)] * (MIN_ROUNDS + 1)
     assert asked == [*turns, (MODEL.name, 0)]
 
 

@@ -69,8 +69,9 @@ def stand_in(monkeypatch) -> list[str]:
 def test_a_network_is_measured_whole_and_by_layer(runtime: str, model: Any, tmp_path: Path) -> None:
     path = variants.export(model, "dense", wanted(runtime=runtime), tmp_path, Local())
     assert [p.name for p in tmp_path.iterdir()] == [path.name]  # the checkpoint on the way is gone
-    found = layer_times.measure(runtime, str(path), str(path), 1, IMGSZ, 0, 2)
-    assert (len(found["dense"]), len(found["whole"]), found["precision"]) == (2, 2, "fp32")
+    found = layer_times.measure(runtime, str(path), str(path), 1, IMGSZ, 0, 1.0)
+    rounds = (len(found["dense"]), len(found["whole"]))
+    assert (*rounds, found["precision"]) == (layer_times.MIN_ROUNDS, layer_times.MIN_ROUNDS, "fp32")
     convolutions = [value for name, value in model.state_dict().items() if value.ndim == 4 and "dfl" not in name]
     shapes = [segment["shape"] for segment in found["segments"]]
     assert shapes[0] == [8, 3, 3, 3]
@@ -81,6 +82,16 @@ def test_a_network_is_measured_whole_and_by_layer(runtime: str, model: Any, tmp_
     )
     assert found["segments"][-1]["name"] == "tail"
     assert all(segment["cost"] > 0 for segment in found["segments"][:-1])
+
+
+def test_rounds_go_on_until_the_ratio_is_known_but_not_for_ever() -> None:
+    steady, wavering = [4.0] * 12, [4.0 + count for count in range(12)]
+    rounds = range(layer_times.MAX_ROUNDS + 1)
+    for other, wanted_rounds in ((steady, layer_times.MIN_ROUNDS), (wavering, layer_times.MAX_ROUNDS)):
+        done = [layer_times.is_enough(steady[:count], other[:count], 0.05, 0) for count in rounds]
+        assert done.index(True) == wanted_rounds
+    alike = [layer_times.is_enough(steady[:count], wavering[:count], 2.0, 0) for count in rounds]
+    assert alike.index(True) == layer_times.MIN_ROUNDS  # a wider interval is soon reached
 
 
 def test_layers_are_added_up_to_the_convolution_behind_them() -> None:
@@ -109,7 +120,7 @@ def test_a_process_of_its_own_measures_and_says_what_is_wrong(model: Any, tmp_pa
     path = variants.export(model, "dense", wanted(), tmp_path, Local())
     site = sites.here()
     record = observe.observe_once(site, path, path, wanted(), {})
-    assert len(record["whole"]) == observe.ROUNDS
+    assert layer_times.MIN_ROUNDS <= len(record["whole"]) <= layer_times.MAX_ROUNDS
     (tmp_path / "broken.onnx").write_text("no graph")
     with pytest.raises(BenchmarkError, match=r"broken\.onnx on onnxruntime: ValueError: .* cannot be opened"):
         observe.observe_once(site, path, tmp_path / "broken.onnx", wanted(), {})
@@ -122,7 +133,7 @@ def test_pytorch_is_measured_whole(model: Any, tmp_path: Path) -> None:
     path = variants.export(model, "dense", settings, tmp_path, Local())
     assert path == tmp_path / "dense.pt"
     record = observe.observe_once(sites.here(), path, path, settings, {})
-    assert (len(record["dense"]), len(record["whole"])) == (observe.ROUNDS, observe.ROUNDS)
+    assert layer_times.MIN_ROUNDS <= len(record["dense"]) == len(record["whole"]) <= layer_times.MAX_ROUNDS
     assert all(cost > 0 for cost in (*record["dense"], *record["whole"]))
     assert (record["segments"], record["precision"], record["version"]) == ([], "fp32", torch.__version__)
 
