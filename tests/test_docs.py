@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -18,6 +20,9 @@ COMMANDS = sorted(
         for document in DOCUMENTS
         for command in re.findall(r"(python -m (?:compress|export|benchmark)\.[^`\n]*)", document.read_text("utf-8"))
     }
+)
+STUDIES = sorted(
+    set(re.findall(r"\n    python (?:-m )?(scripts[./](?:studies|peers)[./].*)", DOCUMENTS[1].read_text("utf-8")))
 )
 
 
@@ -43,6 +48,23 @@ def test_a_wrong_command_is_seen() -> None:
     with pytest.raises(Exception, match="--no-such") as caught:
         parse("python -m compress.run --config x.yaml --no-such")
     assert type(caught.value).__name__ == "NoSuchOption"
+
+
+@pytest.mark.parametrize("command", STUDIES)
+def test_the_commands_of_the_studies_are_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, *arguments = shlex.split(command.replace("…", ""))
+    module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
+    parse_args = argparse.ArgumentParser.parse_args
+    understood = []
+
+    def only_parse(parser: argparse.ArgumentParser, *_: Any) -> None:
+        understood.append(parse_args(parser, arguments))
+        raise KeyboardInterrupt  # before the study begins
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
+    with pytest.raises(KeyboardInterrupt):
+        module.main()
+    assert len(understood) == 1
 
 
 def test_the_files_that_documents_name_exist() -> None:
