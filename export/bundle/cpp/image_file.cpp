@@ -4,6 +4,7 @@
 #include <cctype>
 #include <csetjmp>
 #include <cstdio>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
@@ -68,8 +69,12 @@ int orientation_of_tiff(const Tiff& tiff) {
 int exif_orientation(const Bytes& file) {
     std::size_t i = 2;
     while (i + 10 <= file.size() && file[i] == 0xFF) {
+        if (file[i + 1] == 0xFF) {  // any marker may be preceded by such bytes
+            ++i;
+            continue;
+        }
         const std::size_t length = std::size_t{file[i + 2]} << 8 | file[i + 3];
-        const bool is_exif = file[i + 1] == 0xE1 && std::equal(&file[i + 4], &file[i + 10], "Exif\0");
+        const bool is_exif = file[i + 1] == 0xE1 && std::memcmp(&file[i + 4], "Exif\0", 6) == 0;
         if (is_exif && length >= 8 && i + 2 + length <= file.size()) {
             return orientation_of_tiff(Tiff(file.data() + i + 10, length - 8));
         }
@@ -183,6 +188,9 @@ const char* jpeg_reader() {
 
 std::string find_images(const std::string& path, std::vector<std::string>& images) {
     std::error_code error;
+    if (!std::filesystem::exists(path, error)) {
+        return path + " does not exist: check the path";
+    }
     if (!std::filesystem::is_directory(path, error)) {
         images.push_back(path);
         return "";
