@@ -290,6 +290,19 @@ def test_a_timing_cache_is_kept_for_each_version_and_gpu(device: Any, onnx_file:
     ]
 
 
+@pytest.mark.parametrize("args", ["[1]", "5", "-" * 100_000 + "1", "{'nms': True, 'conf': 0.5}"])
+def test_what_a_stranger_wrote_into_an_onnx_file_is_no_reason_to_fail(
+    args: str, device: Any, onnx_file: Path, tmp_path: Path
+) -> None:
+    graph = onnx.load(onnx_file)
+    for entry in graph.metadata_props:
+        entry.value = args if entry.key == "args" else entry.value
+    onnx.save(graph, tmp_path / "odd.onnx")
+    record = trt.export_stage(tmp_path / "odd.onnx", settings(), Ssh("jetson"), tmp_path / "out")
+    expected = {"conf": 0.5, "iou": None, "max_det": None} if "nms" in args else None
+    assert (record["suppression"], record["names"]) == (expected, {"0": "circle", "1": "square", "2": "star"})
+
+
 def test_an_unchanged_engine_is_kept_and_a_stale_one_built_again(
     device: Any, onnx_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
