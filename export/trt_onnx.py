@@ -27,7 +27,7 @@ def make_onnx(
     Args:
         model: a checkpoint, or an ONNX file of any shape.
         output: the file to write, NAME.onnx.
-        settings: precision, shapes …
+        settings: precision, shapes … that fit the model.
         strongly_typed: whether the target's network is.
         data: data set YAML, needed for a checkpoint.
         calibration: data set YAML for int8; `data` when not given.
@@ -36,15 +36,13 @@ def make_onnx(
         The parity record of what was written; null for an ONNX file that was given.
 
     Raises:
-        ExportError: the file is not one or does not fit the settings, or parity fails.
+        ExportError: the file is not one, or parity fails.
     """
     from export.half import QDQ_OPSET, convert
 
     if model.suffix == ".onnx":
         graph, parity = load_onnx(model), None
-        _check_precision(model, graph, settings)
     else:
-        _check_static(settings)
         assert data is not None, "a checkpoint comes with data"
         # 16-bit scales need a later opset, which the parser of a weakly typed TensorRT does not know yet.
         half_scales = strongly_typed and settings.rest == "fp16"
@@ -184,7 +182,12 @@ def checkpoint_imgsz(settings: ExportTrt) -> int:
     return parse_range(settings.imgsz or "640", "imgsz")[0]
 
 
-def _check_static(settings: ExportTrt) -> None:
+def check_static(settings: ExportTrt) -> None:
+    """Check that the shapes are those that a checkpoint is exported for.
+
+    Raises:
+        ExportError: they are not.
+    """
     low, _, high = parse_range(settings.imgsz or "640", "imgsz")
     open_size, open_batch = low != high, parse_range(settings.batch or "1", "batch") != (1, 1, 1)
     if open_size or open_batch:
@@ -195,8 +198,12 @@ def _check_static(settings: ExportTrt) -> None:
         )
 
 
-def _check_precision(path: Path, graph: Any, settings: ExportTrt) -> None:
-    """Check that the types of an ONNX file do not contradict the precision that is asked for."""
+def check_precision(path: Path, graph: Any, settings: ExportTrt) -> None:
+    """Check that the types of an ONNX file do not contradict the precision that is asked for.
+
+    Raises:
+        ExportError: they do.
+    """
     quantized = any(node.op_type == "QuantizeLinear" for node in graph.graph.node)
     if settings.precision == "int8" and not quantized:
         raise ExportError(

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper
 
 from compress import manifest
 from compress.checkpoint import build_model, save_model
-from compress.errors import ExportError, SettingsError
+from compress.errors import EspalierError, ExportError, SettingsError
 from compress.settings import ExportTrt, parse
 from export import qdq, trt, trt_builder, trt_onnx, trt_target
 from export.onnx import export_onnx
@@ -530,6 +530,7 @@ def test_a_static_graph_takes_its_own_shape_only(onnx_file: Path) -> None:
 
 def test_types_that_contradict_the_precision_are_named(onnx_file: Path, tmp_path: Path) -> None:
     def make(source: Path, **wanted: Any) -> None:
+        trt_onnx.check_precision(source, trt_onnx.load_onnx(source), settings(**wanted))
         trt_onnx.make_onnx(source, tmp_path / "made.onnx", settings(**wanted), True, None, None)
 
     with pytest.raises(ExportError, match=r"has no Q/DQ nodes, which int8 needs: make it with export.quantize"):
@@ -571,6 +572,30 @@ def test_an_engine_of_a_file_in_its_own_folder_is_refused_and_moves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_mistakes_leave_what_is_there(
+    device: Any, onnx_file: Path, dynamic: Path, detector: Path, world: Path, data: Path, tmp_path: Path
+) -> None:
+    """What was built earlier is not moved aside by a start that cannot begin."""
+    output = tmp_path / "out"
+    trt.export_stage(onnx_file, settings(), Ssh("jetson"), output)
+    before = {path: path.read_bytes() for path in output.iterdir()}
+    other = tmp_path / "other.yaml"
+    other.write_text(data.read_text("utf-8").replace("names:", f"path: {data.parent}\nnames: {{0: a}}\nold:"), "utf-8")
+    for model, changes, message in (
+        (detector, {"imgsz": "70"}, "imgsz 70 must be a multiple of the model's stride 32: use 64"),
+        (detector, {"batch": "4"}, "a checkpoint is exported for batch 1"),
+        (world, {}, "has a WorldDetect head"),
+        (detector, {"precision": "int8"}, "predicts 3 classes, "),
+        (dynamic, {"imgsz": "128:96:64", "batch": "1"}, "--imgsz must be a number or MIN:OPT:MAX in rising order"),
+        (dynamic, {"imgsz": "64:96:128", "batch": "1", "dla": 0}, "a DLA runs fixed shapes only"),
+        (onnx_file, {"precision": "int8"}, "has no Q/DQ nodes, which int8 needs"),
+    ):
+        with pytest.raises(EspalierError, match=message):
+            trt.export_stage(model, settings(**changes), Ssh("jetson"), output, data=other)
+        assert {path: path.read_bytes() for path in output.iterdir()} == before
+    assert not (tmp_path / "out.1").exists()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -596,6 +621,10 @@ def test_the_script_for_a_version_builds_nothing(onnx_file: Path, tmp_path: Path
     assert {item.name for item in output.iterdir()} == {"tiny.onnx", "tiny.trtexec.sh"}
     with pytest.raises(ExportError, match=r"lies in --output"):
         trt.write_script(output / "tiny.onnx", settings(), trt._facts_of("auto", "8.6.1"), output)
+    assert trt.write_script(onnx_file, settings(), trt._facts_of("auto", "10.3"), output) == path
+    path.unlink()  # as an engine's own folder has none
+    with pytest.raises(ExportError, match=r"tiny\.onnx is there, and no earlier --script wrote it: choose another"):
+        trt.write_script(onnx_file, settings(), trt._facts_of("auto", "10.3"), output)
     with pytest.raises(ExportError, match=r"--trt-version must be a version such as 10.3, got 'new'"):
         trt._facts_of("auto", "new")
 
@@ -610,6 +639,21 @@ def test_the_command_says_what_does_not_go_together(onnx_file: Path, tmp_path: P
     )
     result = CliRunner().invoke(trt.app, [*arguments, "--script", "--calibration", "shapes"])
     assert str(result.exception) == "--calibration goes with --precision int8, precision is fp16"
+    as_it_is = "goes with a checkpoint, tiny.onnx is built as it is: leave it out"
+    for words, message in (
+        (["--data", "shapes"], f"--data {as_it_is}"),
+        (["--calibration", "shapes", "--precision", "int8"], f"--calibration {as_it_is}"),
+        (["--opset", "13"], f"--opset {as_it_is}"),
+        (["--parity-images", "3"], f"--parity-images {as_it_is}"),
+        (["--python", "python3"], "--trt-version stands for asking the target: leave out --target and --python"),
+        (["--target", "ssh://a"], "--trt-version stands for asking the target: leave out --target and --python"),
+        (
+            ["--cache", "a"],
+            "--cache goes with a build, a script keeps its cache beside the engine: leave it out",
+        ),
+    ):
+        assert str(CliRunner().invoke(trt.app, [*arguments, "--script", *words]).exception) == message
+    assert not (tmp_path / "out").exists()
     assert CliRunner().invoke(trt.app, [*arguments, "--script", "--precision", "bf16"]).exit_code == 0
     assert "--bf16" in (tmp_path / "out" / "tiny.trtexec.sh").read_text()
 
