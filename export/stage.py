@@ -24,10 +24,12 @@ def require(model: Path) -> None:
     """Check that a checkpoint is on disk.
 
     Raises:
-        CheckpointError: it is not.
+        CheckpointError: it is not, or it is something else.
     """
-    if not model.is_file():
+    if not model.exists():
         raise CheckpointError(f"{model} does not exist: check the path")
+    if not model.is_file() or model.suffix != ".pt":
+        raise CheckpointError(f"{model} is no checkpoint: give a .pt file")
 
 
 def require_detector(model: Path) -> None:

@@ -379,6 +379,8 @@ def test_the_command_exports_and_says_so(
     ("changes", "message"),
     [
         ({"--model": "missing.pt"}, "missing.pt does not exist"),
+        ({"--model": "."}, ". is no checkpoint: give a .pt file"),
+        ({"--model": __file__}, ".py is no checkpoint: give a .pt file"),
         ({"--imgsz": "100"}, "imgsz 100 must be a multiple of the model's stride 32: use 96"),
         ({"--parity-images": "0"}, "parity_images: Input should be greater than or equal to 1 (got 0)"),
     ],
