@@ -67,6 +67,12 @@ def check_model(model: Path, imgsz: int, scored_on: Path | None = None) -> None:
             )
 
 
+def torch_reason(error: Exception) -> str:
+    """Return what torch said, or in fewer words that memory is short, and what to do."""
+    text = str(error)
+    return "there is too little memory: give a smaller --imgsz or --batch" if "allocate memory" in text else text
+
+
 def metadata(network: Any, model: Path, imgsz: int, args: dict[str, Any], batch: int = 1) -> dict[str, Any]:
     """Return what Ultralytics' AutoBackend and our runners read about a model; no dates, so that bytes repeat.
 

@@ -57,8 +57,10 @@ def test_the_same_model_gives_the_same_bytes(detector: Path, tmp_path: Path) -> 
 def test_opset_and_simplify_are_obeyed(detector: Path, tmp_path: Path) -> None:
     import onnx
 
-    plain = onnx.load(exporter.export_onnx(detector, tmp_path / "a.onnx", imgsz=64, opset=13, simplify=False))
-    simple = onnx.load(exporter.export_onnx(detector, tmp_path / "b.onnx", imgsz=64, opset=13))
+    plain = onnx.load(
+        exporter.export_onnx(detector, tmp_path / "a.onnx", imgsz=64, settings=Export(opset=13, simplify=False))
+    )
+    simple = onnx.load(exporter.export_onnx(detector, tmp_path / "b.onnx", imgsz=64, settings=Export(opset=13)))
     assert plain.opset_import[0].version == simple.opset_import[0].version == 13
     assert len(simple.graph.node) < len(plain.graph.node)
 
@@ -401,3 +403,18 @@ def test_a_graph_that_the_exporter_refuses_is_an_export_error(
     monkeypatch.setattr(torch.onnx, "export", refuse)
     with pytest.raises(EspalierError, match=r"tiny\.pt cannot be exported with opset 17: .*mystery"):
         exporter.export_onnx(detector, tmp_path / "a.onnx", imgsz=64)
+
+
+def test_too_little_memory_says_what_to_make_smaller(
+    detector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from export.ncnn import export_ncnn
+
+    def zeros(*size: int) -> None:
+        raise RuntimeError(f"DefaultCPUAllocator: can't allocate memory: you tried to allocate {size}")
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    for export, name in ((exporter.export_onnx, "a.onnx"), (export_ncnn, "a_ncnn_model")):
+        with pytest.raises(ExportError, match=r"there is too little memory: give a smaller --imgsz or --batch$"):
+            export(detector, tmp_path / name, imgsz=64)
+    assert list(tmp_path.iterdir()) == []
