@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from compress import manifest
-from compress.errors import ExportError
-from compress.settings import Export, ExportTrt, Quantize
+from compress.errors import ExportError, ParityError
+from compress.settings import Export, ExportTrt, Quantize, check_imgsz
 from export import stage
 
 # TF32 has the mantissa of fp16, and bf16 has three bits fewer, which parity knows no closer tolerance for than int8's.
@@ -105,6 +105,7 @@ def profiles_of(name: str, graph: Any, batch: str | None, imgsz: str | None) -> 
     Raises:
         ExportError: the graph has not one image input, has a dynamic shape and no range is given, or the other way
             round.
+        SettingsError: the stride that the file names does not divide a size.
     """
     weights = {item.name for item in graph.graph.initializer}
     inputs = [item for item in graph.graph.input if item.name not in weights]
@@ -116,6 +117,9 @@ def profiles_of(name: str, graph: Any, batch: str | None, imgsz: str | None) -> 
     wanted += [_fit(name, "imgsz", size, imgsz) for size in shape[2:]]
     if None not in shape:
         return {}
+    stride = next((item.value for item in graph.metadata_props if item.key == "stride"), "")
+    for size in sorted({*wanted[2], *wanted[3]}) if stride.isdecimal() and int(stride) else ():
+        check_imgsz(size, int(stride))
     return {inputs[0].name: [list(point) for point in zip(*wanted, strict=True)]}
 
 
@@ -143,7 +147,11 @@ def _export(
     imgsz = checkpoint_imgsz(settings)
     if settings.precision == "int8":
         quantize = Quantize(target="tensorrt", opset=opset, parity_images=settings.parity_images)
-        return export_int8(model, output, data, calibration, imgsz, quantize)
+        try:
+            return export_int8(model, output, data, calibration, imgsz, quantize)
+        except ParityError as error:
+            more = "export.quantize --target tensorrt has these options, and makes an ONNX file to give instead"
+            raise ParityError(f"{error} ({more})") from None
     chosen = images(data, "val")[: settings.parity_images]
     return export_checked(model, output, chosen, imgsz, Export(opset=opset))
 

@@ -19,8 +19,8 @@ from onnx import TensorProto, helper
 
 from compress import manifest
 from compress.checkpoint import build_model, save_model
-from compress.errors import EspalierError, ExportError, SettingsError
-from compress.settings import ExportTrt, parse
+from compress.errors import EspalierError, ExportError, ParityError, SettingsError
+from compress.settings import Export, ExportTrt, parse
 from export import qdq, trt, trt_builder, trt_onnx, trt_target
 from export.onnx import export_onnx
 from export.trt_target import Local, Ssh
@@ -110,7 +110,7 @@ def in_process(rtx: None, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_family_is_built_by_the_real_builder(cfg: str, in_process: None, tmp_path: Path) -> None:
     torch.manual_seed(0)
     save_model(build_model(cfg, nc=3).eval(), tmp_path / "m.pt", {"task": "detect"})
-    source = export_onnx(tmp_path / "m.pt", tmp_path / "m.onnx", imgsz=IMGSZ, simplify=False)
+    source = export_onnx(tmp_path / "m.pt", tmp_path / "m.onnx", imgsz=IMGSZ, settings=Export(simplify=False))
     (output,) = onnx.load(source).graph.output
     shape = [part.dim_value for part in output.type.tensor_type.shape.dim]
     convolutions = len(qdq.layers_of(onnx.load(source)))
@@ -137,7 +137,9 @@ def test_a_pruned_model_is_built_and_is_smaller(in_process: None, tmp_path: Path
     save_model(apply_plan(planned.model, planned.plan), tmp_path / "pruned.pt", {})
     records = {}
     for name in ("dense", "pruned"):
-        source = export_onnx(tmp_path / f"{name}.pt", tmp_path / f"{name}.onnx", imgsz=IMGSZ, simplify=False)
+        source = export_onnx(
+            tmp_path / f"{name}.pt", tmp_path / f"{name}.onnx", imgsz=IMGSZ, settings=Export(simplify=False)
+        )
         records[name] = trt.export_stage(source, settings(), Local(), tmp_path / name)
     assert records["pruned"]["engine_bytes"] < 0.7 * records["dense"]["engine_bytes"]
     assert records["pruned"]["outputs"] == records["dense"]["outputs"]
@@ -168,7 +170,7 @@ def test_layers_get_the_precision_that_was_asked_for(
 
 
 def test_what_int8_leaves_over_can_be_fp16(detector: Path, rtx: None, tmp_path: Path) -> None:
-    dense = export_onnx(detector, tmp_path / "tiny.onnx", imgsz=IMGSZ, opset=19, simplify=False)
+    dense = export_onnx(detector, tmp_path / "tiny.onnx", imgsz=IMGSZ, settings=Export(opset=19, simplify=False))
     quantized = write_quantized(dense, tmp_path / "q.onnx")
     record = trt.export_stage(quantized, settings(precision="int8", rest="fp16"), Local(), tmp_path / "out")
     assert record["precisions"]["int8"] > record["precisions"]["fp16"] > record["precisions"].get("fp32", 0)
@@ -418,7 +420,9 @@ def test_a_checkpoint_is_quantized_for_tensorrt(
     def export_int8(model: Path, output: Path, *arguments: Any) -> dict[str, Any]:
         *_, imgsz, wanted = arguments
         assert (wanted.target, wanted.opset, imgsz) == ("tensorrt", opset, IMGSZ)
-        dense = export_onnx(model, tmp_path / "dense.onnx", imgsz=imgsz, opset=wanted.opset, simplify=False)
+        dense = export_onnx(
+            model, tmp_path / "dense.onnx", imgsz=imgsz, settings=Export(opset=wanted.opset, simplify=False)
+        )
         write_quantized(dense, output)
         return {"passed": True, "precision": "int8"}
 
@@ -431,6 +435,22 @@ def test_a_checkpoint_is_quantized_for_tensorrt(
     sent = onnx.load_model_from_string(device()[-1]["job"]["model.onnx"])
     half = TensorProto.FLOAT16 in {item.data_type for item in sent.graph.initializer}
     assert half is strongly_typed
+
+
+def test_a_quantization_that_fails_names_the_command_that_has_its_options(
+    device: Any, detector: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from export import quantize
+
+    def fail(*_: object) -> None:
+        raise ParityError("0.3 is needed: raise --map-budget")
+
+    monkeypatch.setattr(quantize, "export_int8", fail)
+    message = r"raise --map-budget \(export\.quantize --target tensorrt has these options"
+    with pytest.raises(ParityError, match=message):
+        trt.export_stage(
+            detector, settings(precision="int8", imgsz=str(IMGSZ)), Ssh("jetson"), tmp_path / "out", data=data
+        )
 
 
 def test_what_a_killed_start_left_is_cleared(device: Any, onnx_file: Path, tmp_path: Path) -> None:
@@ -516,6 +536,15 @@ def test_nodes_without_a_name_of_their_own_compute_as_those_with_one(
 def test_a_dynamic_graph_needs_its_ranges(batch: str | None, imgsz: str | None, message: str, dynamic: Path) -> None:
     with pytest.raises(ExportError, match=message):
         trt_onnx.profiles_of("d.onnx", onnx.load(dynamic), batch, imgsz)
+
+
+def test_a_dynamic_graph_of_a_known_stride_takes_its_multiples(dynamic: Path) -> None:
+    graph = onnx.load(dynamic)
+    assert trt_onnx.profiles_of("d.onnx", graph, "1", "64:70:128")["images"][1] == [1, 3, 70, 70]
+    graph.metadata_props.add(key="stride", value="32")
+    with pytest.raises(SettingsError, match="imgsz 70 must be a multiple of the model's stride 32: use 64"):
+        trt_onnx.profiles_of("d.onnx", graph, "1", "64:70:128")
+    assert trt_onnx.profiles_of("d.onnx", graph, "1", "64:96:128")["images"][1] == [1, 3, 96, 96]
 
 
 def test_a_static_graph_takes_its_own_shape_only(onnx_file: Path) -> None:
