@@ -134,6 +134,12 @@ def export_stage(models: dict[str, Path], data: Path, imgsz: int, settings: Expo
     Returns:
         The content of `parity.json`.
     """
+
+    def check(model: Path) -> None:
+        network = stage.check_model(model, imgsz, data if settings.parity_map else None)
+        if settings.nms:
+            _require_boxes(network, model)
+
     return stage.run_stage(
         STAGE,
         models,
@@ -142,7 +148,7 @@ def export_stage(models: dict[str, Path], data: Path, imgsz: int, settings: Expo
         output,
         lambda: export_models(models, data, imgsz, settings, output),
         lambda name: f"{name}.onnx",
-        lambda model: stage.check_model(model, imgsz, data if settings.parity_map else None),
+        check,
     )
 
 
@@ -188,11 +194,18 @@ def _with_suppression(traced: Any, network: Any, model: Path, settings: Export) 
     from compress.checkpoint import task_of
     from export.suppression import Suppressed
 
-    head, task = network.model[-1], task_of(network)
-    if not hasattr(head, "end2end") or head.end2end:
-        reason = "has an end-to-end head, which repeats no box" if hasattr(head, "end2end") else "finds no boxes"
-        raise ExportError(f"{model.name} {reason}: export it without --nms")
-    return Suppressed(traced, head.nc, task == "obb", settings.conf, settings.iou, settings.max_det)
+    _require_boxes(network, model)
+    nc, rotated = network.model[-1].nc, task_of(network) == "obb"
+    return Suppressed(traced, nc, rotated, settings.conf, settings.iou, settings.max_det)
+
+
+def _require_boxes(network: Any, model: Path) -> None:
+    """Check that there are boxes to suppress: a head that was fused to its end-to-end branch has lost its `cv2`."""
+    head = network.model[-1]
+    if not hasattr(head, "end2end"):
+        raise ExportError(f"{model.name} finds no boxes: export it without --nms")
+    if getattr(head, "cv2", None) is None:
+        raise ExportError(f"{model.name} has an end-to-end head, which repeats no box: export it without --nms")
 
 
 def _dynamic_axes(network: Any, settings: Export) -> dict[str, dict[int, str]]:

@@ -332,7 +332,14 @@ def test_mistakes_are_one_line(
 
 
 def test_mistakes_leave_what_is_there(
-    run: Any, detector: Path, world: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Any,
+    detector: Path,
+    end2end: Path,
+    models: dict[str, Path],
+    world: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """What an earlier export left is not moved aside by one that cannot begin."""
     data = shutil.copytree(data.parent, tmp_path / "data") / data.name
@@ -349,6 +356,10 @@ def test_mistakes_leave_what_is_there(
         ({"--imgsz": 100}, "imgsz 100 must be a multiple of the model's stride 32: use 96"),
         ({"--model": world}, "has a WorldDetect head"),
         ({"--data": other, "--parity-map": None}, "predicts 3 classes, "),
+        ({"--model": models["semantic"], "--parity-map": None}, "'semantic', whose accuracy is not measured here"),
+        ({"--model": models["pose"], "--parity-map": None}, "has None: give the data it learned"),
+        ({"--model": models["classify"], "--nms": None}, "classify.pt finds no boxes: export it without --nms"),
+        ({"--model": end2end, "--nms": None}, "has an end-to-end head, which repeats no box"),
     ):
         words = [word for pair in {**right, **wrong}.items() for word in pair if word is not None]
         assert run(*words) == 2

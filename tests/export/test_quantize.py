@@ -365,7 +365,7 @@ def test_data_of_other_classes_is_met_before_the_work(
     other = shutil.copytree(data.parent, tmp_path / "data") / data.name
     other.write_text(data.read_text("utf-8").replace("names:", "names: {0: a}\nold:"), "utf-8")
     assert run("--model", detector, "--data", other, "--imgsz", 64, "--output", tmp_path / "out") == 2
-    assert f"{detector} predicts 3 classes, {other} has 1: give the data it learned" in capsys.readouterr().err
+    assert f"{detector.name} predicts 3 classes, {other} has 1: give the data it learned" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
