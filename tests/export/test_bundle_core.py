@@ -173,6 +173,27 @@ def test_the_orientation_is_found_in_any_jpeg_file(
     assert core("images", tmp_path).decode() == f"{tmp_path}/a.jpg {size}\n"
 
 
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return len(content).to_bytes(4, "big") + kind + content + b"\0\0\0\0"
+
+
+@pytest.mark.parametrize(
+    ("content", "size"),
+    [
+        pytest.param(chunk(b"IHDR", b"\0" * 13) + chunk(b"eXIf", EXIF[6:]), "2 3", id="turned"),
+        pytest.param(chunk(b"IDAT", b"eXIf") + chunk(b"IEND", b""), "3 2", id="none"),
+        pytest.param(chunk(b"eXIf", b""), "3 2", id="nothing in it, at the end of the file"),
+        pytest.param(b"II\xff\xffeXIf" + EXIF[6:], "3 2", id="longer than the file"),
+        pytest.param(chunk(b"eXIf", EXIF[6:])[:-5], "3 2", id="cut off"),
+    ],
+)
+def test_the_orientation_is_found_in_any_png_file(
+    core: Callable[..., bytes], content: bytes, size: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+    assert core("images", tmp_path).decode() == f"{tmp_path}/a.png {size}\n"
+
+
 def test_images_are_found_by_their_endings(core: Callable[..., bytes], tmp_path: Path) -> None:
     for name in ("b.PNG", "a é.jpg", "notes.txt"):
         (tmp_path / name).touch()
