@@ -69,7 +69,8 @@ def evaluate(
     network = network or _open(model, runtime, threads or usable_cores())
     facts = network.facts
     task = facts.get("task") or "detect"
-    _check_fit(model, facts, task, data, len(names), imgsz)
+    check_data(model, {**facts, "task": task}, data)
+    _check_size(model, facts["input_shape"], imgsz)
     with tempfile.TemporaryDirectory() as scratch, quiet():
         validator = _validator(task, data, names, split, imgsz, facts["end2end"], Path(scratch))
         images_seen = _measure(validator, network, model)
@@ -108,9 +109,20 @@ def _open(model: Path, runtime: str | None, threads: int) -> Network:
     return Network({**facts, "runtime": runtime or facts["runtime"]}, infer)
 
 
-def _check_fit(model: Path, facts: dict[str, Any], task: str, data: Path, classes: int, imgsz: int) -> None:
-    from compress.data.dataset import keypoints
+def check_data(model: Path, facts: dict[str, Any], data: Path) -> None:
+    """Check that a model can be scored on a data set.
 
+    Args:
+        model: for messages.
+        facts: task, classes (how many; null where that is not known) and keypoints of it, as a runner tells them.
+        data: data set YAML; for a classifier the folder of its splits.
+
+    Raises:
+        BenchmarkError: it cannot.
+    """
+    from compress.data.dataset import class_names, keypoints
+
+    task = facts["task"]
     if task not in (*LETTERS, "classify"):
         raise BenchmarkError(f"{model.name} is of the task '{task}', whose accuracy is not measured here")
     if (task == "classify") != data.is_dir():
@@ -118,12 +130,15 @@ def _check_fit(model: Path, facts: dict[str, Any], task: str, data: Path, classe
         raise BenchmarkError(
             f"{model.name} is of the task '{task}', {data} is not for it: give the data set as {wanted}"
         )
-    if facts["classes"] != classes:
+    if facts["classes"] != (classes := len(class_names(data))):
         known = "an unknown number of" if facts["classes"] is None else facts["classes"]
         raise BenchmarkError(f"{model.name} predicts {known} classes, {data} has {classes}: give the data it learned")
-    if task == "pose" and facts.get("keypoints") != keypoints(data):
-        raise BenchmarkError(f"{model.name} has key points {facts.get('keypoints')}, {data} has {keypoints(data)}")
-    shape = facts["input_shape"]
+    points = facts.get("keypoints")
+    if task == "pose" and points != (known := keypoints(data)):
+        raise BenchmarkError(f"{model.name} has key points {points}, {data} has {known}: give the data it learned")
+
+
+def _check_size(model: Path, shape: list[int | None] | None, imgsz: int) -> None:
     if shape is not None and None not in shape[2:] and shape[2:] != [imgsz, imgsz]:
         raise BenchmarkError(
             f"{model.name} takes images of {shape[3]}×{shape[2]} px, --imgsz is {imgsz}: use --imgsz {shape[2]}"

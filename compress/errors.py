@@ -13,6 +13,7 @@ _REMEDIES = {
     errno.EDQUOT: "free some space or choose another --output",
     errno.EROFS: "choose another --output",
     errno.EACCES: "change its permissions or choose another --output",
+    errno.EPERM: "change its permissions or choose another --output",
     errno.EEXIST: "choose another --output",
     errno.EISDIR: "choose another --output",
     errno.ENOTDIR: "choose another --output",

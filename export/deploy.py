@@ -38,6 +38,9 @@ def _check_name(output: Path) -> None:
     """A bundle may hold its owner's changes, so none is overwritten."""
     if output.exists() or output.is_symlink():
         raise ExportError(f"{output} exists: remove it, or choose another --bundle")
+    above = next(folder for folder in output.resolve().parents if folder.exists())
+    if not above.is_dir():
+        raise ExportError(f"{above} is a file, no folder can lie in it: choose another --bundle")
 
 
 def _check_model(name: str, task: str, channels: int) -> None:

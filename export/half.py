@@ -36,8 +36,8 @@ def convert(graph: Any, precision: Half) -> Any:
         precision: fp16 or bf16.
 
     Raises:
-        ExportError: the graph is quantized with an old opset, has no convolution, has branches or loops, or a weight
-            does not fit into fp16.
+        ExportError: the graph is quantized with an old opset, has no convolution, has branches or loops, contradicts
+            itself, or a weight does not fit into fp16.
     """
     import onnx
 
@@ -51,13 +51,17 @@ def convert(graph: Any, precision: Half) -> Any:
         raise ExportError(f"the graph has {', '.join(sorted(inner))}, inside which nothing is converted: use fp32")
     made = copy.deepcopy(graph)
     half = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}[precision]
-    kinds = _kinds(made)
-    nodes = _with_initializers(made)
-    in_float = qdq.behind_layers(made) | _of_shapes(made, nodes)
-    _Casts(made, kinds, half, precision).apply(nodes, in_float)
-    del made.graph.value_info[:]  # they name the types of before
-    # Before that set ONNX has no bf16 convolution: TensorRT takes it all the same, shape inference does not.
-    onnx.checker.check_model(made, full_check=precision == "fp16" or opset >= _BF16_OPSET)
+    try:
+        kinds = _kinds(made)
+        nodes = _with_initializers(made)
+        in_float = qdq.behind_layers(made) | _of_shapes(made, nodes)
+        _Casts(made, kinds, half, precision).apply(nodes, in_float)
+        del made.graph.value_info[:]  # they name the types of before
+        # Before that set ONNX has no bf16 convolution: TensorRT takes it all the same, shape inference does not.
+        onnx.checker.check_model(made, full_check=precision == "fp16" or opset >= _BF16_OPSET)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ExportError(f"types or shapes of the graph do not fit each other ({reason}): export it again") from None
     return made
 
 

@@ -49,7 +49,8 @@ def export_mixed(
 ) -> dict[str, Any]:
     """Choose the layers that stay in float, write the model, prove it, and measure its latency beside fp32.
 
-    What the search has found lies in `output`'s folder until it is over, so that a second start goes on from there.
+    What the search has found lies beside `output`'s folder until it is over, so that a second start goes on from there,
+    also one with another budget, for which the folder itself is moved aside.
 
     Args:
         model: the checkpoint.
@@ -85,12 +86,14 @@ def export_mixed(
     }
     identity = {
         "model": manifest.sha256_file(model),
+        "dense": runtimes.sha256(quantizer.dense),
         "data": data_hash(data, "val"),
         "imgsz": imgsz,
         "tools": manifest.tool_versions(),
         **facts,
     }
-    journal = mixed.Journal(output.with_name(f".{output.name}.search.json"), identity)
+    folder = output.parent.resolve()
+    journal = mixed.Journal(folder.with_name(f".{folder.name}.{output.name}.search.json"), identity)
 
     def score(in_float: list[str]) -> float:
         def find() -> float:

@@ -59,7 +59,8 @@ def export_ncnn(model: Path, output: Path, *, imgsz: int, half: bool = False, dy
     with stage.scratch(output) as scratch:
         made = scratch / "converted"
         made.mkdir()
-        traced.save(str(made / "model.pt"))
+        # Not `save`: on a full disk torch ends the process in it.
+        (made / "model.pt").write_bytes(traced.save_to_buffer())
         report = _convert(made, model, half, _shapes(network, imgsz) if dynamic else ())
         outputs = _check_layers(made / PARAM, report, model, ncnn_trace.count_outputs(network))
         folder = scratch / output.name

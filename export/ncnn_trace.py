@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmark.transports import last_line
 from compress.errors import ExportError
+from export import stage
 
 # What pnnx leaves as it is, because ncnn has no such layer; each is converted in a test that fails once it has one.
 # pnnx tells of any other only after the conversion.
@@ -59,14 +60,14 @@ def trace(network: Any, model: Path, imgsz: int) -> Any:
         elif isinstance(module, Index) and module.index == ():
             passing: Any = module
             passing.forward = _pass_on  # the trace would hold an alias, which ncnn does not have
-    images = torch.zeros(1, network.yaml.get("channels", 3), imgsz, imgsz)
     with torch.no_grad(), warnings.catch_warnings():
         # pnnx reads TorchScript and nothing else, deprecated or not; parity checks the trace.
         warnings.simplefilter("ignore")
         try:
+            images = torch.zeros(1, network.yaml.get("channels", 3), imgsz, imgsz)
             return torch.jit.trace(network, images, check_trace=False)
         except (RuntimeError, ValueError, TypeError) as error:
-            raise ExportError(f"{model.name} cannot be traced: {last_line(str(error))}") from None
+            raise ExportError(f"{model.name} cannot be traced: {last_line(stage.torch_reason(error))}") from None
 
 
 def count_outputs(network: Any) -> int:

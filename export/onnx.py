@@ -15,15 +15,7 @@ from export import stage
 STAGE = "export"
 
 
-def export_onnx(
-    model: Path,
-    output: Path,
-    *,
-    imgsz: int,
-    opset: int = 17,
-    simplify: bool = True,
-    settings: Export | None = None,
-) -> Path:
+def export_onnx(model: Path, output: Path, *, imgsz: int, settings: Export | None = None) -> Path:
     """Write the ONNX graph of a model and return its path. `export_checked` also proves parity.
 
     The input is `images` (batch, 3, imgsz, imgsz). The outputs are those of `torch_runner.infer`: `output0`, of a
@@ -35,9 +27,7 @@ def export_onnx(
         output: the file to write; it appears whole or not at all.
         imgsz: side of the square input, px, a multiple of the model's stride; where the size is dynamic, of the
             example that is traced.
-        opset: ONNX operator set.
-        simplify: fold constants and fuse nodes with onnxsim.
-        settings: batch, dynamic, half, nms and its limits; `opset` and `simplify` of it are not read.
+        settings: opset, simplify, batch, dynamic, half, nms and its limits; what is about parity is not read.
 
     Raises:
         CheckpointError: `model` is of a task that cannot be exported.
@@ -53,19 +43,19 @@ def export_onnx(
     wanted = settings or Export()
     network = inference_network(str(model))
     check_imgsz(imgsz, int(max(network.stride)))  # type: ignore[arg-type]
-    graph = _trace(network, model, imgsz, opset, wanted)
+    graph = _trace(network, model, imgsz, wanted)
     try:
         onnx.checker.check_model(graph, full_check=True)
     except Exception as error:  # checker and shape inference raise exceptions without a common base
         raise ExportError(f"the ONNX graph of {model.name} is not valid: {error}") from None
-    if simplify:
+    if wanted.simplify:
         graph = _simplify(graph, model, imgsz, wanted)
     suppression = {"conf": wanted.conf, "iou": wanted.iou, "max_det": wanted.max_det} if wanted.nms else {}
     args = {
         "batch": wanted.batch,
         "dynamic": wanted.dynamic in ("size", "both"),
-        "opset": opset,
-        "simplify": simplify,
+        "opset": wanted.opset,
+        "simplify": wanted.simplify,
         "nms": wanted.nms or None,
         **suppression,
     }
@@ -94,7 +84,7 @@ def export_checked(
     precision = "fp16" if settings.half else "fp32"
 
     def export(path: Path, wanted: Export) -> Path:
-        return export_onnx(model, path, imgsz=imgsz, opset=wanted.opset, simplify=wanted.simplify, settings=wanted)
+        return export_onnx(model, path, imgsz=imgsz, settings=wanted)
 
     def compare(reference: Path, path: Path, precision: str, data: Path | None = None) -> dict[str, Any]:
         return stage.compare_shapes(
@@ -144,6 +134,12 @@ def export_stage(models: dict[str, Path], data: Path, imgsz: int, settings: Expo
     Returns:
         The content of `parity.json`.
     """
+
+    def check(model: Path) -> None:
+        network = stage.check_model(model, imgsz, data if settings.parity_map else None)
+        if settings.nms:
+            _require_boxes(network, model)
+
     return stage.run_stage(
         STAGE,
         models,
@@ -152,11 +148,11 @@ def export_stage(models: dict[str, Path], data: Path, imgsz: int, settings: Expo
         output,
         lambda: export_models(models, data, imgsz, settings, output),
         lambda name: f"{name}.onnx",
-        lambda model: stage.check_model(model, imgsz, data if settings.parity_map else None),
+        check,
     )
 
 
-def _trace(network: Any, model: Path, imgsz: int, opset: int, settings: Export) -> Any:
+def _trace(network: Any, model: Path, imgsz: int, settings: Export) -> Any:
     import io
     import warnings
 
@@ -170,26 +166,27 @@ def _trace(network: Any, model: Path, imgsz: int, opset: int, settings: Export) 
     traced = _in_half(network) if settings.half else network
     if settings.nms:
         traced = _with_suppression(traced, network, model, settings)
-    images = torch.zeros(settings.batch, network.yaml.get("channels", 3), imgsz, imgsz)
     stream: Any = io.BytesIO()
     with torch.no_grad(), warnings.catch_warnings():
         # Traced constants (anchors at a fixed imgsz) are meant, and so is the exporter that needs no onnxscript.
         warnings.simplefilter("ignore")
-        outputs = traced(images)  # caches the anchors, which the trace then holds as constants
-        names = ["output0", "output1"] if isinstance(outputs, tuple) else ["output0"]
         try:
+            images = torch.zeros(settings.batch, network.yaml.get("channels", 3), imgsz, imgsz)
+            outputs = traced(images)  # caches the anchors, which the trace then holds as constants
+            names = ["output0", "output1"] if isinstance(outputs, tuple) else ["output0"]
             torch.onnx.export(
                 traced,
                 (images,),
                 stream,
                 dynamo=False,
-                opset_version=opset,
+                opset_version=settings.opset,
                 input_names=["images"],
                 output_names=names,
                 dynamic_axes=_dynamic_axes(network, settings),
             )
         except (RuntimeError, ValueError) as error:  # torch.onnx.OnnxExporterError is a RuntimeError
-            raise ExportError(f"{model.name} cannot be exported with opset {opset}: {error}") from None
+            reason = stage.torch_reason(error)
+            raise ExportError(f"{model.name} cannot be exported with opset {settings.opset}: {reason}") from None
     return onnx.load_model_from_string(stream.getvalue())
 
 
@@ -197,11 +194,18 @@ def _with_suppression(traced: Any, network: Any, model: Path, settings: Export) 
     from compress.checkpoint import task_of
     from export.suppression import Suppressed
 
-    head, task = network.model[-1], task_of(network)
-    if not hasattr(head, "end2end") or head.end2end:
-        reason = "has an end-to-end head, which repeats no box" if hasattr(head, "end2end") else "finds no boxes"
-        raise ExportError(f"{model.name} {reason}: export it without --nms")
-    return Suppressed(traced, head.nc, task == "obb", settings.conf, settings.iou, settings.max_det)
+    _require_boxes(network, model)
+    nc, rotated = network.model[-1].nc, task_of(network) == "obb"
+    return Suppressed(traced, nc, rotated, settings.conf, settings.iou, settings.max_det)
+
+
+def _require_boxes(network: Any, model: Path) -> None:
+    """Check that there are boxes to suppress: a head that was fused to its end-to-end branch has lost its `cv2`."""
+    head = network.model[-1]
+    if not hasattr(head, "end2end"):
+        raise ExportError(f"{model.name} finds no boxes: export it without --nms")
+    if getattr(head, "cv2", None) is None:
+        raise ExportError(f"{model.name} has an end-to-end head, which repeats no box: export it without --nms")
 
 
 def _dynamic_axes(network: Any, settings: Export) -> dict[str, dict[int, str]]:

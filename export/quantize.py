@@ -11,7 +11,7 @@ import typer
 
 from compress import manifest
 from compress.errors import ExportError, run_app
-from compress.settings import Quantize, parse
+from compress.settings import Export, Quantize, parse
 from export import int8, stage
 
 STAGE = "quantize"
@@ -57,7 +57,7 @@ def export_int8(
     scheme, bits = qdq.SCHEMES[settings.target], {"reduce_range": bool(settings.reduce_range)}
     images = int8.calibration_images(calibration, settings)
     with stage.scratch(output) as scratch:
-        dense = export_onnx(model, scratch / "fp32.onnx", imgsz=imgsz, opset=settings.opset)
+        dense = export_onnx(model, scratch / "fp32.onnx", imgsz=imgsz, settings=Export(opset=settings.opset))
         _require_finite(dense, model, letterbox(images[0], imgsz))
         graph = qdq.load(dense)
         layers = list(qdq.layers_of(graph))

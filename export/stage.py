@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compress import manifest
-from compress.errors import CheckpointError, DataError, ParityError
+from compress.errors import CheckpointError, ParityError
 from compress.settings import check_imgsz
 
 PARITY = "parity.json"
@@ -24,10 +24,12 @@ def require(model: Path) -> None:
     """Check that a checkpoint is on disk.
 
     Raises:
-        CheckpointError: it is not.
+        CheckpointError: it is not, or it is something else.
     """
-    if not model.is_file():
+    if not model.exists():
         raise CheckpointError(f"{model} does not exist: check the path")
+    if not model.is_file() or model.suffix != ".pt":
+        raise CheckpointError(f"{model} is no checkpoint: give a .pt file")
 
 
 def require_detector(model: Path) -> None:
@@ -42,27 +44,32 @@ def require_detector(model: Path) -> None:
         raise CheckpointError(f"{model} is of the task '{task}', this export is for detectors: use export.onnx or ncnn")
 
 
-def check_model(model: Path, imgsz: int, scored_on: Path | None = None) -> None:
-    """Check that a checkpoint can be exported at an image size, px, and be scored on a data set.
+def check_model(model: Path, imgsz: int, scored_on: Path | None = None) -> Any:
+    """Check that a checkpoint can be exported at an image size, px, and be scored on a data set; return its network.
 
     Raises:
         CheckpointError: it is missing, or of a task that cannot be exported.
         SettingsError: the size does not fit its stride.
-        DataError: the data set has another number of classes.
+        BenchmarkError: the data set is not for it.
     """
-    from compress.checkpoint import load_deployable
+    from compress.checkpoint import load_deployable, task_of
 
     require(model)
     network: Any = load_deployable(model)
     check_imgsz(imgsz, int(max(network.stride)))
     if scored_on is not None:
-        from compress.data.dataset import class_names
+        from benchmark.accuracy import check_data
 
-        classes = len(class_names(scored_on))
-        if len(network.names) != classes:
-            raise DataError(
-                f"{model} predicts {len(network.names)} classes, {scored_on} has {classes}: give the data it learned"
-            )
+        task = task_of(network)
+        points = list(network.model[-1].kpt_shape) if task == "pose" else None
+        check_data(model, {"task": task, "classes": len(network.names), "keypoints": points}, scored_on)
+    return network
+
+
+def torch_reason(error: Exception) -> str:
+    """Return what torch said, or in fewer words that memory is short, and what to do."""
+    text = str(error)
+    return "there is too little memory: give a smaller --imgsz or --batch" if "allocate memory" in text else text
 
 
 def metadata(network: Any, model: Path, imgsz: int, args: dict[str, Any], batch: int = 1) -> dict[str, Any]:

@@ -17,7 +17,15 @@ from compress import manifest
 from compress.errors import ExportError, ParityError, SettingsError, run_app
 from compress.settings import ExportTrt, parse
 from export import stage, trt_builder, trt_target, trtexec
-from export.trt_onnx import TOLERANCE, checkpoint_imgsz, load_onnx, make_onnx, profiles_of
+from export.trt_onnx import (
+    TOLERANCE,
+    check_precision,
+    check_static,
+    checkpoint_imgsz,
+    load_onnx,
+    make_onnx,
+    profiles_of,
+)
 from export.trt_sidecar import sidecar, summary
 from export.trt_target import Local, Target
 
@@ -75,6 +83,7 @@ def export_stage(
         if manifest.is_finished(output, STAGE, config, parents):
             print(f"{STAGE}: finished before, unchanged: {output}")
             return manifest.read_json(engine.with_suffix(SIDECAR))
+        _check_fits(model, settings, facts, data)
         for change in _changes(output, config, parents):
             print(f"{STAGE}: {engine.name} is stale, it is built again: {change}")
         manifest.begin(output, STAGE, config, parents)
@@ -233,16 +242,19 @@ def write_script(
     """
     check_support(settings, facts)
     _parents(model, data, calibration)
+    _check_fits(model, settings, facts, data)
     onnx = output / f"{model.stem}.onnx"
     if model.resolve() == onnx.resolve():
         raise ExportError(f"{model} lies in --output, where its copy in the target's types goes: choose another")
+    path = onnx.with_suffix(SCRIPT)
+    if onnx.exists() and not path.exists():
+        raise ExportError(f"{onnx} is there, and no earlier --script wrote it: choose another --output")
     output.mkdir(parents=True, exist_ok=True)
     make_onnx(model, onnx, settings, facts["strongly_typed"], data, calibration)
     request = make_request(onnx.name, load_onnx(onnx), settings, facts)
     own = {"onnx": onnx.name, "engine": f"{model.stem}{ENGINE}"}
     if request["timing_cache"] is not None:
         own["timing_cache"] = f"{model.stem}.timing.cache"
-    path = onnx.with_suffix(SCRIPT)
     manifest.write_bytes_atomic(path, trtexec.script(facts["flavour"], facts["version"], {**request, **own}).encode())
     path.chmod(0o755)
     print(f"{STAGE}: {path} (for {facts['flavour']} {facts['version']}; nothing was built)")
@@ -268,6 +280,20 @@ def _parents(model: Path, data: Path | None, calibration: Path | None) -> dict[s
     parents = manifest.input_hashes({"model": model})
     given = {"data": data, "calibration": calibration}
     return parents | {role: fingerprint(path) for role, path in given.items() if path is not None}
+
+
+def _check_fits(model: Path, settings: ExportTrt, facts: dict[str, Any], data: Path | None) -> None:
+    """Meet what does not fit the model before anything is exported, or earlier work moved aside."""
+    if model.suffix == ".onnx":
+        graph = load_onnx(model)
+        check_precision(model, graph, settings)
+        make_request(model.name, graph, settings, facts)
+        return
+    check_static(settings)
+    is_scored = settings.precision == "int8"  # by the search for the layers that stay in float
+    if is_scored:
+        stage.require_detector(model)
+    stage.check_model(model, checkpoint_imgsz(settings), data if is_scored else None)
 
 
 def _changes(output: Path, config: dict[str, Any], parents: dict[str, str]) -> list[str]:
@@ -380,13 +406,21 @@ def main(
     }
     settings = parse(ExportTrt, content, "trt")
     place = trt_target.parse_target(target, python)
-    # Only the search for the layers of 8 bits scores anything.
-    yaml = None if data is None else resolve(data, labels=precision == "int8")
     if calibration is not None and precision != "int8":
         raise SettingsError(f"--calibration goes with --precision int8, precision is {precision}")
-    source = None if calibration is None else resolve(calibration, labels=False)
+    asked = {"--data": data, "--calibration": calibration, "--opset": settings.changed("opset")}
+    asked["--parity-images"] = settings.changed("parity_images")
+    if model.suffix == ".onnx" and (option := next((name for name, value in asked.items() if value), None)):
+        raise SettingsError(f"{option} goes with a checkpoint, {model.name} is built as it is: leave it out")
     if trt_version is not None and not script:
         raise ExportError("--trt-version goes with --script: an engine is built by the version that the target has")
+    if trt_version is not None and (target != "local" or python is not None):
+        raise SettingsError("--trt-version stands for asking the target: leave out --target and --python")
+    if cache is not None and script:
+        raise SettingsError("--cache goes with a build, a script keeps its cache beside the engine: leave it out")
+    # Only the search for the layers of 8 bits scores anything.
+    yaml = None if data is None else resolve(data, labels=precision == "int8")
+    source = None if calibration is None else resolve(calibration, labels=False)
     if script:
         facts = probe(place, flavour) if trt_version is None else _facts_of(flavour, trt_version)
         write_script(model, settings, facts, output, yaml, source)

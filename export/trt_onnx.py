@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from compress import manifest
-from compress.errors import ExportError
-from compress.settings import Export, ExportTrt, Quantize
+from compress.errors import ExportError, ParityError
+from compress.settings import Export, ExportTrt, Quantize, check_imgsz
 from export import stage
 
 # TF32 has the mantissa of fp16, and bf16 has three bits fewer, which parity knows no closer tolerance for than int8's.
@@ -27,7 +27,7 @@ def make_onnx(
     Args:
         model: a checkpoint, or an ONNX file of any shape.
         output: the file to write, NAME.onnx.
-        settings: precision, shapes …
+        settings: precision, shapes … that fit the model.
         strongly_typed: whether the target's network is.
         data: data set YAML, needed for a checkpoint.
         calibration: data set YAML for int8; `data` when not given.
@@ -36,15 +36,13 @@ def make_onnx(
         The parity record of what was written; null for an ONNX file that was given.
 
     Raises:
-        ExportError: the file is not one or does not fit the settings, or parity fails.
+        ExportError: the file is not one, or parity fails.
     """
     from export.half import QDQ_OPSET, convert
 
     if model.suffix == ".onnx":
         graph, parity = load_onnx(model), None
-        _check_precision(model, graph, settings)
     else:
-        _check_static(settings)
         assert data is not None, "a checkpoint comes with data"
         # 16-bit scales need a later opset, which the parser of a weakly typed TensorRT does not know yet.
         half_scales = strongly_typed and settings.rest == "fp16"
@@ -107,6 +105,7 @@ def profiles_of(name: str, graph: Any, batch: str | None, imgsz: str | None) -> 
     Raises:
         ExportError: the graph has not one image input, has a dynamic shape and no range is given, or the other way
             round.
+        SettingsError: the stride that the file names does not divide a size.
     """
     weights = {item.name for item in graph.graph.initializer}
     inputs = [item for item in graph.graph.input if item.name not in weights]
@@ -118,6 +117,9 @@ def profiles_of(name: str, graph: Any, batch: str | None, imgsz: str | None) -> 
     wanted += [_fit(name, "imgsz", size, imgsz) for size in shape[2:]]
     if None not in shape:
         return {}
+    stride = next((item.value for item in graph.metadata_props if item.key == "stride"), "")
+    for size in sorted({*wanted[2], *wanted[3]}) if stride.isdecimal() and int(stride) else ():
+        check_imgsz(size, int(stride))
     return {inputs[0].name: [list(point) for point in zip(*wanted, strict=True)]}
 
 
@@ -145,7 +147,11 @@ def _export(
     imgsz = checkpoint_imgsz(settings)
     if settings.precision == "int8":
         quantize = Quantize(target="tensorrt", opset=opset, parity_images=settings.parity_images)
-        return export_int8(model, output, data, calibration, imgsz, quantize)
+        try:
+            return export_int8(model, output, data, calibration, imgsz, quantize)
+        except ParityError as error:
+            more = "export.quantize --target tensorrt has these options, and makes an ONNX file to give instead"
+            raise ParityError(f"{error} ({more})") from None
     chosen = images(data, "val")[: settings.parity_images]
     return export_checked(model, output, chosen, imgsz, Export(opset=opset))
 
@@ -184,7 +190,12 @@ def checkpoint_imgsz(settings: ExportTrt) -> int:
     return parse_range(settings.imgsz or "640", "imgsz")[0]
 
 
-def _check_static(settings: ExportTrt) -> None:
+def check_static(settings: ExportTrt) -> None:
+    """Check that the shapes are those that a checkpoint is exported for.
+
+    Raises:
+        ExportError: they are not.
+    """
     low, _, high = parse_range(settings.imgsz or "640", "imgsz")
     open_size, open_batch = low != high, parse_range(settings.batch or "1", "batch") != (1, 1, 1)
     if open_size or open_batch:
@@ -195,8 +206,12 @@ def _check_static(settings: ExportTrt) -> None:
         )
 
 
-def _check_precision(path: Path, graph: Any, settings: ExportTrt) -> None:
-    """Check that the types of an ONNX file do not contradict the precision that is asked for."""
+def check_precision(path: Path, graph: Any, settings: ExportTrt) -> None:
+    """Check that the types of an ONNX file do not contradict the precision that is asked for.
+
+    Raises:
+        ExportError: they do.
+    """
     quantized = any(node.op_type == "QuantizeLinear" for node in graph.graph.node)
     if settings.precision == "int8" and not quantized:
         raise ExportError(

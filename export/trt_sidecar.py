@@ -28,7 +28,8 @@ def sidecar(
         hashes: sha256 of the engine and of the ONNX file.
     """
     entries = {item.key: item.value for item in graph.metadata_props}
-    arguments = _literal(entries.get("args")) or {}
+    arguments = _literal(entries.get("args"))
+    arguments = arguments if isinstance(arguments, dict) else {}
     suppression = {key: arguments.get(key) for key in ("conf", "iou", "max_det")} if arguments.get("nms") else None
     precisions = Counter(layer["precision"] for layer in built["layers"] if layer["precision"] is not None)
     return {
@@ -67,7 +68,7 @@ def _literal(text: str | None) -> Any:
 
     try:
         return ast.literal_eval(text) if text else None
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two of what is nested too deep
         return None
 
 

@@ -119,5 +119,5 @@ def describe(session: Session) -> dict[str, Any]:
 def _literal(text: str | None) -> Any:
     try:
         return ast.literal_eval(text) if text else None
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two of what is nested too deep
         return None

@@ -23,7 +23,7 @@ from compress.checkpoint import build_model, save_model
 from compress.errors import ExportError
 from compress.planning import plan_pruning
 from compress.pruning.surgery import apply_plan
-from compress.settings import ExportTrt, Prune
+from compress.settings import Export, ExportTrt, Prune
 from export import qdq, trt, trt_onnx
 from export.onnx import export_onnx
 from export.trt_target import Local
@@ -106,7 +106,9 @@ def main() -> None:
                     continue
                 if not sources:
                     model = write_model(family, folder / "model.pt", arguments.imgsz)
-                    dense = export_onnx(model, folder / "dense.onnx", imgsz=arguments.imgsz, opset=OPSET)
+                    dense = export_onnx(
+                        model, folder / "dense.onnx", imgsz=arguments.imgsz, settings=Export(opset=OPSET)
+                    )
                     sources = {"dense": dense}
                 if precision.startswith("int8") and "int8" not in sources:
                     sources["int8"] = write_quantized(sources["dense"], folder / "int8.onnx", arguments.imgsz)

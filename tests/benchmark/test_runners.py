@@ -58,12 +58,13 @@ def test_onnxruntime_describes_itself(onnx_file: Path) -> None:
     }
 
 
-def test_what_a_foreign_file_does_not_tell_is_null(onnx_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", ["not a literal (", "-" * 100_000 + "1"], ids=["no literal", "nested too deep"])
+def test_what_a_foreign_file_does_not_tell_is_null(names: str, onnx_file: Path, tmp_path: Path) -> None:
     import onnx
 
     graph = onnx.load(onnx_file)
     del graph.metadata_props[:]
-    graph.metadata_props.add(key="names", value="not a literal (")
+    graph.metadata_props.add(key="names", value=names)
     onnx.save(graph, tmp_path / "foreign.onnx")
     facts = onnxruntime_runner.describe(onnxruntime_runner.load(str(tmp_path / "foreign.onnx"), 1))
     assert (facts["classes"], facts["precision"], facts["end2end"]) == (None, None, False)

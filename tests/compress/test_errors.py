@@ -101,6 +101,7 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, wrap, error: Exception
         (errno.EDQUOT, "free some space or choose another --output"),
         (errno.EROFS, "choose another --output"),
         (errno.EACCES, "change its permissions or choose another --output"),
+        (errno.EPERM, "change its permissions or choose another --output"),
         (errno.ENAMETOOLONG, "choose a shorter --output"),
     ],
 )

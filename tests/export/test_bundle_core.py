@@ -19,6 +19,7 @@ from export import deploy
 
 CPP = deploy.TEMPLATES / "cpp"
 DRIVER = Path(__file__).with_name("bundle") / "core.cpp"
+EXIF = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0"  # a directory of one entry: orientation 6
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
@@ -26,8 +27,9 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 def core(compile_cpp: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., bytes]:
     """Call the core of the bundle: words and stdin in, stdout out. Any wrong access to memory is an error."""
     program = tmp_path_factory.mktemp("core") / "core"
-    sources = [CPP / f"{name}.cpp" for name in ("head", "image", "letterbox", "model_files", "report")]
-    compile_cpp(*SANITIZE, "-ffp-contract=off", "-I", CPP, DRIVER, *sources, "-o", program)
+    sources = [CPP / f"{name}.cpp" for name in ("head", "image", "image_file", "letterbox", "model_files", "report")]
+    own = ["-D_GLIBCXX_ASSERTIONS", "-DNCNN_SIMPLEOCV=1", "-I", DRIVER.with_name("stubs"), "-I", CPP]
+    compile_cpp(*SANITIZE, "-ffp-contract=off", *own, DRIVER, *sources, "-o", program)
 
     def call(*words: object, stdin: bytes = b"") -> bytes:
         done = subprocess.run([program, *map(str, words)], input=stdin, capture_output=True, check=False)
@@ -143,6 +145,64 @@ def test_orientations_of_exif(core: Callable[..., bytes], orientation: int) -> N
     image.getexif()[0x0112] = orientation
     expected = np.asarray(ImageOps.exif_transpose(image))
     assert core("upright", 3, 2, orientation, stdin=pixels.tobytes()) == expected.tobytes()
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    return bytes((0xFF, marker)) + (len(content) + 2).to_bytes(2, "big") + content
+
+
+@pytest.mark.parametrize(
+    ("content", "size"),
+    [
+        pytest.param(segment(0xE1, EXIF) + b"\xff\xd9", "2 3", id="turned"),
+        pytest.param(segment(0xE0, b"JFIF\0") + segment(0xE1, EXIF) + b"\xff\xd9", "2 3", id="behind another segment"),
+        pytest.param(b"\xff\xff" + segment(0xE1, EXIF) + b"\xff\xd9", "2 3", id="behind bytes that fill"),
+        pytest.param(segment(0xDA, b"12345678") + segment(0xE1, EXIF), "3 2", id="not behind the pixels"),
+        pytest.param(segment(0xE1, b"Exif\0\0"), "3 2", id="nothing in it, at the end of the file"),
+        pytest.param(segment(0xE1, EXIF[:20])[:-8], "3 2", id="cut off"),
+        pytest.param(segment(0xE1, EXIF.replace(b"\x08\0\0\0", b"\xff\xff\xff\xff")), "3 2", id="a directory nowhere"),
+        pytest.param(segment(0xE1, EXIF[:-4] + b"\xff\xff\0\0"), "3 2", id="an orientation that is none"),
+        pytest.param(b"\xff" * 30, "3 2", id="nothing but bytes that fill"),
+        pytest.param(b"\xff\xe1\0\0" + EXIF, "3 2", id="a segment without a length"),
+    ],
+)
+def test_the_orientation_is_found_in_any_jpeg_file(
+    core: Callable[..., bytes], content: bytes, size: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"\xff\xd8" + content)
+    assert core("images", tmp_path).decode() == f"{tmp_path}/a.jpg {size}\n"
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return len(content).to_bytes(4, "big") + kind + content + b"\0\0\0\0"
+
+
+@pytest.mark.parametrize(
+    ("content", "size"),
+    [
+        pytest.param(chunk(b"IHDR", b"\0" * 13) + chunk(b"eXIf", EXIF[6:]), "2 3", id="turned"),
+        pytest.param(chunk(b"IDAT", b"eXIf") + chunk(b"IEND", b""), "3 2", id="none"),
+        pytest.param(chunk(b"eXIf", b""), "3 2", id="nothing in it, at the end of the file"),
+        pytest.param(b"II\xff\xffeXIf" + EXIF[6:], "3 2", id="longer than the file"),
+        pytest.param(chunk(b"eXIf", EXIF[6:])[:-5], "3 2", id="cut off"),
+    ],
+)
+def test_the_orientation_is_found_in_any_png_file(
+    core: Callable[..., bytes], content: bytes, size: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+    assert core("images", tmp_path).decode() == f"{tmp_path}/a.png {size}\n"
+
+
+def test_images_are_found_by_their_endings(core: Callable[..., bytes], tmp_path: Path) -> None:
+    for name in ("b.PNG", "a é.jpg", "notes.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "z.jpg").symlink_to(tmp_path / "gone")
+    assert core("images", tmp_path).decode() == f"{tmp_path}/a é.jpg 3 2\n{tmp_path}/b.PNG 3 2\n"
+    assert core("images", tmp_path / "z.jpg").decode() == f"{tmp_path}/z.jpg does not exist: check the path"
+    nothing = f"{tmp_path}/folder.jpg has no images (.jpg, .jpeg, .png, .bmp)"
+    assert core("images", tmp_path / "folder.jpg").decode() == nothing
 
 
 def test_the_report_is_json_whatever_the_names(core: Callable[..., bytes]) -> None:

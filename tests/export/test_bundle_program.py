@@ -128,7 +128,7 @@ def test_photos_are_turned_upright(program: Program, bundle: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model", "{model}", "missing.jpg"], "missing.jpg cannot be read as an image: remove or replace it"),
+        (["--model", "{model}", "missing.jpg"], "missing.jpg does not exist: check the path"),
         (["--model", "{model}", "{tmp}/text.jpg"], "text.jpg cannot be read as an image: remove or replace it"),
         (["--model", "{model}", "{tmp}/short.jpg"], "short.jpg cannot be read as an image: remove or replace it"),
         (["--model", "{model}", "{tmp}/empty"], "empty has no images (.jpg, .jpeg, .png, .bmp)"),

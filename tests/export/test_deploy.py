@@ -140,6 +140,10 @@ def test_the_command_writes_a_bundle_of_what_it_proved(
     # Before anything is exported.
     assert run(*arguments[:-4], "--output", tmp_path / "other", "--bundle", bundle) == 2
     assert capsys.readouterr().err == f"error: {bundle} exists: remove it, or choose another --bundle\n"
+    (tmp_path / "file").touch()
+    assert run(*arguments[:-4], "--output", tmp_path / "other", "--bundle", tmp_path / "file" / "b") == 2
+    message = f"error: {tmp_path / 'file'} is a file, no folder can lie in it: choose another --bundle\n"
+    assert capsys.readouterr().err == message
     assert not (tmp_path / "other").exists()
     for place in (tmp_path / "other", tmp_path / "other" / "in"):
         assert run(*arguments[:-4], "--output", place, "--bundle", tmp_path / "other") == 2

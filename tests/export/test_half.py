@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,13 @@ def test_what_cannot_be_narrow_is_named() -> None:
     weights = {**WEIGHT, "yes": np.array(True)}
     with pytest.raises(ExportError, match="the graph has If, inside which nothing is converted: use fp32"):
         convert(small([conv("x", "y"), choice, conv("c", "z")], weights, ["z"]), "fp16")
+
+
+def test_a_graph_whose_types_contradict_each_other_is_named(graph: Any) -> None:
+    odd = copy.deepcopy(graph)
+    odd.graph.input[0].type.tensor_type.elem_type = TensorProto.FLOAT16
+    with pytest.raises(ExportError, match=r"types or shapes .* do not fit each other \(.*\): export it again"):
+        convert(odd, "fp16")
 
 
 @pytest.mark.parametrize(

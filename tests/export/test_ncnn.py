@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import stat
 import sys
@@ -378,6 +379,8 @@ def test_the_command_exports_and_says_so(
     ("changes", "message"),
     [
         ({"--model": "missing.pt"}, "missing.pt does not exist"),
+        ({"--model": "."}, ". is no checkpoint: give a .pt file"),
+        ({"--model": __file__}, ".py is no checkpoint: give a .pt file"),
         ({"--imgsz": "100"}, "imgsz 100 must be a multiple of the model's stride 32: use 96"),
         ({"--parity-images": "0"}, "parity_images: Input should be greater than or equal to 1 (got 0)"),
     ],
@@ -397,6 +400,28 @@ def test_mistakes_are_one_line(
     assert message in error
     assert len(error.splitlines()) == 1
     assert not list(tmp_path.glob("out/*_ncnn_model"))
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_part(
+    run: Any,
+    detector: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Torch itself would end the process, without an error that could be caught, when it writes its trace there."""
+    honest = Path.write_bytes
+
+    def full(path: Path, content: bytes) -> int:
+        if path.name == "model.pt":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return honest(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert run("--model", detector, "--data", data, "--imgsz", 64, "--output", tmp_path / "out") == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert names(tmp_path / "out") == ["started.json"]
 
 
 def test_real_detectors(shared: Path, tmp_path: Path) -> None:

@@ -57,8 +57,10 @@ def test_the_same_model_gives_the_same_bytes(detector: Path, tmp_path: Path) -> 
 def test_opset_and_simplify_are_obeyed(detector: Path, tmp_path: Path) -> None:
     import onnx
 
-    plain = onnx.load(exporter.export_onnx(detector, tmp_path / "a.onnx", imgsz=64, opset=13, simplify=False))
-    simple = onnx.load(exporter.export_onnx(detector, tmp_path / "b.onnx", imgsz=64, opset=13))
+    plain = onnx.load(
+        exporter.export_onnx(detector, tmp_path / "a.onnx", imgsz=64, settings=Export(opset=13, simplify=False))
+    )
+    simple = onnx.load(exporter.export_onnx(detector, tmp_path / "b.onnx", imgsz=64, settings=Export(opset=13)))
     assert plain.opset_import[0].version == simple.opset_import[0].version == 13
     assert len(simple.graph.node) < len(plain.graph.node)
 
@@ -303,6 +305,8 @@ def test_the_command_exports_and_says_so(
     ("changes", "message"),
     [
         ({"--model": "missing.pt"}, "missing.pt does not exist"),
+        ({"--model": "."}, ". is no checkpoint: give a .pt file"),
+        ({"--model": __file__}, ".py is no checkpoint: give a .pt file"),
         ({"--imgsz": "100"}, "imgsz 100 must be a multiple of the model's stride 32: use 96"),
         ({"--opset": "12"}, "opset: Input should be greater than or equal to 13 (got 12)"),
         ({"--dynamic": "all"}, "dynamic: Input should be 'batch', 'size' or 'both' (got 'all')"),
@@ -328,7 +332,14 @@ def test_mistakes_are_one_line(
 
 
 def test_mistakes_leave_what_is_there(
-    run: Any, detector: Path, world: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Any,
+    detector: Path,
+    end2end: Path,
+    models: dict[str, Path],
+    world: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """What an earlier export left is not moved aside by one that cannot begin."""
     data = shutil.copytree(data.parent, tmp_path / "data") / data.name
@@ -345,6 +356,10 @@ def test_mistakes_leave_what_is_there(
         ({"--imgsz": 100}, "imgsz 100 must be a multiple of the model's stride 32: use 96"),
         ({"--model": world}, "has a WorldDetect head"),
         ({"--data": other, "--parity-map": None}, "predicts 3 classes, "),
+        ({"--model": models["semantic"], "--parity-map": None}, "'semantic', whose accuracy is not measured here"),
+        ({"--model": models["pose"], "--parity-map": None}, "has None: give the data it learned"),
+        ({"--model": models["classify"], "--nms": None}, "classify.pt finds no boxes: export it without --nms"),
+        ({"--model": end2end, "--nms": None}, "has an end-to-end head, which repeats no box"),
     ):
         words = [word for pair in {**right, **wrong}.items() for word in pair if word is not None]
         assert run(*words) == 2
@@ -399,3 +414,18 @@ def test_a_graph_that_the_exporter_refuses_is_an_export_error(
     monkeypatch.setattr(torch.onnx, "export", refuse)
     with pytest.raises(EspalierError, match=r"tiny\.pt cannot be exported with opset 17: .*mystery"):
         exporter.export_onnx(detector, tmp_path / "a.onnx", imgsz=64)
+
+
+def test_too_little_memory_says_what_to_make_smaller(
+    detector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from export.ncnn import export_ncnn
+
+    def zeros(*size: int) -> None:
+        raise RuntimeError(f"DefaultCPUAllocator: can't allocate memory: you tried to allocate {size}")
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    for export, name in ((exporter.export_onnx, "a.onnx"), (export_ncnn, "a_ncnn_model")):
+        with pytest.raises(ExportError, match=r"there is too little memory: give a smaller --imgsz or --batch$"):
+            export(detector, tmp_path / name, imgsz=64)
+    assert list(tmp_path.iterdir()) == []

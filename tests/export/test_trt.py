@@ -19,8 +19,8 @@ from onnx import TensorProto, helper
 
 from compress import manifest
 from compress.checkpoint import build_model, save_model
-from compress.errors import ExportError, SettingsError
-from compress.settings import ExportTrt, parse
+from compress.errors import EspalierError, ExportError, ParityError, SettingsError
+from compress.settings import Export, ExportTrt, parse
 from export import qdq, trt, trt_builder, trt_onnx, trt_target
 from export.onnx import export_onnx
 from export.trt_target import Local, Ssh
@@ -110,7 +110,7 @@ def in_process(rtx: None, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_family_is_built_by_the_real_builder(cfg: str, in_process: None, tmp_path: Path) -> None:
     torch.manual_seed(0)
     save_model(build_model(cfg, nc=3).eval(), tmp_path / "m.pt", {"task": "detect"})
-    source = export_onnx(tmp_path / "m.pt", tmp_path / "m.onnx", imgsz=IMGSZ, simplify=False)
+    source = export_onnx(tmp_path / "m.pt", tmp_path / "m.onnx", imgsz=IMGSZ, settings=Export(simplify=False))
     (output,) = onnx.load(source).graph.output
     shape = [part.dim_value for part in output.type.tensor_type.shape.dim]
     convolutions = len(qdq.layers_of(onnx.load(source)))
@@ -137,7 +137,9 @@ def test_a_pruned_model_is_built_and_is_smaller(in_process: None, tmp_path: Path
     save_model(apply_plan(planned.model, planned.plan), tmp_path / "pruned.pt", {})
     records = {}
     for name in ("dense", "pruned"):
-        source = export_onnx(tmp_path / f"{name}.pt", tmp_path / f"{name}.onnx", imgsz=IMGSZ, simplify=False)
+        source = export_onnx(
+            tmp_path / f"{name}.pt", tmp_path / f"{name}.onnx", imgsz=IMGSZ, settings=Export(simplify=False)
+        )
         records[name] = trt.export_stage(source, settings(), Local(), tmp_path / name)
     assert records["pruned"]["engine_bytes"] < 0.7 * records["dense"]["engine_bytes"]
     assert records["pruned"]["outputs"] == records["dense"]["outputs"]
@@ -168,7 +170,7 @@ def test_layers_get_the_precision_that_was_asked_for(
 
 
 def test_what_int8_leaves_over_can_be_fp16(detector: Path, rtx: None, tmp_path: Path) -> None:
-    dense = export_onnx(detector, tmp_path / "tiny.onnx", imgsz=IMGSZ, opset=19, simplify=False)
+    dense = export_onnx(detector, tmp_path / "tiny.onnx", imgsz=IMGSZ, settings=Export(opset=19, simplify=False))
     quantized = write_quantized(dense, tmp_path / "q.onnx")
     record = trt.export_stage(quantized, settings(precision="int8", rest="fp16"), Local(), tmp_path / "out")
     assert record["precisions"]["int8"] > record["precisions"]["fp16"] > record["precisions"].get("fp32", 0)
@@ -290,6 +292,19 @@ def test_a_timing_cache_is_kept_for_each_version_and_gpu(device: Any, onnx_file:
     ]
 
 
+@pytest.mark.parametrize("args", ["[1]", "5", "-" * 100_000 + "1", "{'nms': True, 'conf': 0.5}"])
+def test_what_a_stranger_wrote_into_an_onnx_file_is_no_reason_to_fail(
+    args: str, device: Any, onnx_file: Path, tmp_path: Path
+) -> None:
+    graph = onnx.load(onnx_file)
+    for entry in graph.metadata_props:
+        entry.value = args if entry.key == "args" else entry.value
+    onnx.save(graph, tmp_path / "odd.onnx")
+    record = trt.export_stage(tmp_path / "odd.onnx", settings(), Ssh("jetson"), tmp_path / "out")
+    expected = {"conf": 0.5, "iou": None, "max_det": None} if "nms" in args else None
+    assert (record["suppression"], record["names"]) == (expected, {"0": "circle", "1": "square", "2": "star"})
+
+
 def test_an_unchanged_engine_is_kept_and_a_stale_one_built_again(
     device: Any, onnx_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -405,7 +420,9 @@ def test_a_checkpoint_is_quantized_for_tensorrt(
     def export_int8(model: Path, output: Path, *arguments: Any) -> dict[str, Any]:
         *_, imgsz, wanted = arguments
         assert (wanted.target, wanted.opset, imgsz) == ("tensorrt", opset, IMGSZ)
-        dense = export_onnx(model, tmp_path / "dense.onnx", imgsz=imgsz, opset=wanted.opset, simplify=False)
+        dense = export_onnx(
+            model, tmp_path / "dense.onnx", imgsz=imgsz, settings=Export(opset=wanted.opset, simplify=False)
+        )
         write_quantized(dense, output)
         return {"passed": True, "precision": "int8"}
 
@@ -418,6 +435,22 @@ def test_a_checkpoint_is_quantized_for_tensorrt(
     sent = onnx.load_model_from_string(device()[-1]["job"]["model.onnx"])
     half = TensorProto.FLOAT16 in {item.data_type for item in sent.graph.initializer}
     assert half is strongly_typed
+
+
+def test_a_quantization_that_fails_names_the_command_that_has_its_options(
+    device: Any, detector: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from export import quantize
+
+    def fail(*_: object) -> None:
+        raise ParityError("0.3 is needed: raise --map-budget")
+
+    monkeypatch.setattr(quantize, "export_int8", fail)
+    message = r"raise --map-budget \(export\.quantize --target tensorrt has these options"
+    with pytest.raises(ParityError, match=message):
+        trt.export_stage(
+            detector, settings(precision="int8", imgsz=str(IMGSZ)), Ssh("jetson"), tmp_path / "out", data=data
+        )
 
 
 def test_what_a_killed_start_left_is_cleared(device: Any, onnx_file: Path, tmp_path: Path) -> None:
@@ -505,6 +538,15 @@ def test_a_dynamic_graph_needs_its_ranges(batch: str | None, imgsz: str | None, 
         trt_onnx.profiles_of("d.onnx", onnx.load(dynamic), batch, imgsz)
 
 
+def test_a_dynamic_graph_of_a_known_stride_takes_its_multiples(dynamic: Path) -> None:
+    graph = onnx.load(dynamic)
+    assert trt_onnx.profiles_of("d.onnx", graph, "1", "64:70:128")["images"][1] == [1, 3, 70, 70]
+    graph.metadata_props.add(key="stride", value="32")
+    with pytest.raises(SettingsError, match="imgsz 70 must be a multiple of the model's stride 32: use 64"):
+        trt_onnx.profiles_of("d.onnx", graph, "1", "64:70:128")
+    assert trt_onnx.profiles_of("d.onnx", graph, "1", "64:96:128")["images"][1] == [1, 3, 96, 96]
+
+
 def test_a_static_graph_takes_its_own_shape_only(onnx_file: Path) -> None:
     loaded = onnx.load(onnx_file)
     assert trt_onnx.profiles_of("s.onnx", loaded, None, None) == {}
@@ -517,6 +559,7 @@ def test_a_static_graph_takes_its_own_shape_only(onnx_file: Path) -> None:
 
 def test_types_that_contradict_the_precision_are_named(onnx_file: Path, tmp_path: Path) -> None:
     def make(source: Path, **wanted: Any) -> None:
+        trt_onnx.check_precision(source, trt_onnx.load_onnx(source), settings(**wanted))
         trt_onnx.make_onnx(source, tmp_path / "made.onnx", settings(**wanted), True, None, None)
 
     with pytest.raises(ExportError, match=r"has no Q/DQ nodes, which int8 needs: make it with export.quantize"):
@@ -558,6 +601,30 @@ def test_an_engine_of_a_file_in_its_own_folder_is_refused_and_moves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_mistakes_leave_what_is_there(
+    device: Any, onnx_file: Path, dynamic: Path, detector: Path, world: Path, data: Path, tmp_path: Path
+) -> None:
+    """What was built earlier is not moved aside by a start that cannot begin."""
+    output = tmp_path / "out"
+    trt.export_stage(onnx_file, settings(), Ssh("jetson"), output)
+    before = {path: path.read_bytes() for path in output.iterdir()}
+    other = tmp_path / "other.yaml"
+    other.write_text(data.read_text("utf-8").replace("names:", f"path: {data.parent}\nnames: {{0: a}}\nold:"), "utf-8")
+    for model, changes, message in (
+        (detector, {"imgsz": "70"}, "imgsz 70 must be a multiple of the model's stride 32: use 64"),
+        (detector, {"batch": "4"}, "a checkpoint is exported for batch 1"),
+        (world, {}, "has a WorldDetect head"),
+        (detector, {"precision": "int8"}, "predicts 3 classes, "),
+        (dynamic, {"imgsz": "128:96:64", "batch": "1"}, "--imgsz must be a number or MIN:OPT:MAX in rising order"),
+        (dynamic, {"imgsz": "64:96:128", "batch": "1", "dla": 0}, "a DLA runs fixed shapes only"),
+        (onnx_file, {"precision": "int8"}, "has no Q/DQ nodes, which int8 needs"),
+    ):
+        with pytest.raises(EspalierError, match=message):
+            trt.export_stage(model, settings(**changes), Ssh("jetson"), output, data=other)
+        assert {path: path.read_bytes() for path in output.iterdir()} == before
+    assert not (tmp_path / "out.1").exists()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -583,6 +650,10 @@ def test_the_script_for_a_version_builds_nothing(onnx_file: Path, tmp_path: Path
     assert {item.name for item in output.iterdir()} == {"tiny.onnx", "tiny.trtexec.sh"}
     with pytest.raises(ExportError, match=r"lies in --output"):
         trt.write_script(output / "tiny.onnx", settings(), trt._facts_of("auto", "8.6.1"), output)
+    assert trt.write_script(onnx_file, settings(), trt._facts_of("auto", "10.3"), output) == path
+    path.unlink()  # as an engine's own folder has none
+    with pytest.raises(ExportError, match=r"tiny\.onnx is there, and no earlier --script wrote it: choose another"):
+        trt.write_script(onnx_file, settings(), trt._facts_of("auto", "10.3"), output)
     with pytest.raises(ExportError, match=r"--trt-version must be a version such as 10.3, got 'new'"):
         trt._facts_of("auto", "new")
 
@@ -597,6 +668,21 @@ def test_the_command_says_what_does_not_go_together(onnx_file: Path, tmp_path: P
     )
     result = CliRunner().invoke(trt.app, [*arguments, "--script", "--calibration", "shapes"])
     assert str(result.exception) == "--calibration goes with --precision int8, precision is fp16"
+    as_it_is = "goes with a checkpoint, tiny.onnx is built as it is: leave it out"
+    for words, message in (
+        (["--data", "shapes"], f"--data {as_it_is}"),
+        (["--calibration", "shapes", "--precision", "int8"], f"--calibration {as_it_is}"),
+        (["--opset", "13"], f"--opset {as_it_is}"),
+        (["--parity-images", "3"], f"--parity-images {as_it_is}"),
+        (["--python", "python3"], "--trt-version stands for asking the target: leave out --target and --python"),
+        (["--target", "ssh://a"], "--trt-version stands for asking the target: leave out --target and --python"),
+        (
+            ["--cache", "a"],
+            "--cache goes with a build, a script keeps its cache beside the engine: leave it out",
+        ),
+    ):
+        assert str(CliRunner().invoke(trt.app, [*arguments, "--script", *words]).exception) == message
+    assert not (tmp_path / "out").exists()
     assert CliRunner().invoke(trt.app, [*arguments, "--script", "--precision", "bf16"]).exit_code == 0
     assert "--bf16" in (tmp_path / "out" / "tiny.trtexec.sh").read_text()
 

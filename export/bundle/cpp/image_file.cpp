@@ -4,6 +4,7 @@
 #include <cctype>
 #include <csetjmp>
 #include <cstdio>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
@@ -65,11 +66,15 @@ int orientation_of_tiff(const Tiff& tiff) {
 }
 
 // The orientation in the EXIF segment of a JPEG file; 1 where there is none (Exif 2.32, 4.5.4 and 4.6.2).
-int exif_orientation(const Bytes& file) {
+int jpeg_orientation(const Bytes& file) {
     std::size_t i = 2;
     while (i + 10 <= file.size() && file[i] == 0xFF) {
+        if (file[i + 1] == 0xFF) {  // any marker may be preceded by such bytes
+            ++i;
+            continue;
+        }
         const std::size_t length = std::size_t{file[i + 2]} << 8 | file[i + 3];
-        const bool is_exif = file[i + 1] == 0xE1 && std::equal(&file[i + 4], &file[i + 10], "Exif\0");
+        const bool is_exif = file[i + 1] == 0xE1 && std::memcmp(&file[i + 4], "Exif\0", 6) == 0;
         if (is_exif && length >= 8 && i + 2 + length <= file.size()) {
             return orientation_of_tiff(Tiff(file.data() + i + 10, length - 8));
         }
@@ -83,6 +88,26 @@ int exif_orientation(const Bytes& file) {
 
 bool is_jpeg(const Bytes& file) {
     return file.size() > 3 && file[0] == 0xFF && file[1] == 0xD8 && file[2] == 0xFF;
+}
+
+// The orientation in the eXIf chunk of a PNG file, which OpenCV obeys too; 1 where there is none (PNG 3, 11.3.4.5).
+int png_orientation(const Bytes& file) {
+    for (std::size_t i = 8; i + 12 <= file.size();) {  // length, type, content, checksum
+        const std::size_t length = std::size_t{file[i]} << 24 | std::size_t{file[i + 1]} << 16 |
+                                   std::size_t{file[i + 2]} << 8 | file[i + 3];
+        if (length > file.size() - i - 12) {
+            break;
+        }
+        if (std::memcmp(&file[i + 4], "eXIf", 4) == 0) {
+            return orientation_of_tiff(Tiff(file.data() + i + 8, length));
+        }
+        i += 12 + length;
+    }
+    return 1;
+}
+
+bool is_png(const Bytes& file) {
+    return file.size() > 8 && std::memcmp(file.data(), "\x89PNG\r\n\x1a\n", 8) == 0;
 }
 
 #ifdef ESPALIER_LIBJPEG
@@ -166,7 +191,7 @@ std::string read_image(const std::string& path, Image& image) {
     if (!done && !read_any(path, image)) {
         return path + " cannot be read as an image: remove or replace it";
     }
-    const int orientation = is_jpeg(file) ? exif_orientation(file) : 1;
+    const int orientation = is_jpeg(file) ? jpeg_orientation(file) : is_png(file) ? png_orientation(file) : 1;
     if (orientation > 1 && orientation <= 8) {
         image = upright(image.view(), orientation);
     }
@@ -183,6 +208,9 @@ const char* jpeg_reader() {
 
 std::string find_images(const std::string& path, std::vector<std::string>& images) {
     std::error_code error;
+    if (!std::filesystem::exists(path, error)) {
+        return path + " does not exist: check the path";
+    }
     if (!std::filesystem::is_directory(path, error)) {
         images.push_back(path);
         return "";

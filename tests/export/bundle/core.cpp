@@ -8,6 +8,7 @@
 
 #include "head.h"
 #include "image.h"
+#include "image_file.h"
 #include "letterbox.h"
 #include "model_files.h"
 #include "report.h"
@@ -87,6 +88,18 @@ void run_upright(char** words) {
     write_all(upright({pixels.data(), width, height, static_cast<std::size_t>(width) * 3, 3}, std::atoi(words[2])).pixels);
 }
 
+// images PATH: what is wrong with it, or the name and the size of each image there, a line each
+void run_images(const char* path) {
+    std::vector<std::string> paths;
+    std::string said = find_images(path, paths);
+    for (const std::string& one : paths) {
+        Image image;
+        said += read_image(one, image);
+        said += one + " " + std::to_string(image.width) + " " + std::to_string(image.height) + "\n";
+    }
+    std::fputs(said.c_str(), stdout);
+}
+
 // report WIDTH MS…: JSON of one image with the name on stdin, and of so many timings
 void run_report(char** words, int count) {
     const std::vector<char> name = read_all<char>();
@@ -111,6 +124,8 @@ int main(int count, char** arguments) {
         run_decode(words, count - 2);
     } else if (what == "upright") {
         run_upright(words);
+    } else if (what == "images") {
+        run_images(words[0]);
     } else if (what == "report") {
         run_report(words, count - 2);
     } else if (what == "model") {
