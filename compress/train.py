@@ -46,6 +46,7 @@ def training_stage(
     overrides: dict[str, Any] | None = None,
     extra_inputs: dict[str, Path] | None = None,
     notes: dict[str, Any] | None = None,
+    shown: dict[str, Any] | None = None,
     keep_last: bool = False,
     repair: Callable[[Any], None] | None = None,
 ) -> Path:
@@ -56,6 +57,7 @@ def training_stage(
         overrides: further Ultralytics arguments.
         extra_inputs: further checkpoints that shape the result.
         notes: further settings of the trainer, which it finds in a file of the folder.
+        shown: further notes that only say what TensorBoard shows; work of others is the same work.
         keep_last: keep the last epoch's weights, not those of the best validation.
         repair: what to mend of the trained model, in place, before it is saved.
 
@@ -103,7 +105,7 @@ def training_stage(
                 output,
                 resumable=resumable,
                 overrides={**common.model_dump(), **(overrides or {})},
-                notes=notes,
+                notes={**(notes or {}), **(shown or {})},
             )
             chosen = last if keep_last else best
             trained, arguments = launch.trained_model(chosen), checkpoint.load_training_args(chosen)

@@ -205,6 +205,16 @@ def test_a_finished_stage_is_skipped(stages: Path, data: Path, capsys, monkeypat
     assert {path: path.stat().st_mtime_ns for path in stages.rglob("*")} == before
 
 
+def test_a_table_that_is_only_shown_makes_no_other_work(stages: Path, data: Path, capsys, monkeypatch) -> None:
+    """Pipelines of a sweep share a sparsity training, whether they cut to MACs or to a latency."""
+    monkeypatch.setattr("compress.training.launch.run_training", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(sparsify, "_table", lambda *_: "table.json")
+    settings = Sparsity(epochs=2, batch=8, args=ARGS, sr=2.0, sr_decay=0.5)
+    dense, folder = str(stages / "train" / "model.pt"), stages / "sparsify"
+    sparsify.sparsify(dense, data, settings, COMMON, folder, Prune(speedup=2.0))
+    assert capsys.readouterr().out == f"sparsify: finished before, unchanged: {folder / 'model.pt'}\n"
+
+
 def test_a_lambda_that_ruins_the_loss_stops_the_training(dense: Path, data: Path, tmp_path: Path, capsys) -> None:
     given = {"--model": dense, "--data": data, "--output": tmp_path / "out", "--imgsz": 64, "--epochs": 2}
     given |= {"--batch": 2, "--workers": 0, "--sr": 1e37}
