@@ -85,7 +85,7 @@ def training_stage(
             return result
         # Mistakes are met before anything is written or moved aside.
         loaded, *_ = [checkpoint.load_trainable(path) for path in (model, *(extra_inputs or {}).values())]
-        _check(loaded, model, data, settings, common.imgsz)
+        _check(stage, loaded, model, data, settings, common.imgsz)
         resumable = manifest.begin(output, stage, config, parents)
         metrics: dict[str, Any] = {"epochs": settings.epochs}
         if settings.epochs == 0:
@@ -121,7 +121,7 @@ def training_stage(
 _VERBS = {"detect": "detect", "segment": "segment", "pose": "find key points", "obb": "detect", "classify": "classify"}
 
 
-def _check(loaded: Any, model: str, data: Path, settings: Training, imgsz: int) -> None:
+def _check(stage: str, loaded: Any, model: str, data: Path, settings: Training, imgsz: int) -> None:
     from compress.data.dataset import class_names, keypoints, require_polygons
 
     task = checkpoint.task_of(loaded)
@@ -137,7 +137,7 @@ def _check(loaded: Any, model: str, data: Path, settings: Training, imgsz: int) 
     if settings.epochs:
         from compress.training.launch import check_arguments
 
-        check_arguments(settings.args)
+        check_arguments(settings, stage)
         return
     classes = class_names(data)
     if len(loaded.names) != len(classes):
