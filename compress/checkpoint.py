@@ -69,6 +69,20 @@ def require(path: str | Path) -> None:
         raise CheckpointError(f"{path} does not exist: check the path")
 
 
+def require_weights(path: str | Path) -> None:
+    """Check as `require`, and that it is a checkpoint; an official one that is not on disk is downloaded.
+
+    Raises:
+        CheckpointError: as `require`, it is an architecture, or it cannot be downloaded.
+    """
+    require(path)
+    path = Path(path)
+    if path.suffix != ".pt":
+        raise CheckpointError(f"{path} is an architecture without weights: train it first, and give what comes out")
+    if not path.is_file():
+        load_model(path)
+
+
 def _is_official(name: str) -> bool:
     from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
 

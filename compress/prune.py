@@ -219,6 +219,8 @@ def main(
         return
     if not dry_run and (output is None or data is None):
         raise SettingsError("--output and --data are needed, unless --dry-run only prints the plan")
+    if not dry_run:
+        checkpoint.require_weights(model)
     from compress.data.dataset import resolve
 
     yaml = resolve(data) if data is not None else None

@@ -69,8 +69,8 @@ def training_stage(
     """
     from compress.data.dataset import fingerprint
 
-    if Path(model).suffix == ".pt" and not Path(model).is_file():
-        checkpoint.load_model(model)  # downloads an official one, so that the next start sees the same input
+    if Path(model).suffix == ".pt":
+        checkpoint.require_weights(model)  # an official one is on disk now, so that the next start sees the same input
     config = {**settings.model_dump(mode="json"), **common.model_dump(), "data": str(data), **(notes or {})}
     inputs = dict(extra_inputs or {})
     if Path(model).is_file():

@@ -19,11 +19,11 @@ import torch
 import typer
 from ultralytics.nn.tasks import DetectionModel
 
-from compress import checkpoint, finetune, prune, sparsify, train
+from compress import checkpoint, finetune, prune, sensitivity, sparsify, train
 from compress.checkpoint import load_model, plans_of, structure_hash
 from compress.data.dataset import label_file
 from compress.errors import DataError, PlanError, SurgeryError, run_app
-from compress.manifest import MANIFEST, is_finished, read_json
+from compress.manifest import MANIFEST, is_finished, read_json, sha256_file
 from compress.planning import plan_pruning
 from compress.pruning.plan import load_plan
 from compress.pruning.surgery import apply_plan
@@ -367,6 +367,28 @@ def test_an_official_name_is_the_same_input_before_and_after_its_download(
 # As commands.
 
 
+def test_an_official_checkpoint_can_be_cut(data: Path, dense: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(
+        "ultralytics.utils.downloads.attempt_download_asset", lambda name, **_: str(shutil.copy(dense, name))
+    )
+    monkeypatch.chdir(tmp_path)
+    words = (
+        "--data",
+        data,
+        "--imgsz",
+        64,
+        "--percent",
+        0.4,
+        "--multiple-of",
+        2,
+        "--no-fold",
+        "--recalibrate-images",
+        0,
+    )
+    assert command(prune.app, "--model", "yolov8n.pt", *words, "--output", "cut") == 0
+    assert read_json(tmp_path / "cut" / MANIFEST)["parents"]["model"] == sha256_file(dense)
+
+
 def test_the_plan_is_printed_and_nothing_is_written(dense: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
@@ -509,6 +531,8 @@ def test_a_mistake_is_one_line_and_nothing_is_begun(
             ["--macs", "0.5", "--imgsz", "100"],
             "imgsz 100 must be a multiple of the model's stride 32: use 96",
         ),
+        (prune.app, ["--macs", "0.5", "--model", "yolov8n.yaml"], "yolov8n.yaml is an architecture without weights"),
+        (sensitivity.app, ["--model", "yolov8n.yaml"], "yolov8n.yaml is an architecture without weights"),
         (
             prune.app,
             ["--macs", "0.5", "--threads", "2"],
