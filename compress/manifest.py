@@ -86,15 +86,20 @@ def tool_versions() -> dict[str, str]:
     return found
 
 
-def input_hashes(inputs: Mapping[str, Path]) -> dict[str, str]:
+def input_hashes(inputs: Mapping[str, Path], output: Path | None = None) -> dict[str, str]:
     """Return the sha256 of each input file, by its role (model, plan, data …).
 
+    Args:
+        output: folder of the stage that reads them.
+
     Raises:
-        RunError: one of them is missing.
+        RunError: one of them is missing, or lies in the folder of the stage, which moves the work of before aside.
     """
     for path in inputs.values():
         if not path.is_file():
             raise RunError(f"{path} does not exist: check the path")
+        if output is not None and path.resolve().is_relative_to(output.resolve()):
+            raise RunError(f"{path} lies in the folder of its own result, {output}: choose another --output")
     return {role: sha256_file(path) for role, path in inputs.items()}
 
 

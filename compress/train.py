@@ -77,7 +77,7 @@ def training_stage(
         inputs["model"] = Path(model)
     else:
         config["model"] = model
-    parents = manifest.input_hashes(inputs) | {"data": fingerprint(data)}
+    parents = manifest.input_hashes(inputs, output) | {"data": fingerprint(data)}
     result = output / MODEL
     with manifest.lock(output):
         if manifest.is_finished(output, stage, config, parents):

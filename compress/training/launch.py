@@ -95,9 +95,7 @@ def check_arguments(settings: Training, stage: str) -> None:
         if name in _OURS:
             raise SettingsError(f"{stage}: '{name}' is set by Espalier itself: remove it")
         if name in _COMMON:
-            raise SettingsError(
-                f"{stage}: '{name}' is no argument of a training alone: give it as --{name}, or {name}="
-            )
+            raise SettingsError(f"{stage}: '{name}' is not of a training alone: give it as --{name}, or {name}=")
         if name not in DEFAULT_CFG_DICT:
             raise SettingsError(f"{stage}: '{name}' is not an argument of Ultralytics' training")
     wanted = _arguments(settings) | {"epochs": max(settings.epochs, 1)}  # none: nothing is trained

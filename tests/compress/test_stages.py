@@ -240,6 +240,19 @@ def test_other_settings_are_other_work(stages: Path, data: Path, tmp_path: Path)
     )
 
 
+def test_a_stage_does_not_move_aside_what_it_reads(dense: Path, data: Path, tmp_path: Path, capsys) -> None:
+    own = shutil.copytree(dense.parent, tmp_path / "own") / dense.name
+    teacher = ("--teacher", own, "--output", own.parent)
+    for app, words in ((train.app, ("--output", own.parent)), (prune.app, ("--macs", 0.5, "--output", own.parent))):
+        assert command(app, "--model", own, "--data", data, "--imgsz", 64, *words) == 2
+        assert capsys.readouterr().err == (
+            f"error: {own} lies in the folder of its own result, {own.parent}: choose another --output\n"
+        )
+    assert command(finetune.app, "--model", dense, "--data", data, "--imgsz", 64, *teacher) == 2
+    assert "lies in the folder of its own result" in capsys.readouterr().err
+    assert own.is_file()
+
+
 def test_what_repairs_a_cut_is_said(dense: Path, data: Path, tmp_path: Path, capsys) -> None:
     words = ("--model", dense, "--data", data, "--percent", "0.4", "--multiple-of", "2", "--imgsz", "64")
     candidates = {}
