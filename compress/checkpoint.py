@@ -69,6 +69,22 @@ def require(path: str | Path) -> None:
         raise CheckpointError(f"{path} does not exist: check the path")
 
 
+def require_weights(path: str | Path) -> None:
+    """Check that there is a checkpoint; an official one that is not on disk is downloaded.
+
+    Raises:
+        CheckpointError: there is none, it is something else, or it cannot be downloaded.
+    """
+    path = Path(path)
+    if path.suffix in (".yaml", ".yml"):
+        raise CheckpointError(f"{path} is an architecture without weights: train it first, and give what comes out")
+    if path.suffix != ".pt":
+        raise CheckpointError(f"{path} is no checkpoint: give a .pt file")
+    require(path)
+    if not path.is_file():
+        load_model(path)
+
+
 def _is_official(name: str) -> bool:
     from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
 

@@ -86,15 +86,20 @@ def tool_versions() -> dict[str, str]:
     return found
 
 
-def input_hashes(inputs: Mapping[str, Path]) -> dict[str, str]:
+def input_hashes(inputs: Mapping[str, Path], output: Path | None = None) -> dict[str, str]:
     """Return the sha256 of each input file, by its role (model, plan, data …).
 
+    Args:
+        output: folder of the stage that reads them.
+
     Raises:
-        RunError: one of them is missing.
+        RunError: one of them is missing, or lies in the folder of the stage, which moves the work of before aside.
     """
     for path in inputs.values():
         if not path.is_file():
             raise RunError(f"{path} does not exist: check the path")
+        if output is not None and path.resolve().is_relative_to(output.resolve()):
+            raise RunError(f"{path} lies in the folder of its own result, {output}: choose another --output")
     return {role: sha256_file(path) for role, path in inputs.items()}
 
 
@@ -115,10 +120,11 @@ def is_finished(folder: Path, stage: str, config: Mapping[str, Any], parents: Ma
     """Tell whether `folder` holds this very stage, finished, unchanged and undamaged.
 
     Raises:
-        RunError: the folder was written by another version of Espalier or by another stage, or its manifest is damaged.
+        RunError: the folder was written by another version of Espalier, by another stage or by no stage at all, or its
+            manifest is damaged.
     """
     path = folder / MANIFEST
-    if not path.exists():
+    if not _holds_work(folder) or not path.exists():
         return False
     manifest = read_json(path)
     check_schema(manifest, path)
@@ -146,13 +152,7 @@ def begin(folder: Path, stage: str, config: Mapping[str, Any], parents: Mapping[
     started = folder / STARTED
     if started.exists() and not (folder / MANIFEST).exists() and read_json(started) == identity:
         return True
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder} is a file: choose another --output")
-    # A kill -9 may leave the temporary file of the very first write, which is nobody's work, and a mistake that is met
-    # at once leaves nothing but the record of its start.
-    if folder.exists() and any(path.suffix != _TEMPORARY and path != started for path in folder.iterdir()):
-        if not started.exists() and not (folder / MANIFEST).exists():
-            raise RunError(f"{folder} is not empty and holds no stage of Espalier: choose another --output")
+    if _holds_work(folder):
         kept = free_name(folder)
         reason = _difference(started if started.exists() else folder / MANIFEST, identity)
         folder.rename(kept)
@@ -160,6 +160,24 @@ def begin(folder: Path, stage: str, config: Mapping[str, Any], parents: Mapping[
     folder.mkdir(parents=True, exist_ok=True)
     write_json(started, identity)
     return False
+
+
+def _holds_work(folder: Path) -> bool:
+    """Tell whether a stage has left something in a folder.
+
+    Raises:
+        RunError: it holds files that no stage wrote, or is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is a file: choose another --output")
+    started = folder / STARTED
+    # A kill -9 may leave the temporary file of the very first write, which is nobody's work, and a mistake that is met
+    # at once leaves nothing but the record of its start.
+    if not folder.exists() or all(path.suffix == _TEMPORARY or path == started for path in folder.iterdir()):
+        return False
+    if not started.exists() and not (folder / MANIFEST).exists():
+        raise RunError(f"{folder} is not empty and holds no stage of Espalier: choose another --output")
+    return True
 
 
 def _difference(record: Path, identity: Mapping[str, Any]) -> str:

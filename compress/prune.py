@@ -32,7 +32,7 @@ def prune(model: Path, data: Path, settings: Prune, imgsz: int, seed: int, outpu
     from compress.data.dataset import fingerprint
 
     inputs = {"model": model} | ({"sensitivity": Path(settings.sensitivity)} if settings.sensitivity else {})
-    parents = manifest.input_hashes(inputs) | {"data": fingerprint(data)}
+    parents = manifest.input_hashes(inputs, output) | {"data": fingerprint(data)}
     if settings.by_latency:
         from compress.latency.plan import find_table
 
@@ -219,6 +219,8 @@ def main(
         return
     if not dry_run and (output is None or data is None):
         raise SettingsError("--output and --data are needed, unless --dry-run only prints the plan")
+    if not dry_run:
+        checkpoint.require_weights(model)
     from compress.data.dataset import resolve
 
     yaml = resolve(data) if data is not None else None

@@ -73,8 +73,13 @@ def check(settings: Run, data: Path) -> None:
     from compress.training.launch import check_arguments
 
     images(data, settings.benchmark.split)
-    for section in (settings.train, settings.sparsify, settings.finetune):
-        check_arguments(section.args)
+    for stage in ("train", "sparsify", "finetune"):
+        check_arguments(getattr(settings, stage), stage)
+        if getattr(settings, stage).args.get("single_cls"):
+            raise SettingsError(
+                f"{stage}: single_cls makes one class of all, and a pipeline scores by those of its data set: "
+                "give a data set with one name"
+            )
     model: Any = checkpoint.load_trainable(settings.model)
     if checkpoint.task_of(model) == "classify" and settings.finetune.distill:
         raise SettingsError(

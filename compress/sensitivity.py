@@ -257,7 +257,7 @@ def main(
     content |= {"imgsz": imgsz, "seed": seed}
     if given := [*(shares or []), *(more or [])]:
         content["shares"] = sorted(set(given))
-    checkpoint.require(model)
+    checkpoint.require_weights(model)
     result = sensitivity(model, resolve(data), parse(Wanted, content, STAGE), output)
     print_table(load_sensitivity(result, checkpoint.structure_hash(checkpoint.load_model(model))))
 

@@ -50,7 +50,8 @@ def sparsify(
         settings,
         common,
         output,
-        notes={"sr": settings.sr, "sr_decay": settings.sr_decay, "fade": fade, "share": share, "table": table},
+        notes={"sr": settings.sr, "sr_decay": settings.sr_decay, "fade": fade, "share": share},
+        shown={"table": table},
         keep_last=True,
         repair=repair,
     )

@@ -46,6 +46,7 @@ def training_stage(
     overrides: dict[str, Any] | None = None,
     extra_inputs: dict[str, Path] | None = None,
     notes: dict[str, Any] | None = None,
+    shown: dict[str, Any] | None = None,
     keep_last: bool = False,
     repair: Callable[[Any], None] | None = None,
 ) -> Path:
@@ -56,6 +57,7 @@ def training_stage(
         overrides: further Ultralytics arguments.
         extra_inputs: further checkpoints that shape the result.
         notes: further settings of the trainer, which it finds in a file of the folder.
+        shown: further notes that only say what TensorBoard shows; work of others is the same work.
         keep_last: keep the last epoch's weights, not those of the best validation.
         repair: what to mend of the trained model, in place, before it is saved.
 
@@ -67,15 +69,15 @@ def training_stage(
     """
     from compress.data.dataset import fingerprint
 
-    if Path(model).suffix == ".pt" and not Path(model).is_file():
-        checkpoint.load_model(model)  # downloads an official one, so that the next start sees the same input
+    if Path(model).suffix == ".pt":
+        checkpoint.require_weights(model)  # an official one is on disk now, so that the next start sees the same input
     config = {**settings.model_dump(mode="json"), **common.model_dump(), "data": str(data), **(notes or {})}
     inputs = dict(extra_inputs or {})
     if Path(model).is_file():
         inputs["model"] = Path(model)
     else:
         config["model"] = model
-    parents = manifest.input_hashes(inputs) | {"data": fingerprint(data)}
+    parents = manifest.input_hashes(inputs, output) | {"data": fingerprint(data)}
     result = output / MODEL
     with manifest.lock(output):
         if manifest.is_finished(output, stage, config, parents):
@@ -83,7 +85,7 @@ def training_stage(
             return result
         # Mistakes are met before anything is written or moved aside.
         loaded, *_ = [checkpoint.load_trainable(path) for path in (model, *(extra_inputs or {}).values())]
-        _check(loaded, model, data, settings, common.imgsz)
+        _check(stage, loaded, model, data, settings, common.imgsz)
         resumable = manifest.begin(output, stage, config, parents)
         metrics: dict[str, Any] = {"epochs": settings.epochs}
         if settings.epochs == 0:
@@ -103,7 +105,7 @@ def training_stage(
                 output,
                 resumable=resumable,
                 overrides={**common.model_dump(), **(overrides or {})},
-                notes=notes,
+                notes={**(notes or {}), **(shown or {})},
             )
             chosen = last if keep_last else best
             trained, arguments = launch.trained_model(chosen), checkpoint.load_training_args(chosen)
@@ -119,7 +121,7 @@ def training_stage(
 _VERBS = {"detect": "detect", "segment": "segment", "pose": "find key points", "obb": "detect", "classify": "classify"}
 
 
-def _check(loaded: Any, model: str, data: Path, settings: Training, imgsz: int) -> None:
+def _check(stage: str, loaded: Any, model: str, data: Path, settings: Training, imgsz: int) -> None:
     from compress.data.dataset import class_names, keypoints, require_polygons
 
     task = checkpoint.task_of(loaded)
@@ -135,7 +137,7 @@ def _check(loaded: Any, model: str, data: Path, settings: Training, imgsz: int) 
     if settings.epochs:
         from compress.training.launch import check_arguments
 
-        check_arguments(settings.args)
+        check_arguments(settings, stage)
         return
     classes = class_names(data)
     if len(loaded.names) != len(classes):

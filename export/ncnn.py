@@ -14,7 +14,7 @@ import typer
 from benchmark import programs
 from benchmark.runtimes import NCNN_SUFFIX, RUNNERS
 from benchmark.transports import last_line
-from compress import manifest
+from compress import checkpoint, manifest
 from compress.errors import ExportError, SettingsError, run_app
 from compress.settings import ExportNcnn, QuantizeNcnn, check_imgsz, parse
 from export import ncnn_trace, stage
@@ -50,7 +50,7 @@ def export_ncnn(model: Path, output: Path, *, imgsz: int, half: bool = False, dy
     """
     from benchmark.runners.torch_runner import inference_network
 
-    stage.require(model)
+    checkpoint.require_weights(model)
     network = inference_network(str(model))
     check_imgsz(imgsz, int(max(network.stride)))  # type: ignore[arg-type]
     traced = ncnn_trace.trace(network, model, imgsz)
@@ -264,7 +264,7 @@ def main(
     asked = quantization.changed(*of_int8) or (calibration and "calibration")
     if asked and not int8:
         raise SettingsError(f"--{asked.replace('_', '-')} goes with --int8: add that, or leave it out")
-    stage.require(model)
+    checkpoint.require_weights(model)
     if bundle:
         deploy.check_bundle(model, bundle)
         if bundle.resolve() in (output.resolve(), *output.resolve().parents):

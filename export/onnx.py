@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from compress import manifest
+from compress import checkpoint, manifest
 from compress.errors import ExportError, run_app
 from compress.settings import Export, check_imgsz, parse
 from export import stage
@@ -39,7 +39,7 @@ def export_onnx(model: Path, output: Path, *, imgsz: int, settings: Export | Non
 
     from benchmark.runners.torch_runner import inference_network
 
-    stage.require(model)
+    checkpoint.require_weights(model)
     wanted = settings or Export()
     network = inference_network(str(model))
     check_imgsz(imgsz, int(max(network.stride)))  # type: ignore[arg-type]
@@ -311,7 +311,7 @@ def main(
         "parity_map": parity_map,
     }
     settings = parse(Export, content, "export")
-    stage.require(model)
+    checkpoint.require_weights(model)
     export_stage({model.stem: model}, resolve(data, labels=parity_map), imgsz, settings, output)
 
 

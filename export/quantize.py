@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from compress import manifest
+from compress import checkpoint, manifest
 from compress.errors import ExportError, run_app
 from compress.settings import Export, Quantize, parse
 from export import int8, stage
@@ -162,7 +162,7 @@ def main(
         "seed": seed,
     }
     settings = parse(Quantize, content, "quantize")
-    stage.require(model)
+    checkpoint.require_weights(model)
     yaml = resolve(data)
     source = yaml if calibration is None else resolve(calibration, labels=False)
     wanted = with_range(settings)  # which the manifest shall hold: another machine may need another one

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from compress import manifest
+from compress import checkpoint, manifest
 from compress.errors import CheckpointError, ParityError
 from compress.settings import check_imgsz
 
@@ -20,27 +20,13 @@ OTHER_SIZE_PX = 64
 OTHER_SIZE_IMAGES = 4
 
 
-def require(model: Path) -> None:
-    """Check that a checkpoint is on disk.
-
-    Raises:
-        CheckpointError: it is not, or it is something else.
-    """
-    if not model.exists():
-        raise CheckpointError(f"{model} does not exist: check the path")
-    if not model.is_file() or model.suffix != ".pt":
-        raise CheckpointError(f"{model} is no checkpoint: give a .pt file")
-
-
 def require_detector(model: Path) -> None:
     """Check that a model finds upright boxes and nothing else.
 
     Raises:
         CheckpointError: it does not, or cannot be opened.
     """
-    from compress.checkpoint import load_deployable, task_of
-
-    if (task := task_of(load_deployable(model))) != "detect":
+    if (task := checkpoint.task_of(checkpoint.load_deployable(model))) != "detect":
         raise CheckpointError(f"{model} is of the task '{task}', this export is for detectors: use export.onnx or ncnn")
 
 
@@ -52,15 +38,13 @@ def check_model(model: Path, imgsz: int, scored_on: Path | None = None) -> Any:
         SettingsError: the size does not fit its stride.
         BenchmarkError: the data set is not for it.
     """
-    from compress.checkpoint import load_deployable, task_of
-
-    require(model)
-    network: Any = load_deployable(model)
+    checkpoint.require_weights(model)
+    network: Any = checkpoint.load_deployable(model)
     check_imgsz(imgsz, int(max(network.stride)))
     if scored_on is not None:
         from benchmark.accuracy import check_data
 
-        task = task_of(network)
+        task = checkpoint.task_of(network)
         points = list(network.model[-1].kpt_shape) if task == "pose" else None
         check_data(model, {"task": task, "classes": len(network.names), "keypoints": points}, scored_on)
     return network
@@ -84,15 +68,13 @@ def metadata(network: Any, model: Path, imgsz: int, args: dict[str, Any], batch:
     """
     from ultralytics import __version__
 
-    from compress.checkpoint import plans_of, task_of
-
     head = network.model[-1]
     entries = {
         "description": f"{model.stem}, exported by Espalier",
         "version": __version__,
         "license": "AGPL-3.0 (https://ultralytics.com/license)",
         "stride": int(max(network.stride)),
-        "task": task_of(network),
+        "task": checkpoint.task_of(network),
         "head": type(head).__name__,
         "batch": batch,
         "imgsz": [imgsz, imgsz],
@@ -102,9 +84,9 @@ def metadata(network: Any, model: Path, imgsz: int, args: dict[str, Any], batch:
         "end2end": bool(getattr(head, "end2end", False)),
         "espalier_model_sha256": manifest.sha256_file(model),
     }
-    if task_of(network) == "pose":
+    if checkpoint.task_of(network) == "pose":
         entries["kpt_shape"] = list(head.kpt_shape)
-    if plans := plans_of(network):
+    if plans := checkpoint.plans_of(network):
         entries["espalier_plan_sha256"] = manifest.sha256_json(plans)
     return entries
 
@@ -234,7 +216,7 @@ def run_stage(
     from export import parity
 
     for path in models.values():
-        require(path)
+        checkpoint.require_weights(path)
     config = {"models": sorted(models), **config}
     parents = manifest.input_hashes(models) | {"data": fingerprint(data)}
     with manifest.lock(output):

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from compress import manifest
+from compress import checkpoint, manifest
 from compress.errors import ExportError, ParityError, SettingsError, run_app
 from compress.settings import ExportTrt, parse
 from export import stage, trt_builder, trt_target, trtexec
@@ -272,7 +272,7 @@ def _parents(model: Path, data: Path | None, calibration: Path | None) -> dict[s
     if model.suffix not in (".pt", ".onnx"):
         raise ExportError(f"{model} must be a checkpoint (.pt) or an ONNX file (.onnx)")
     if model.suffix == ".pt":
-        stage.require(model)
+        checkpoint.require_weights(model)
         if data is None:
             raise ExportError(f"--data is missing: real images prove the ONNX file of {model.name} before it is built")
     elif not model.is_file():

@@ -388,7 +388,10 @@ def words(*given: str) -> Callable[[Path], list[str]]:
         (words("prune.macs=0.01"), "the budget cannot bring macs down to 1.0%"),
         (words("prune.macs=null", "prune.percent=0.99"), "the budget cannot remove 99% of the channels: at most"),
         (words("imgsz=80"), "imgsz 80 must be a multiple of the model's stride 32: use 64"),
-        (words("finetune.args.nosuch=1"), "args: 'nosuch' is not an argument of Ultralytics' training"),
+        (words("sparsify.args.single_cls=true"), "sparsify: single_cls makes one class of all"),
+        (words("finetune.lr0=2.0"), "finetune: 'lr0=2.0' is an invalid value"),
+        (words("sparsify.optimizer=Sdg"), "sparsify: no optimizer 'Sdg': choose one of auto, SGD,"),
+        (words("finetune.args.nosuch=1"), "finetune: 'nosuch' is not an argument of Ultralytics' training"),
         (words("name=../up"), "name: String should match pattern"),
     ],
 )

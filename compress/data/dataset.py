@@ -5,6 +5,8 @@ from __future__ import annotations
 import glob
 import hashlib
 import random
+import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,15 @@ IMAGE_SUFFIXES = frozenset(
     (".avif", ".bmp", ".dng", ".heic", ".heif", ".jp2", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp")
 )
 GENERATED = "shapes"
-_CHECKED_LABELS = 5000
+_CHECKED = 5000
+_SETTLED_NS = 1_000_000_000
+_NOT_PILLOWS = (".avif", ".heic", ".heif")  # which Ultralytics opens by another package
 
 
 def resolve(data: str, *, labels: bool = True) -> Path:
     """Return the absolute path of a data set YAML that was checked; 'shapes' is generated where it is missing.
 
-    Splits, images and labels are checked (the labels of up to 5000 images of each split). Nothing that the YAML holds
+    Splits, images and labels are checked (those of up to 5000 images of each split). Nothing that the YAML holds
     is run: Ultralytics would execute a `download:` entry where images are missing, so they must be there.
 
     Args:
@@ -42,9 +46,14 @@ def resolve(data: str, *, labels: bool = True) -> Path:
     if path.suffix.lower() not in (".yaml", ".yml"):
         raise DataError(f"{data} is not a data set: give its .yaml, or '{GENERATED}' for the generated one")
     classes, points = len(class_names(path)), keypoints(path)
+    if (channels := _read(path).get("channels", 3)) != 3:
+        raise DataError(
+            f"{path} has 'channels: {channels}', Espalier takes 3: remove it, grey images are read as coloured ones"
+        )
     for split in ("train", "val"):
         found = images(path, split)
         if labels:
+            _check_images(found)
             _check_labels(found, classes, points, f"{path}: '{split}'")
     return path
 
@@ -53,6 +62,7 @@ def _resolve_folders(folder: Path) -> Path:
     """Check a data set of classified images: `train` and `val`, each with a folder of images for every class."""
     names = set(class_names(folder).values())
     for split in ("train", "val"):
+        _check_images(images(folder, split))
         strange = {image.relative_to(folder / split).parts[0] for image in images(folder, split)} - names
         if strange:
             raise DataError(f"{folder / split} has the class {min(strange)}, {folder / 'train'} has none of that name")
@@ -146,7 +156,7 @@ def require_polygons(data: Path) -> None:
     of_boxes = keypoints(data) is not None  # what is behind the box there, Ultralytics drops for another task
     for split in ("train", "val"):
         found = images(data, split)
-        for image in found[:: -(-len(found) // _CHECKED_LABELS)]:
+        for image in found[:: -(-len(found) // _CHECKED)]:
             path = label_file(image)
             text = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
             lengths = [len(line.split()) for line in text.splitlines() if line.strip()]
@@ -184,7 +194,20 @@ def fingerprint(data: Path) -> str:
 
 def _label_hash(label: Path) -> str | None:
     """Return the sha256 of a label file, None without one: another class of a box leaves its size as it was."""
-    return hashlib.sha256(label.read_bytes()).hexdigest() if label.is_file() else None
+    try:
+        found = label.stat()
+    except OSError:
+        return None
+    # A file that has just been written may be written again without a later time: clocks of file systems are coarse.
+    hashed = _hash if time.time_ns() - found.st_mtime_ns < _SETTLED_NS else _hash_as_of
+    return hashed(label, found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+def _hash(label: Path, *_state: int) -> str:
+    return hashlib.sha256(label.read_bytes()).hexdigest()
+
+
+_hash_as_of = cache(_hash)  # each stage of a run asks for all of them
 
 
 def _images_if_any(data: Path, split: str) -> list[Path]:
@@ -261,8 +284,20 @@ def _files(place: Path, where: str, has_download: bool) -> list[Path]:
     return [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
 
 
+def _check_images(files: list[Path]) -> None:
+    """Meet what is no image now: Ultralytics leaves it out, so that a cut or a score would be the first to stumble."""
+    from PIL import Image
+
+    for path in files[:: -(-len(files) // _CHECKED)]:
+        try:
+            if path.suffix.lower() not in _NOT_PILLOWS:
+                Image.open(path).close()  # reads the head of the file
+        except OSError:
+            raise DataError(f"{path} is not an image that can be read: mend or remove it") from None
+
+
 def _check_labels(files: list[Path], classes: int, points: list[int] | None, where: str) -> None:
-    step = -(-len(files) // _CHECKED_LABELS)
+    step = -(-len(files) // _CHECKED)
     objects = 0
     for image in files[::step]:
         path = label_file(image)

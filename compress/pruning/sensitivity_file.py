@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from compress.channels.graph import Graph
 
 SCHEMA = 1
+_REMEDY = "measure it with python -m compress.sensitivity"
 _LEAST = 1e-3  # share of the mAP: below, nothing is told apart
 # A cut that cost no measurable mAP is not free: where mAP is silent, a little of the importance speaks.
 _OWN = 0.02
@@ -58,15 +59,19 @@ def load_sensitivity(path: Path, structure: str) -> Sensitivity:
     Raises:
         SettingsError: it is missing, damaged, of another version, or of another model.
     """
-    found = parse(Sensitivity, load_yaml(path), str(path))  # JSON is YAML
-    remedy = "measure it with python -m compress.sensitivity"
-    if found.schema_version != SCHEMA:
-        raise SettingsError(f"{path} has schema {found.schema_version}, this version reads {SCHEMA}: {remedy}")
+    found = _read(path)
     if found.structure != structure:
         raise SettingsError(
-            f"{path} was measured on another model (structure {found.structure[:12]}, not {structure[:12]}): {remedy}"
+            f"{path} was measured on another model (structure {found.structure[:12]}, not {structure[:12]}): {_REMEDY}"
         )
     return found
+
+
+def _read(path: Path) -> Sensitivity:
+    content = load_yaml(path)  # JSON is YAML
+    if (version := content.get("schema_version")) != SCHEMA:
+        raise SettingsError(f"{path} is no sensitivity of schema {SCHEMA} (it has {version}): {_REMEDY}")
+    return parse(Sensitivity, content, str(path))
 
 
 def warn_of_others(path: Path, model: Path | None, data: Path | None) -> None:
@@ -77,7 +82,7 @@ def warn_of_others(path: Path, model: Path | None, data: Path | None) -> None:
     from compress.data.dataset import fingerprint
     from compress.manifest import sha256_file
 
-    found = parse(Sensitivity, load_yaml(path), str(path))
+    found = _read(path)
     other = []
     if model is not None and found.model_sha256 is not None and found.model_sha256 != sha256_file(model):
         other.append(f"the weights of {found.model}, not of this {model.name}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from compress.settings import Training
 from compress.training.planned import RESUME, RESUME_BEST, Planned
 
 TRAINING = "training"  # Ultralytics' own folder inside a stage's
+# "time" too: a stage knows by its epochs whether it is finished.
 _OURS = {"model", "data", "mode", "task", "project", "name", "save_dir", "resume", "exist_ok", "pretrained", "cfg"}
-_OURS |= {"epochs", "time"}  # a stage has its own setting for its length, by which it knows whether it is finished
+_OURS |= {"epochs", "time", "distill_model", "dis"}
+_COMMON = {"imgsz", "device", "workers", "seed"}  # what the record of a stage says, and other stages go by
+_OPTIMIZERS = ("auto", "SGD", "MuSGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop")
 
 
 def run_training(
@@ -36,14 +40,12 @@ def run_training(
     Args:
         folder: the stage's folder; Ultralytics writes below `folder/training`.
         resumable: an interrupted start of this very training may lie in `folder`.
-        overrides: further Ultralytics arguments (imgsz, device, seed …); `settings.args` has the last word.
+        overrides: further Ultralytics arguments (imgsz, device, seed …).
         notes: what the trainer reads beside Ultralytics' arguments: λ and fading, or the terms of a distillation.
 
     Raises:
-        SettingsError: an argument that Ultralytics does not know, or that Espalier sets itself.
         EspalierError: the training failed.
     """
-    check_arguments(settings.args)
     weights = folder / TRAINING / "weights"
     best, last = weights / "best.pt", weights / "last.pt"
     resume, resume_best = weights / RESUME, weights / RESUME_BEST
@@ -54,9 +56,8 @@ def run_training(
         "plots": False,
         "patience": 0,  # equal epochs for all that is compared; 0 means never stop early
         "exist_ok": True,
-        **settings.model_dump(include=set(Training.model_fields) - {"args"}),
+        **_arguments(settings),
         **overrides,
-        **settings.args,
     }
     if resumable and resume.exists():
         if _is_complete(resume, settings.epochs):
@@ -70,27 +71,45 @@ def run_training(
         trainer(overrides=arguments).train()
     except EspalierError:
         raise
+    except subprocess.CalledProcessError as error:  # of several GPUs: each has its process, whose log says why
+        raise EspalierError(
+            f"training stopped: its processes on {overrides.get('device')} ended with code {error.returncode}, the "
+            f"lines above say why; what was saved is in {folder}"
+        ) from error
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise EspalierError(f"training stopped: {reason}; what was saved is in {folder}") from error
     return (best if best.exists() else last), last
 
 
-def check_arguments(arguments: dict[str, Any]) -> None:
-    """Check further Ultralytics arguments of a training: their names and the types of their values.
+def check_arguments(settings: Training, stage: str) -> None:
+    """Check what Ultralytics will be told of a training: names, and types and ranges of values.
+
+    Args:
+        stage: for messages.
 
     Raises:
-        SettingsError: an argument that Ultralytics does not know or refuses, or that Espalier sets itself.
+        SettingsError: a value that Ultralytics refuses, an argument that it does not know, or one that Espalier sets.
     """
-    for name in arguments:
+    for name in settings.args:
         if name in _OURS:
-            raise SettingsError(f"args: '{name}' is set by Espalier itself: remove it")
+            raise SettingsError(f"{stage}: '{name}' is set by Espalier itself: remove it")
+        if name in _COMMON:
+            raise SettingsError(f"{stage}: '{name}' is not of a training alone: give it as --{name}, or {name}=")
         if name not in DEFAULT_CFG_DICT:
-            raise SettingsError(f"args: '{name}' is not an argument of Ultralytics' training")
+            raise SettingsError(f"{stage}: '{name}' is not an argument of Ultralytics' training")
+    wanted = _arguments(settings) | {"epochs": max(settings.epochs, 1)}  # none: nothing is trained
     try:
-        get_cfg(overrides=arguments)
+        get_cfg(overrides=wanted)
     except (TypeError, ValueError) as error:
-        raise SettingsError(f"args: {str(error).splitlines()[0]}") from None
+        raise SettingsError(f"{stage}: {str(error).splitlines()[0]}") from None
+    if str(wanted["optimizer"]).lower() not in map(str.lower, _OPTIMIZERS):
+        raise SettingsError(f"{stage}: no optimizer '{wanted['optimizer']}': choose one of {', '.join(_OPTIMIZERS)}")
+
+
+def _arguments(settings: Training) -> dict[str, Any]:
+    """Return the settings of any training by Ultralytics' names."""
+    return {**settings.model_dump(include=set(Training.model_fields) - {"args"}), **settings.args}
 
 
 def _is_complete(checkpoint: Path, epochs: int) -> bool:

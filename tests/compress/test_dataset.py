@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from compress.errors import DataError
 from compress.shapes import Shapes, generate
 
 TEXT = "train: images/train\nval: images/val\nnames: [cat, dog]\n"
+HEAD = "P5 1 1 255 "  # of an image file
 TEMPLATE = Path(__file__).parents[2] / "configs" / "datasets" / "template.yaml"
 
 
@@ -19,7 +21,7 @@ def data(tmp_path) -> Path:
     """Two training images, one validation image, each with a dog (class 1). Nothing here decodes an image."""
     folder = tmp_path / "set"
     for name in ("train/b", "train/a", "val/c"):
-        for kind, suffix, content in (("images", ".jpg", name), ("labels", ".txt", "1 0.5 0.5 0.2 0.1\n")):
+        for kind, suffix, content in (("images", ".jpg", HEAD + name), ("labels", ".txt", "1 0.5 0.5 0.2 0.1\n")):
             path = folder / kind / f"{name}{suffix}"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(content)
@@ -65,6 +67,7 @@ def test_the_template_describes_a_set_that_works(data):
         pytest.param(TEXT.replace("images/val", "data.yaml"), r"data.yaml, which is no folder", id="no image list"),
         pytest.param(TEXT.replace("images/val", "labels"), "'val' holds no images", id="folder without images"),
         pytest.param("train: images/train\nval: images/val\n", "has no 'names'", id="no names"),
+        pytest.param(TEXT + "channels: 1\n", "has 'channels: 1', Espalier takes 3: remove it", id="grey"),
         pytest.param(TEXT + "nc: 3\n", "'nc' is 3, but there are 2 names", id="nc"),
         pytest.param(TEXT.replace("[cat, dog]", "{0: cat, 2: dog}"), r"without gaps, got \[0, 2\]", id="gap"),
         pytest.param(TEXT.replace("[cat, dog]", "{a: cat}"), r"without gaps, got \['a'\]", id="named by words"),
@@ -120,6 +123,30 @@ def test_a_file_that_ultralytics_would_drop_is_refused(data):
     label.write_text("1 0.5 0.5 0.1 0.1\n1 0.1 0.1 0.2 0.1 0.2 0.2\n")
     with pytest.raises(DataError, match=r"c\.txt mixes boxes and polygons: write one kind of label in a file"):
         resolve(str(data))
+
+
+def test_what_is_no_image_is_met_before_any_training(data):
+    """Ultralytics trains without it, and the first to open it would be a cut or a score, hours later."""
+    image = data.parent / "images" / "val" / "c.jpg"
+    image.write_text("<html>not found</html>")
+    with pytest.raises(DataError, match=r"val/c\.jpg is not an image that can be read: mend or remove it"):
+        resolve(str(data))
+    image.unlink()
+    image.with_suffix(".heic").write_text("which takes another package to open")
+    assert resolve(str(data)) == data
+
+
+def test_label_files_are_read_once_for_all_fingerprints(data, monkeypatch):
+    for label in data.parent.rglob("*.txt"):
+        os.utime(label, (1e9, 1e9))
+    before, read = fingerprint(data), Path.read_bytes
+    opened = []
+    monkeypatch.setattr(Path, "read_bytes", lambda path: opened.append(path.name) or read(path))
+    assert fingerprint(data) == before
+    assert opened == []
+    (data.parent / "labels" / "train" / "a.txt").write_text("0 0.5 0.5 0.2 0.1\n")
+    assert fingerprint(data) != before
+    assert opened == ["a.txt"]
 
 
 def test_polygons_are_labels(data):
@@ -255,11 +282,19 @@ def test_a_moved_set_keeps_its_hash(data, tmp_path, digest):
     assert digest(copy / "data.yaml") == digest(data)
 
 
+def write_image(root: Path, content: str) -> None:
+    (root / "images/train/a.jpg").write_text(HEAD + content)
+
+
 @pytest.mark.parametrize(
     ("change", "seen", "seen_fast"),
     [
-        pytest.param(lambda root: (root / "images/train/a.jpg").write_text("TRAIN/A"), True, False, id="image bytes"),
-        pytest.param(lambda root: (root / "images/train/a.jpg").write_text("longer than"), True, True, id="image size"),
+        pytest.param(
+            lambda root: (root / "images/train/a.jpg").write_text(HEAD + "TRAIN/A"), True, False, id="image bytes"
+        ),
+        pytest.param(
+            lambda root: (root / "images/train/a.jpg").write_text(HEAD + "longer than"), True, True, id="image size"
+        ),
         pytest.param(lambda root: (root / "labels/train/a.txt").write_text("0 0 0 1 1"), True, True, id="label"),
         pytest.param(
             lambda root: (path := root / "labels/train/a.txt").write_text(path.read_text().replace("1 ", "0 ", 1)),
@@ -286,7 +321,7 @@ def test_the_hash_is_that_of_names_and_bytes(data):
     def sized(content: bytes) -> bytes:
         return len(content).to_bytes(8, "little") + content
 
-    expected = [b"images/val/c.jpg", b"val/c", b"1 0.5 0.5 0.2 0.1\n"]
+    expected = [b"images/val/c.jpg", f"{HEAD}val/c".encode(), b"1 0.5 0.5 0.2 0.1\n"]
     assert data_hash(data, "val") == hashlib.sha256(b"".join(map(sized, expected))).hexdigest()
 
 

@@ -205,16 +205,17 @@ def test_an_empty_folder_may_be_used(folder: Path) -> None:
 def test_a_foreign_folder_is_refused(folder: Path) -> None:
     folder.mkdir()
     (folder / "thesis.tex").write_text("mine")
-    assert not finished(folder)
-    with pytest.raises(RunError, match=r"stage is not empty and holds no stage of Espalier: choose another --output"):
-        begin(folder, "train", CONFIG, PARENTS)
+    for use in (finished, lambda folder: begin(folder, "train", CONFIG, PARENTS)):  # before any work, and at its end
+        with pytest.raises(RunError, match=r"stage is not empty and holds no stage of Espalier: choose another"):
+            use(folder)
     assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
 
 
 def test_a_file_in_place_of_the_folder_is_refused(folder: Path) -> None:
     folder.write_text("mine")
-    with pytest.raises(RunError, match=r"stage is a file: choose another --output"):
-        begin(folder, "train", CONFIG, PARENTS)
+    for use in (finished, lambda folder: begin(folder, "train", CONFIG, PARENTS)):
+        with pytest.raises(RunError, match=r"stage is a file: choose another --output"):
+            use(folder)
     assert folder.read_text() == "mine"
 
 

@@ -233,11 +233,14 @@ def test_a_measurement_of_another_model_or_version_is_refused(graph: Graph, dens
     settings = Prune(macs=0.5, sensitivity=str(tmp_path / "s.json"))
     with pytest.raises(SettingsError, match=r"s\.json was measured on another model \(structure 000000000000, not "):
         plan_pruning(checkpoint.load_model(dense), settings, 64)
-    manifest.write_json(tmp_path / "s.json", {**content, "schema_version": 7})
-    with pytest.raises(
-        SettingsError, match=r"has schema 7, this version reads 1: measure it with python -m compress\."
-    ):
-        plan_pruning(checkpoint.load_model(dense), settings, 64)
+    for other, found in (({**content, "schema_version": 7}, 7), ({"schema": 1, "stage": "train"}, None)):
+        manifest.write_json(tmp_path / "s.json", other)
+        with pytest.raises(SettingsError) as caught:
+            plan_pruning(checkpoint.load_model(dense), settings, 64)
+        assert str(caught.value) == (
+            f"{tmp_path / 's.json'} is no sensitivity of schema 1 (it has {found}): "
+            "measure it with python -m compress.sensitivity"
+        )
     with pytest.raises(SettingsError, match=r"none\.json does not exist"):
         plan_pruning(checkpoint.load_model(dense), Prune(macs=0.5, sensitivity=str(tmp_path / "none.json")), 64)
 

@@ -309,7 +309,7 @@ def test_every_pipeline_loads(path: Path, monkeypatch) -> None:
     run = load_run(path, [])
     assert run.name
     for section in (run.train, run.sparsify, run.finetune):
-        check_arguments(section.args)
+        check_arguments(section, path.stem)
     assert path.read_text(encoding="utf-8").startswith("# ")  # the command that runs it
 
 

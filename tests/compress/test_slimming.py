@@ -131,7 +131,7 @@ def test_the_pipelines_train_as_the_paper_does(path: Path) -> None:
     settings = load_run(path, [])
     assert path.stem == settings.name
     for section in (settings.train, settings.sparsify, settings.finetune):
-        check_arguments(section.args)
+        check_arguments(section, path.stem)
         assert (section.optimizer, section.batch, section.args["momentum"]) == ("SGD", 64, 0.9)
         assert section.args["weight_decay"] == 1e-4
     assert settings.sparsify.sr_decay == 1.0

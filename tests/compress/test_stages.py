@@ -19,11 +19,11 @@ import torch
 import typer
 from ultralytics.nn.tasks import DetectionModel
 
-from compress import checkpoint, finetune, prune, sparsify, train
+from compress import checkpoint, finetune, prune, sensitivity, sparsify, train
 from compress.checkpoint import load_model, plans_of, structure_hash
 from compress.data.dataset import label_file
 from compress.errors import DataError, PlanError, SurgeryError, run_app
-from compress.manifest import MANIFEST, is_finished, read_json
+from compress.manifest import MANIFEST, is_finished, read_json, sha256_file
 from compress.planning import plan_pruning
 from compress.pruning.plan import load_plan
 from compress.pruning.surgery import apply_plan
@@ -205,6 +205,16 @@ def test_a_finished_stage_is_skipped(stages: Path, data: Path, capsys, monkeypat
     assert {path: path.stat().st_mtime_ns for path in stages.rglob("*")} == before
 
 
+def test_a_table_that_is_only_shown_makes_no_other_work(stages: Path, data: Path, capsys, monkeypatch) -> None:
+    """Pipelines of a sweep share a sparsity training, whether they cut to MACs or to a latency."""
+    monkeypatch.setattr("compress.training.launch.run_training", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(sparsify, "_table", lambda *_: "table.json")
+    settings = Sparsity(epochs=2, batch=8, args=ARGS, sr=2.0, sr_decay=0.5)
+    dense, folder = str(stages / "train" / "model.pt"), stages / "sparsify"
+    sparsify.sparsify(dense, data, settings, COMMON, folder, Prune(speedup=2.0))
+    assert capsys.readouterr().out == f"sparsify: finished before, unchanged: {folder / 'model.pt'}\n"
+
+
 def test_a_lambda_that_ruins_the_loss_stops_the_training(dense: Path, data: Path, tmp_path: Path, capsys) -> None:
     given = {"--model": dense, "--data": data, "--output": tmp_path / "out", "--imgsz": 64, "--epochs": 2}
     given |= {"--batch": 2, "--workers": 0, "--sr": 1e37}
@@ -228,6 +238,19 @@ def test_other_settings_are_other_work(stages: Path, data: Path, tmp_path: Path)
         read_json(folder / MANIFEST)["metrics"]["params"]
         > read_json(tmp_path / "prune.1" / MANIFEST)["metrics"]["params"]
     )
+
+
+def test_a_stage_does_not_move_aside_what_it_reads(dense: Path, data: Path, tmp_path: Path, capsys) -> None:
+    own = shutil.copytree(dense.parent, tmp_path / "own") / dense.name
+    teacher = ("--teacher", own, "--output", own.parent)
+    for app, words in ((train.app, ("--output", own.parent)), (prune.app, ("--macs", 0.5, "--output", own.parent))):
+        assert command(app, "--model", own, "--data", data, "--imgsz", 64, *words) == 2
+        assert capsys.readouterr().err == (
+            f"error: {own} lies in the folder of its own result, {own.parent}: choose another --output\n"
+        )
+    assert command(finetune.app, "--model", dense, "--data", data, "--imgsz", 64, *teacher) == 2
+    assert "lies in the folder of its own result" in capsys.readouterr().err
+    assert own.is_file()
 
 
 def test_what_repairs_a_cut_is_said(dense: Path, data: Path, tmp_path: Path, capsys) -> None:
@@ -357,6 +380,28 @@ def test_an_official_name_is_the_same_input_before_and_after_its_download(
 # As commands.
 
 
+def test_an_official_checkpoint_can_be_cut(data: Path, dense: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(
+        "ultralytics.utils.downloads.attempt_download_asset", lambda name, **_: str(shutil.copy(dense, name))
+    )
+    monkeypatch.chdir(tmp_path)
+    words = (
+        "--data",
+        data,
+        "--imgsz",
+        64,
+        "--percent",
+        0.4,
+        "--multiple-of",
+        2,
+        "--no-fold",
+        "--recalibrate-images",
+        0,
+    )
+    assert command(prune.app, "--model", "yolov8n.pt", *words, "--output", "cut") == 0
+    assert read_json(tmp_path / "cut" / MANIFEST)["parents"]["model"] == sha256_file(dense)
+
+
 def test_the_plan_is_printed_and_nothing_is_written(dense: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
@@ -433,10 +478,13 @@ TRAINERS = [train.app, sparsify.app, finetune.app]
         (["--data", "empty.yaml"], "'train' holds no images"),
         (["--imgsz", "100"], "imgsz 100 must be a multiple of the model's stride 32: use 96"),
         (["--lr0", "0"], "lr0: Input should be greater than 0 (got 0.0)"),
-        (["nosuch=1"], "args: 'nosuch' is not an argument of Ultralytics' training"),
+        (["nosuch=1"], ": 'nosuch' is not an argument of Ultralytics' training"),
         (["nosuch"], "'nosuch' must have the form key=value"),
-        (["mosaic=much"], "args: 'mosaic=much' is of invalid type str"),
-        (["epochs=5"], "args: 'epochs' is set by Espalier itself"),
+        (["mosaic=much"], ": 'mosaic=much' is of invalid type str"),
+        (["epochs=5"], ": 'epochs' is set by Espalier itself"),
+        (["imgsz=128"], ": 'imgsz' is not of a training alone: give it as --imgsz, or imgsz="),
+        (["--optimizer", "Sdg"], ": no optimizer 'Sdg': choose one of auto, SGD, MuSGD, Adam,"),
+        (["--lr0", "2"], ": 'lr0=2.0' is an invalid value"),
         (["--output", "foreign"], "foreign is not empty and holds no stage of Espalier"),
         (["--output", "text.pt"], "text.pt is a file"),
     ],
@@ -496,6 +544,8 @@ def test_a_mistake_is_one_line_and_nothing_is_begun(
             ["--macs", "0.5", "--imgsz", "100"],
             "imgsz 100 must be a multiple of the model's stride 32: use 96",
         ),
+        (prune.app, ["--macs", "0.5", "--model", "yolov8n.yaml"], "yolov8n.yaml is an architecture without weights"),
+        (sensitivity.app, ["--model", "yolov8n.yaml"], "yolov8n.yaml is an architecture without weights"),
         (
             prune.app,
             ["--macs", "0.5", "--threads", "2"],

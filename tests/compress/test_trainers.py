@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -514,23 +515,25 @@ def test_one_class_for_all(tiny_data: Path, trainer: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"nosuch": 1}, "args: 'nosuch' is not an argument of Ultralytics' training"),
-        ({"epoch": 1}, "args: 'epoch' is not"),
-        ({"data": "x"}, "args: 'data' is set by Espalier itself: remove it"),
-        ({"resume": True}, "args: 'resume' is set by Espalier itself"),
-        ({"mosaic": "much"}, "args: 'mosaic=much' is of invalid type str"),
-        ({"fraction": 1.5, "nbs": 16}, "args: 'fraction=1.5' invalid"),
+        ({"nosuch": 1}, "train: 'nosuch' is not an argument of Ultralytics' training"),
+        ({"epoch": 1}, "train: 'epoch' is not"),
+        ({"data": "x"}, "train: 'data' is set by Espalier itself: remove it"),
+        ({"resume": True}, "train: 'resume' is set by Espalier itself"),
+        ({"imgsz": 96}, "train: 'imgsz' is not of a training alone: give it as --imgsz, or imgsz="),
+        ({"mosaic": "much"}, "train: 'mosaic=much' is of invalid type str"),
+        ({"fraction": 1.5, "nbs": 16}, "train: 'fraction=1.5' invalid"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError) as caught:
-        check_arguments(arguments)
+        check_arguments(Training(epochs=1, args=arguments), "train")
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
 
 
 def test_right_arguments_pass() -> None:
-    check_arguments({"nbs": 16, "mosaic": 0, "degrees": 10.0, "cache": "ram"})
+    arguments = {"nbs": 16, "mosaic": 0, "degrees": 10.0, "cache": "ram", "optimizer": "sgd"}
+    check_arguments(Training(epochs=1, args=arguments), "train")
 
 
 class Recorder:
@@ -579,16 +582,12 @@ def weights(folder: Path, epoch: int, **files: bytes) -> Path:
 
 
 def test_what_ultralytics_is_told(start, tmp_path: Path) -> None:
-    best, last = start(nbs=16, imgsz=96, notes={"sr": 0.5})
+    best, last = start(nbs=16, patience=7, notes={"sr": 0.5})
     assert best == last == tmp_path / "training" / "weights" / "last.pt"
     expected = {"model": "a.pt", "data": "d.yaml", "save_dir": str(tmp_path / "training"), "epochs": 3, "batch": 16}
     assert expected.items() <= Recorder.given.items()
-    assert {
-        "seed": 5,
-        "nbs": 16,
-        "imgsz": 96,
-        "patience": 0,
-    }.items() <= Recorder.given.items()  # args have the last word
+    # args have the last word
+    assert {"seed": 5, "nbs": 16, "imgsz": 64, "patience": 7}.items() <= Recorder.given.items()
     assert not {"args", "resume"} & Recorder.given.keys()
     assert read_json(tmp_path / SPARSITY) == {"sr": 0.5}
 
@@ -642,6 +641,12 @@ def test_a_failed_training_is_one_line(start, monkeypatch, tmp_path: Path, kind:
     assert str(caught.value) == f"training stopped: out of memory; what was saved is in {tmp_path}"
     monkeypatch.setattr(Recorder, "error", kind())
     with pytest.raises(EspalierError, match=f"training stopped: {kind.__name__};"):
+        start()
+
+
+def test_processes_that_fail_on_several_gpus_are_one_line(start, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(Recorder, "error", subprocess.CalledProcessError(1, ["python", "-m", "torch.distributed.run"]))
+    with pytest.raises(EspalierError, match=r"ended with code 1, the lines above say why; what was saved is in"):
         start()
 
 
