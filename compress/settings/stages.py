@@ -26,12 +26,13 @@ class Training(Strict):
     args: dict[str, Any] = Field(default_factory=dict, description="any other Ultralytics training argument")
 
 
+_RESCALING = ("auto", "adam", "adamw", "adamax", "nadam", "radam", "rmsprop")
+
+
 class Sparsity(Training):
     """Sparsity training: a training with an L1 penalty on the batch-norm scales γ of prunable channels."""
 
-    # Adam would divide the constant pull of the penalty by its own magnitude, and λ would mean nothing.
     optimizer: str = "SGD"
-
     sr: Annotated[float, Field(ge=0.0)] | Literal["auto"] = Field(
         default=1e-4, description="penalty λ, added to the gradient of γ as λ·γ/‖γ‖ per coupled unit; or auto"
     )
@@ -54,6 +55,15 @@ class Sparsity(Training):
             raise ValueError("sr: auto and fade: true each choose channels of their own: leave one of them out")
         if self.sr == "auto" and self.epochs == 1:
             raise ValueError("sr: auto watches an epoch before it pulls: give epochs of 2 at least")
+        return self
+
+    @model_validator(mode="after")
+    def _pull_of_sr(self) -> Sparsity:
+        if self.sr != 0.0 and self.optimizer.lower() in _RESCALING:
+            raise ValueError(
+                "sr goes with optimizer: SGD; Adam and its kin, which auto may take, divide the pull by its own "
+                "size, and λ means nothing: leave optimizer out, or give sr: 0"
+            )
         return self
 
 

@@ -560,6 +560,7 @@ def test_a_mistake_is_one_line_and_nothing_is_begun(
             ["--sr", "auto", "--share", "0.5", "--epochs", "1"],
             "sr: auto watches an epoch before it pulls",
         ),
+        (sparsify.app, ["--optimizer", "AdamW"], "sr goes with optimizer: SGD; Adam and its kin, which auto may take"),
         (sparsify.app, ["--fade", "0.001"], "the budget cannot bring macs down to 0.1% of the dense model's"),
         (sparsify.app, ["--budget", "rpi5"], "--budget goes with --fade: without, no cut is planned here"),
     ],
