@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--sparsify-epochs", type=int, default=12, help="a multiple of the rounds, which are 3")
     parser.add_argument("--finetune-epochs", type=int, default=27, help="likewise")
-    parser.add_argument("--sr", type=float, default=0.003)
+    parser.add_argument("--sr", type=float, default=0.003, help="beside fading; 0: none, and no SGD for its sake")
     parser.add_argument("--start", choices=("fading", "plain"), default="fading", help="the training before a cut")
     parser.add_argument("--reconstruct-images", type=int, default=0, help="of the cut before a fine-tuning")
     parser.add_argument("--budget", type=Path, default=Path("configs/budgets/onnxruntime-cpu.yaml"))
@@ -100,7 +100,7 @@ def settings_of(given: argparse.Namespace, share: float, seed: int, rounds: int 
         sparsify=Sparsity(
             epochs=sparse // rounds,
             batch=given.batch,
-            optimizer="SGD" if fading else "auto",
+            optimizer="SGD" if fading and given.sr else "auto",
             sr=given.sr if fading else 0.0,
             fade=fading,
             start="model",
