@@ -106,7 +106,7 @@ build_ncnn() {
 # make_headers: ncnn's headers in $cache/include, whole or not at all.
 make_headers() {
     local partial=$cache/include.partial
-    lock_cache
+    [[ -d "$cache/include" ]] || lock_cache
     if [[ ! -d "$cache/include" ]]; then
         fetch_source
         rm -rf "$partial" && mkdir "$partial"
