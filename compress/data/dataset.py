@@ -292,7 +292,7 @@ def _check_images(files: list[Path]) -> None:
         try:
             if path.suffix.lower() not in _NOT_PILLOWS:
                 Image.open(path).close()  # reads the head of the file
-        except OSError:
+        except (OSError, ImportError):  # Ultralytics has `open` ask for a package where nothing knows the format
             raise DataError(f"{path} is not an image that can be read: mend or remove it") from None
 
 

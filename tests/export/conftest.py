@@ -106,11 +106,11 @@ def onnx_file(detector: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def bundle(ncnn_model: Path) -> Path:
+def bundle(ncnn_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The deploy bundle of that folder."""
     from export.deploy import write_bundle
 
-    return write_bundle(ncnn_model, ncnn_model.parent / "bundle")
+    return write_bundle(ncnn_model, tmp_path_factory.mktemp("bundle") / "bundle")
 
 
 @pytest.fixture(scope="session")

@@ -44,7 +44,7 @@ def test_a_bundle_is_complete(ncnn_model: Path, bundle: Path) -> None:
         assert (bundle / "model" / name).read_bytes() == (ncnn_model / name).read_bytes()
     for name in ("cpp/CMakeLists.txt", "cpp/main.cpp", "android/app/build.gradle.kts", "android/README.md"):
         assert (bundle / name).read_bytes() == (deploy.TEMPLATES / name).read_bytes()
-    assert [path.name for path in ncnn_model.parent.iterdir() if path.name.startswith(".")] == []
+    assert [path.name for path in bundle.parent.iterdir() if path.name.startswith(".")] == []
 
 
 def test_constants_and_labels_are_what_the_program_needs(ncnn_model: Path, bundle: Path) -> None:
