@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmark import programs, sites, statistics
-from benchmark.layer_times import BURST, LEAD_IN, RUNTIMES, is_enough, join, ncnn_shapes
+from benchmark import programs, sites
+from benchmark.layer_times import BURST, LEAD_IN, RUNTIMES, is_enough, join, ncnn_shapes, speedup
 from benchmark.sites import Site
 from compress.devices import Device, load_device
 from compress.errors import BenchmarkError, SettingsError
@@ -108,9 +108,7 @@ def observe(
     best: dict[str, Any] = {}
     for attempt in range(1, ATTEMPTS + 1):
         record = observe_once(site, dense, model, wanted, known if known is not None else {})
-        rounds = [[[value] for value in record[name]] for name in ("dense", "whole")]
-        ratio, interval = statistics.speedup(rounds[0], rounds[1], wanted.seed)
-        width = (interval[1] - interval[0]) / ratio
+        ratio, interval, width = speedup(record["dense"], record["whole"], wanted.seed)
         if not best or width < best["interval_width"]:
             best = {"speedup": ratio, "interval": interval, "interval_width": width, "record": record}
         best["attempts"] = attempt
