@@ -73,9 +73,10 @@ def check(settings: Run, data: Path) -> None:
     from compress.training.launch import check_arguments
 
     images(data, settings.benchmark.split)
-    for stage in ("train", "sparsify", "finetune"):
-        check_arguments(getattr(settings, stage), stage)
-        if getattr(settings, stage).args.get("single_cls"):
+    sections = {"train": settings.train, "sparsify": settings.sparsify, "finetune": settings.finetune}
+    for stage, section in sections.items():
+        check_arguments(section, stage)
+        if section.args.get("single_cls"):
             raise SettingsError(
                 f"{stage}: single_cls makes one class of all, and a pipeline scores by those of its data set: "
                 "give a data set with one name"

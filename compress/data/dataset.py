@@ -62,8 +62,9 @@ def _resolve_folders(folder: Path) -> Path:
     """Check a data set of classified images: `train` and `val`, each with a folder of images for every class."""
     names = set(class_names(folder).values())
     for split in ("train", "val"):
-        _check_images(images(folder, split))
-        strange = {image.relative_to(folder / split).parts[0] for image in images(folder, split)} - names
+        found = images(folder, split)
+        _check_images(found)
+        strange = {image.relative_to(folder / split).parts[0] for image in found} - names
         if strange:
             raise DataError(f"{folder / split} has the class {min(strange)}, {folder / 'train'} has none of that name")
     return folder
@@ -155,8 +156,7 @@ def require_polygons(data: Path) -> None:
     """
     of_boxes = keypoints(data) is not None  # what is behind the box there, Ultralytics drops for another task
     for split in ("train", "val"):
-        found = images(data, split)
-        for image in found[:: -(-len(found) // _CHECKED)]:
+        for image in _sample(images(data, split)):
             path = label_file(image)
             text = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
             lengths = [len(line.split()) for line in text.splitlines() if line.strip()]
@@ -284,11 +284,16 @@ def _files(place: Path, where: str, has_download: bool) -> list[Path]:
     return [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
 
 
+def _sample(files: list[Path]) -> list[Path]:
+    """Return those that are checked, spread over all."""
+    return files[:: -(-len(files) // _CHECKED)]
+
+
 def _check_images(files: list[Path]) -> None:
     """Meet what is no image now: Ultralytics leaves it out, so that a cut or a score would be the first to stumble."""
     from PIL import Image
 
-    for path in files[:: -(-len(files) // _CHECKED)]:
+    for path in _sample(files):
         try:
             if path.suffix.lower() not in _NOT_PILLOWS:
                 Image.open(path).close()  # reads the head of the file
@@ -297,9 +302,8 @@ def _check_images(files: list[Path]) -> None:
 
 
 def _check_labels(files: list[Path], classes: int, points: list[int] | None, where: str) -> None:
-    step = -(-len(files) // _CHECKED)
     objects = 0
-    for image in files[::step]:
+    for image in _sample(files):
         path = label_file(image)
         if path.is_file():
             lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
