@@ -5,12 +5,13 @@ from compress.settings.exports import Export, ExportNcnn, ExportTrt, Quantizatio
 from compress.settings.names import AUTO, LATENCY_TARGETS, TARGETS, Importance, Runtime, Share, Variant
 from compress.settings.reading import load_yaml, training_args
 from compress.settings.run import Benchmark, Run, check_imgsz, load_run
-from compress.settings.stages import Finetune, Prune, Sparsity, Training
+from compress.settings.stages import OPTIMIZERS, Finetune, Prune, Sparsity, Training
 from compress.settings.strict import Strict, parse
 
 __all__ = [
     "AUTO",
     "LATENCY_TARGETS",
+    "OPTIMIZERS",
     "TARGETS",
     "Benchmark",
     "Budget",

@@ -26,7 +26,8 @@ class Training(Strict):
     args: dict[str, Any] = Field(default_factory=dict, description="any other Ultralytics training argument")
 
 
-_RESCALING = ("auto", "adam", "adamw", "adamax", "nadam", "radam", "rmsprop")
+OPTIMIZERS = ("auto", "SGD", "MuSGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop")
+_RESCALING = {name.lower() for name in OPTIMIZERS} - {"sgd", "musgd"}
 
 
 class Sparsity(Training):

@@ -13,7 +13,7 @@ from ultralytics.utils import DEFAULT_CFG_DICT
 from compress.checkpoint import load_model
 from compress.errors import CheckpointError, EspalierError, SettingsError
 from compress.manifest import write_bytes_atomic, write_json
-from compress.settings import Training
+from compress.settings import OPTIMIZERS, Training
 from compress.training.planned import RESUME, RESUME_BEST, Planned
 
 TRAINING = "training"  # Ultralytics' own folder inside a stage's
@@ -21,7 +21,6 @@ TRAINING = "training"  # Ultralytics' own folder inside a stage's
 _OURS = {"model", "data", "mode", "task", "project", "name", "save_dir", "resume", "exist_ok", "pretrained", "cfg"}
 _OURS |= {"epochs", "time", "distill_model", "dis"}
 _COMMON = {"imgsz", "device", "workers", "seed"}  # what the record of a stage says, and other stages go by
-_OPTIMIZERS = ("auto", "SGD", "MuSGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop")
 
 
 def run_training(
@@ -103,8 +102,8 @@ def check_arguments(settings: Training, stage: str) -> None:
         get_cfg(overrides=wanted)
     except (TypeError, ValueError) as error:
         raise SettingsError(f"{stage}: {str(error).splitlines()[0]}") from None
-    if str(wanted["optimizer"]).lower() not in map(str.lower, _OPTIMIZERS):
-        raise SettingsError(f"{stage}: no optimizer '{wanted['optimizer']}': choose one of {', '.join(_OPTIMIZERS)}")
+    if str(wanted["optimizer"]).lower() not in map(str.lower, OPTIMIZERS):
+        raise SettingsError(f"{stage}: no optimizer '{wanted['optimizer']}': choose one of {', '.join(OPTIMIZERS)}")
 
 
 def _arguments(settings: Training) -> dict[str, Any]:
