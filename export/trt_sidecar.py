@@ -27,8 +27,10 @@ def sidecar(
         built: what the builder returned.
         hashes: sha256 of the engine and of the ONNX file.
     """
+    from benchmark.runners.onnxruntime_runner import literal
+
     entries = {item.key: item.value for item in graph.metadata_props}
-    arguments = _literal(entries.get("args"))
+    arguments = literal(entries.get("args"))
     arguments = arguments if isinstance(arguments, dict) else {}
     suppression = {key: arguments.get(key) for key in ("conf", "iou", "max_det")} if arguments.get("nms") else None
     precisions = Counter(layer["precision"] for layer in built["layers"] if layer["precision"] is not None)
@@ -47,11 +49,11 @@ def sidecar(
         "precisions": dict(precisions.most_common()),
         "loaded": built["loaded"],
         "build_seconds": built["seconds"],
-        "names": _names(_literal(entries.get("names"))),
-        "stride": _literal(entries.get("stride")),
+        "names": _names(literal(entries.get("names"))),
+        "stride": literal(entries.get("stride")),
         "task": entries.get("task"),
-        "keypoints": _literal(entries.get("kpt_shape")),
-        "end2end": bool(_literal(entries.get("end2end"))) or suppression is not None,
+        "keypoints": literal(entries.get("kpt_shape")),
+        "end2end": bool(literal(entries.get("end2end"))) or suppression is not None,
         "suppression": suppression,
     }
 
@@ -61,15 +63,6 @@ def _names(found: Any) -> dict[str, str] | None:
     if isinstance(found, (list, tuple)):
         found = dict(enumerate(found))
     return {str(number): str(name) for number, name in found.items()} if isinstance(found, dict) else None
-
-
-def _literal(text: str | None) -> Any:
-    import ast
-
-    try:
-        return ast.literal_eval(text) if text else None
-    except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two of what is nested too deep
-        return None
 
 
 def summary(record: dict[str, Any]) -> str:

@@ -97,7 +97,7 @@ def infer(session: Session, images: np.ndarray) -> list[np.ndarray]:
 def describe(session: Session) -> dict[str, Any]:
     """Return what a benchmark record says about the runtime; null where the file does not tell."""
     metadata = session.graph.get_modelmeta().custom_metadata_map
-    names, arguments = _literal(metadata.get("names")), _literal(metadata.get("args"))
+    names, arguments = literal(metadata.get("names")), literal(metadata.get("args"))
     arguments = arguments if isinstance(arguments, dict) else {}
     limits = {key: arguments.get(key) for key in ("conf", "iou", "max_det")} if arguments.get("nms") else None
     return {
@@ -110,13 +110,14 @@ def describe(session: Session) -> dict[str, Any]:
         "input_shape": [size if isinstance(size, int) else None for size in session.graph.get_inputs()[0].shape],
         "task": metadata.get("task"),
         "classes": len(names) if isinstance(names, (dict, list)) else None,
-        "keypoints": _literal(metadata.get("kpt_shape")),
-        "end2end": bool(_literal(metadata.get("end2end"))) or limits is not None,
+        "keypoints": literal(metadata.get("kpt_shape")),
+        "end2end": bool(literal(metadata.get("end2end"))) or limits is not None,
         "suppression": limits,
     }
 
 
-def _literal(text: str | None) -> Any:
+def literal(text: str | None) -> Any:
+    """Return what an entry of a file's metadata says; null where a stranger wrote something else than a literal."""
     try:
         return ast.literal_eval(text) if text else None
     except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two of what is nested too deep
