@@ -198,8 +198,7 @@ def export_stage(
         return export(path, output / f"{model}{suffix}", data, calibration, imgsz, settings)
 
     def check(model: Path) -> None:
-        stage.require_detector(model)
-        stage.check_model(model, imgsz, data)
+        stage.check_model(model, imgsz, data, detector=True)
 
     config = {"imgsz": imgsz, "calibration": fingerprint(calibration), **settings.model_dump(mode="json")}
     records = stage.run_stage(

@@ -26,12 +26,19 @@ def require_detector(model: Path) -> None:
     Raises:
         CheckpointError: it does not, or cannot be opened.
     """
-    if (task := checkpoint.task_of(checkpoint.load_deployable(model))) != "detect":
+    _require_detector(checkpoint.load_deployable(model), model)
+
+
+def _require_detector(network: Any, model: Path) -> None:
+    if (task := checkpoint.task_of(network)) != "detect":
         raise CheckpointError(f"{model} is of the task '{task}', this export is for detectors: use export.onnx or ncnn")
 
 
-def check_model(model: Path, imgsz: int, scored_on: Path | None = None) -> Any:
+def check_model(model: Path, imgsz: int, scored_on: Path | None = None, *, detector: bool = False) -> Any:
     """Check that a checkpoint can be exported at an image size, px, and be scored on a data set; return its network.
+
+    Args:
+        detector: it must be one, as for `require_detector`.
 
     Raises:
         CheckpointError: it is missing, or of a task that cannot be exported.
@@ -40,6 +47,8 @@ def check_model(model: Path, imgsz: int, scored_on: Path | None = None) -> Any:
     """
     checkpoint.require_weights(model)
     network: Any = checkpoint.load_deployable(model)
+    if detector:
+        _require_detector(network, model)
     check_imgsz(imgsz, int(max(network.stride)))
     if scored_on is not None:
         from benchmark.accuracy import check_data

@@ -291,9 +291,7 @@ def _check_fits(model: Path, settings: ExportTrt, facts: dict[str, Any], data: P
         return
     check_static(settings)
     is_scored = settings.precision == "int8"  # by the search for the layers that stay in float
-    if is_scored:
-        stage.require_detector(model)
-    stage.check_model(model, checkpoint_imgsz(settings), data if is_scored else None)
+    stage.check_model(model, checkpoint_imgsz(settings), data if is_scored else None, detector=is_scored)
 
 
 def _changes(output: Path, config: dict[str, Any], parents: dict[str, str]) -> list[str]:
