@@ -35,6 +35,7 @@ def parse(command: str) -> None:
 
 def test_commands_are_found() -> None:
     assert len(COMMANDS) >= 10
+    assert len(STUDIES) >= 15
     modules = {command.split()[2] for command in COMMANDS}
     assert {"compress.run", "compress.sparsify", "compress.finetune", "export.onnx", "benchmark.latency"} <= modules
 
