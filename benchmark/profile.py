@@ -129,7 +129,7 @@ def _measure(
         "machine": machine,
     }
     file = points_path(path)
-    points = _read_points(file, heading)
+    points = _read_points(file, heading, wanted.max_interval)
     left = [index for index in range(len(widths)) if index not in {point["index"] for point in points}]
     if points and left:
         print(f"profile: goes on after {len(points)} of {len(widths)} networks")
@@ -158,17 +158,26 @@ def points_path(table: Path) -> Path:
     return table.with_suffix(".points.jsonl")
 
 
-def _read_points(file: Path, heading: dict[str, Any]) -> list[dict[str, Any]]:
-    """Read what was measured before with the very same settings; begin the file anew where there is none."""
+def _read_points(file: Path, heading: dict[str, Any], max_interval: float) -> list[dict[str, Any]]:
+    """Read what was measured before with the same settings, but for the limit; begin the file anew where there is none.
+
+    Raises:
+        SettingsError: the settings were others.
+    """
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     found = [content for line in lines if (content := _parse_line(line)) is not None]
     heading = json.loads(json.dumps(heading))
-    if found and found[0] != heading:
+    if found and _without_limit(found[0]) != _without_limit(heading):
         raise SettingsError(f"{file} holds points of other settings: choose another --output, or delete it")
-    # A line that kill -9 cut short is dropped, and what was noisy is measured once more.
-    kept = [heading, *(point for point in found[1:] if not point["noisy"])]
+    # A line that kill -9 cut short is dropped, and what is noisy is measured once more.
+    kept = [heading, *(point for point in found[1:] if point["interval_width"] <= max_interval)]
     manifest.write_bytes_atomic(file, "".join(json.dumps(content) + "\n" for content in kept).encode())
     return kept[1:]
+
+
+def _without_limit(heading: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the one setting that does not change what is measured, only what of it is kept."""
+    return heading | {"wanted": {**heading.get("wanted", {}), "max_interval": None}}
 
 
 def _heading(file: Path) -> dict[str, Any]:
@@ -195,12 +204,12 @@ def _fit(
     from benchmark import regression
     from compress.latency.table import LatencyTable
 
-    usable = [point for point in points if not point["noisy"]]
+    usable = [point for point in points if point["interval_width"] <= wanted.max_interval]
     if len(points) - len(usable) > MAX_REFUSED * len(points):
         raise BenchmarkError(
             f"{len(points) - len(usable)} of {len(points)} networks are noisy (95 % intervals wider than "
-            f"{wanted.max_interval:.0%}): close what else runs on this "
-            "machine and run the same command again, which measures only these anew"
+            f"{wanted.max_interval:.0%}): close what else runs on this machine and run the same command again, which "
+            "measures only these anew, or allow more with --max-interval"
         )
     dense = [float(np.median(point["record"]["dense"])) for point in usable]
     dense_cost = float(np.median(dense))

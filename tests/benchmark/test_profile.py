@@ -263,9 +263,13 @@ def test_noise_is_measured_again_and_then_refused(model: Any, stand_in: list[str
     assert stand_in.count("variant3") == observe.ATTEMPTS
     points = [json.loads(line) for line in points_path(tmp_path / "table.json").read_text().splitlines()[1:]]
     assert {point["noisy"] for point in points} == {True}
+    measured = len(stand_in)
+    table, _ = profile.profile(model, wanted(max_interval=1.0), tmp_path / "table.json")  # all are good enough then
+    assert (table.fit.variants, len(stand_in)) == (14, measured)
+    (tmp_path / "table.json").unlink()
     monkeypatch.setattr(observe, "observe_once", honest)  # a quiet day: all of them are measured anew
     table, _ = profile.profile(model, wanted(), tmp_path / "table.json")
-    assert table.fit.variants == 14
+    assert (table.fit.variants, len(stand_in)) == (14, measured + 14)
 
 
 def test_a_quiet_second_attempt_is_taken(model: Any, stand_in: list[str], tmp_path: Path, monkeypatch) -> None:
