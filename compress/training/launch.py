@@ -20,6 +20,9 @@ TRAINING = "training"  # Ultralytics' own folder inside a stage's
 # "time" too: a stage knows by its epochs whether it is finished.
 _OURS = {"model", "data", "mode", "task", "project", "name", "save_dir", "resume", "exist_ok", "pretrained", "cfg"}
 _OURS |= {"epochs", "time", "distill_model", "dis"}
+# What a reason that Ultralytics or torch gives calls for.
+_MEMORY = "give a smaller batch or imgsz"
+_REMEDIES = {"NaN": "give a smaller lr0", "out of memory": _MEMORY, "can't allocate memory": _MEMORY}
 _COMMON = {"imgsz", "device", "workers", "seed"}  # what the record of a stage says, and other stages go by
 
 
@@ -77,7 +80,8 @@ def run_training(
         ) from error
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise EspalierError(f"training stopped: {reason}; what was saved is in {folder}") from error
+        remedies = [f"{remedy}; " for word, remedy in _REMEDIES.items() if word in reason]
+        raise EspalierError(f"training stopped: {reason}; {''.join(remedies)}what was saved is in {folder}") from error
     return (best if best.exists() else last), last
 
 

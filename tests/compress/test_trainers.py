@@ -633,12 +633,30 @@ def test_a_damaged_checkpoint_to_resume_from_is_named(start, tmp_path: Path) -> 
         start(resumable=True)
 
 
-@pytest.mark.parametrize("kind", [RuntimeError, ValueError, TypeError, AssertionError])
-def test_a_failed_training_is_one_line(start, monkeypatch, tmp_path: Path, kind: type[Exception]) -> None:
-    monkeypatch.setattr(Recorder, "error", kind("out of memory\nat length"))
+@pytest.mark.parametrize(
+    ("reason", "remedy"),
+    [
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", "give a smaller batch or imgsz"),
+        (
+            "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory",
+            "give a smaller batch or imgsz",
+        ),
+        ("Training failed: NaN persisted for 4 epochs", "give a smaller lr0"),
+    ],
+)
+def test_what_a_failed_training_calls_for(start, monkeypatch, tmp_path: Path, reason: str, remedy: str) -> None:
+    monkeypatch.setattr(Recorder, "error", RuntimeError(reason))
     with pytest.raises(EspalierError) as caught:
         start()
-    assert str(caught.value) == f"training stopped: out of memory; what was saved is in {tmp_path}"
+    assert str(caught.value) == f"training stopped: {reason}; {remedy}; what was saved is in {tmp_path}"
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError, TypeError, AssertionError])
+def test_a_failed_training_is_one_line(start, monkeypatch, tmp_path: Path, kind: type[Exception]) -> None:
+    monkeypatch.setattr(Recorder, "error", kind("no such layer\nat length"))
+    with pytest.raises(EspalierError) as caught:
+        start()
+    assert str(caught.value) == f"training stopped: no such layer; what was saved is in {tmp_path}"
     monkeypatch.setattr(Recorder, "error", kind())
     with pytest.raises(EspalierError, match=f"training stopped: {kind.__name__};"):
         start()
