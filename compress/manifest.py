@@ -185,7 +185,8 @@ def _difference(record: Path, identity: Mapping[str, Any]) -> str:
     try:
         known = read_json(record)
         pairs = [(known[part], identity[part]) for part in ("config", "parents")]
-        changed = [name for old, new in pairs for name in sorted({*old, *new}) if old.get(name, ...) != new.get(name, ...)]
+        names = [(name, old, new) for old, new in pairs for name in sorted({*old, *new})]
+        changed = [name for name, old, new in names if old.get(name, ...) != new.get(name, ...)]
         stage = known["stage"]
     except (RunError, KeyError, TypeError, AttributeError):
         return "its record is damaged"
