@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import textwrap
 import threading
@@ -238,6 +239,23 @@ def test_ctrl_c_leaves_nothing_there(
     monkeypatch.setattr(cell.Worker, "request", interrupt)
     place = ("--device", board(tmp_path), "--host", sshd.host, "--imgsz", IMGSZ, "--output", tmp_path / "out")
     assert run_command(latency.app, "--models", artefact, *place) == 130
+    assert wait_for(lambda: workers(sshd.tmp) == [])
+    assert list(sshd.tmp.iterdir()) == []
+
+
+def test_a_job_that_is_ended_leaves_nothing_there(sshd: Any, artefact: Path, tmp_path: Path) -> None:
+    words = ("--models", artefact, "--device", board(tmp_path), "--host", sshd.host, "--imgsz", IMGSZ, "--lock-clocks")
+    command = [sys.executable, "-m", "benchmark.latency", *map(str, words), "--mode", "mlperf", "--output"]
+    process = subprocess.Popen([*command, str(tmp_path / "out")], stderr=subprocess.PIPE, text=True)
+    try:
+        assert wait_for(lambda: workers(sshd.tmp), 60)
+        assert (tmp_path / "locked").exists()
+        process.terminate()
+        said = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert (process.returncode, said.strip()) == (143, "interrupted: run the same command again to resume")
+    assert not (tmp_path / "locked").exists()
     assert wait_for(lambda: workers(sshd.tmp) == [])
     assert list(sshd.tmp.iterdir()) == []
 
