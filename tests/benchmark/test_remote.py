@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import pytest
 from benchmark import accuracy, cell, latency, runtimes, sites, transfer, transports, turns
 from compress.checkpoint import build_model, save_model
 from compress.data.dataset import class_names
+from compress.errors import DeviceError
 from compress.settings import load_yaml
 from export.ncnn import export_ncnn
 
@@ -436,18 +438,32 @@ def test_a_connection_that_is_lost_in_the_middle_of_an_answer_is_an_error_and_ke
     assert list((tmp_path / "out" / "outputs").rglob("*.bin")) == []
 
 
-def test_a_worker_is_told_that_we_are_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cell, "PING_S", 0.01)
-    done, sent = threading.Event(), []
+def test_a_worker_is_told_that_we_are_here() -> None:
+    requests: queue.Queue[bytes | None] = queue.Queue()
+    read, write = os.pipe()
+    with os.fdopen(read, "rb", buffering=0) as stream:
+        writer = threading.Thread(target=cell._write, args=(os.fdopen(write, "wb"), requests, 0.01), daemon=True)
+        writer.start()
+        assert [stream.read(1) for _ in range(3)] == [b"\n"] * 3
+        requests.put(b"request")
+        requests.put(None)
+        writer.join()
+        assert stream.read(100).strip() == b"request"
 
-    class Fake:
-        def send(self, line: bytes) -> None:
-            sent.append(line)
-            if len(sent) == 3:
-                done.set()
 
-    cell._ping(Fake(), done)  # type: ignore[arg-type]
-    assert sent == [b"\n"] * 3
+def test_what_is_sent_to_a_phone_that_takes_nothing_waits_no_longer_than_for_an_answer(
+    adb: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cell, "PING_S", 0.2)
+    monkeypatch.setattr(transports, "CLEAN_UP_S", 0.5)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    monkeypatch.setattr(transports, "start", lambda *_: subprocess.Popen(["sleep", "60"], **pipes))
+    Path(f"{adb}.lost").touch()
+    with (
+        cell.connect("tiny on ncnn", transports.Adb("phone-1"), [], {}) as worker,
+        pytest.raises(DeviceError, match=r"the connection to phone-1 was lost \(it no longer answers\): check it"),
+    ):
+        worker.ask({"infer": {}}, bytes(1 << 20))  # more than a pipe holds
 
 
 def test_values_of_8_bits_travel_as_such_and_arrive_bit_by_bit() -> None:

@@ -134,6 +134,27 @@ def test_a_phone_that_is_not_there_is_one_line(adb: Path) -> None:
     assert not transports.is_alive(Adb("phone-1"))
 
 
+def test_a_phone_that_has_left_its_network_is_waited_for_no_longer_than_it_takes_to_notice(
+    adb: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transports, "CHECK_S", 0.2)
+    monkeypatch.setattr(transports, "CLEAN_UP_S", 0.5)
+    phone = Adb("phone-1")
+    assert transports.run(phone, ["sh", "-c", "sleep 0.7; echo slow"]).stdout == "slow\n"  # slow is not gone
+    Path(f"{adb}.lost").touch()
+    (tmp_path / "model").touch()
+    said = (
+        r"^phone-1 cannot be reached over adb \(it no longer answers\): check cable and permission with: adb devices$"
+    )
+    for work in (
+        lambda: transfer.make_folder(phone),
+        lambda: transfer.push(phone, [tmp_path / "model"], "/data/local/tmp"),
+        lambda: transfer.free_bytes(phone, "/data/local/tmp"),
+    ):
+        with pytest.raises(DeviceError, match=said):
+            work()
+
+
 @pytest.mark.parametrize(
     ("place", "said", "code"),
     [
