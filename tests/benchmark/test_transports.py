@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,21 @@ def test_a_folder_is_private_and_goes_away(place: Transport) -> None:
         with pytest.raises(DeviceError, match=rf"^{place.name} has \d+ MiB free in .*, 1099511627777 are needed: free"):
             transfer.require_room(place, made, 1 << 60)
     assert transports.run(place, ["ls", made]).returncode != 0
+
+
+@pytest.mark.parametrize("place", ["ssh", "adb"], indirect=True)
+def test_what_a_killed_run_left_is_removed_after_a_week(place: Transport, request: pytest.FixtureRequest) -> None:
+    there = request.getfixturevalue("sshd").tmp if isinstance(place, Ssh) else None
+    there = there or request.getfixturevalue("adb") / "data/local/tmp"
+    ages_days = {"espalier.aaaaaaaa": 8, "espalier.bbbbbbbb": 2, "espalier.packages-of-mine": 99, "other.cccccccc": 99}
+    for name, days in ages_days.items():
+        (there / name / "inner").mkdir(parents=True)
+        os.utime(there / name, (time.time() - 86400 * days,) * 2)
+    with transfer.job_folder(place) as made:
+        left = {path.name for path in there.iterdir()} - {Path(made).name}
+    assert left == set(ages_days) - {"espalier.aaaaaaaa"}
+    for name in left:
+        shutil.rmtree(there / name)
 
 
 def test_a_process_has_pipes_and_ends_with_its_input(place: Transport, folder: str, tmp_path: Path) -> None:
