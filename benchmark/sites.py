@@ -23,6 +23,7 @@ from compress.errors import DeviceError, SettingsError
 
 WATCHDOG_S = 60.0
 COUNTING = 15  # an emulator that counts takes longer by about so much
+BUILDING_S = 1800.0  # for runtimes that compile or build while they open a model, which may take minutes
 _PACKAGE = ("frames.py", "probe.py", "system.py", "worker.py")
 _OLDEST = (3, 8)
 
@@ -150,7 +151,8 @@ def worker(
     if site.folder is None:
         arguments = programs.own("benchmark.worker", runner, model.resolve(), *numbers)
         environment = programs.own_environment(threads) | runtimes.environment(runtime)
-        return connect(name, site.place, arguments, environment)
+        silence_s = BUILDING_S if runtime in runtimes.BUILT_WHEN_OPENED else None
+        return connect(name, site.place, arguments, environment, silence_s=silence_s)
     number = str(next(site.numbers))
     there = _push_model(site.place, site.folder, number, model)
     slow = COUNTING if site.device.counter else 1

@@ -28,7 +28,7 @@ HAS_HUGE_PAGES = _GLIBC and _THP.exists() and "[madvise]" in _THP.read_text()
 
 # A runner whose model files say how to behave. Every inference is logged, so that the order can be checked.
 RUNNER = """
-import os, signal, sys, time
+import os, signal, subprocess, sys, time
 import numpy as np
 
 log = os.open(os.environ["FAKE_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -37,6 +37,8 @@ def load(path, threads):
     print("a library that writes to standard output")
     with open(path) as stream:
         behaviour = stream.read()
+    if behaviour == "compile":
+        subprocess.run([sys.executable, "-c", "import time\\nwhile time.process_time() < 2: pass"], check=True)
     return {"name": os.path.basename(path), "behaviour": behaviour, "threads": threads, "calls": 0}
 
 def infer(session, images):
@@ -248,6 +250,24 @@ def test_a_silent_worker_is_named_and_ended(folder: Path, monkeypatch: pytest.Mo
     with pytest.raises(BenchmarkError, match=r"^slow\.pt on torch wrote nothing for 4 s"):
         latency.measure({"slow": {"torch": model(folder, "slow.pt", "hang")}}, imgsz=32, threads=1, mode="quick")
     assert [is_running(call[1]) for call in calls(folder)] == [False]
+
+
+def test_a_runtime_that_builds_while_it_opens_a_model_may_be_silent_for_longer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.compile of a YOLOv8n took 240 s on two busy cores, before a cache had anything of it."""
+    monkeypatch.setattr(sites, "connect", lambda *_, silence_s: silence_s)
+    options: dict[str, int] = {"threads": 1, "imgsz": 64, "seed": 0}
+    for runtime, expected in (("torch", None), ("torch-compiled", 1800.0), ("onnxruntime-tensorrt", 1800.0)):
+        assert sites.worker(sites.here(), runtime, model(folder, "a.pt"), **options) == expected
+
+
+def test_what_a_runtime_compiles_is_no_work_of_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[float | None] = []
+    monkeypatch.setattr(latency, "others_cores", lambda before, after, own_s, elapsed_s: told.append(own_s))
+    latency.measure({"a": {"torch": model(folder, "a.pt", "compile")}}, imgsz=32, threads=1, mode="quick")
+    assert told[0] is not None
+    assert told[0] > 2.0  # of which the compiler has used 2
 
 
 def test_ctrl_c_ends_every_worker(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
