@@ -270,6 +270,37 @@ def test_what_a_runtime_compiles_is_no_work_of_others(folder: Path, monkeypatch:
     assert told[0] > 2.0  # of which the compiler has used 2
 
 
+# By how many lines the log of the fake runner grows within half a second, and whether a throttling is on.
+GROWTH = """
+import os, time
+count = lambda: open(os.environ["FAKE_LOG"]).read().count("\\n") if os.path.exists(os.environ["FAKE_LOG"]) else 0
+before = count()
+time.sleep(0.5)
+busy = count() > before
+print("busy" if busy else "at rest", "throttled=0x4" if busy else "throttled=0x0")
+"""
+
+
+def test_clocks_are_read_while_queries_run_which_do_not_count(folder: Path) -> None:
+    device = load_device("cpu").model_copy(update={"read": ((sys.executable, "-c", GROWTH),)})
+    record = latency.measure(both(folder), imgsz=32, threads=1, mode="quick", site=sites.Site(device, Local()))
+    (before,), (under_load,) = (record["device"][f"{when}_log"].values() for when in ("start", "load"))
+    assert (before, under_load) == ("at rest throttled=0x0", "busy throttled=0x4")
+    assert any("the Raspberry Pi tells of throttling now" in reason for reason in record["noise"])
+    for cell in record["cells"]:
+        assert cell["queries"] == sum(map(len, cell["samples_ms"]))
+        assert len(cell["samples_ms"]) == record["protocol"]["rounds"]
+
+
+def test_a_worker_that_crashes_under_that_load_is_named(folder: Path) -> None:
+    kill = "import os, signal\nfor l in open(os.environ['FAKE_LOG']): p = int(l.split()[1])\nos.kill(p, signal.SIGKILL)"
+    command = (sys.executable, "-c", f"import os\nif os.path.exists(os.environ['FAKE_LOG']): exec({kill!r})")
+    device = load_device("cpu").model_copy(update={"read": (command,)})
+    models = {"a": {"torch": model(folder, "a.pt")}}
+    with pytest.raises(BenchmarkError, match=r"^a\.pt on torch crashed \(SIGKILL, perhaps out of memory\)"):
+        latency.measure(models, imgsz=32, threads=1, mode="quick", site=sites.Site(device, Local()))
+
+
 def test_ctrl_c_ends_every_worker(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(_: Any) -> bool:
         signal.default_int_handler(signal.SIGINT, None)  # what Ctrl-C calls, also where it is ignored in the background

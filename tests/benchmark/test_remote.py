@@ -130,7 +130,7 @@ def test_latency_and_accuracy_on_a_device(
     record = json.loads((tmp_path / "out" / "latency.json").read_text())
     assert record["device"]["name"] == record["protocol"]["device"] == "board"
     assert record["device"]["cores"] == os.cpu_count()
-    assert record["device"]["start_log"] == record["device"]["end_log"] == {"echo cool": "cool"}
+    assert record["device"]["start_log"] == record["device"]["load_log"] == {"echo cool": "cool"}
     assert record["device"]["clocks_locked"]
     assert not (tmp_path / "locked").exists()
     assert list(there.iterdir()) == []
