@@ -189,7 +189,7 @@ def _progress() -> Iterator[Show]:
         task = bar.add_task("latency", total=1.0)
 
         def show(what: str, done: float) -> None:
-            bar.update(task, description=escape(what), completed=done, refresh=True)
+            bar.update(task, description=escape(printable(what)), completed=done, refresh=True)
 
         yield show
 

@@ -583,6 +583,15 @@ def test_a_store_that_cannot_be_used_hides_no_table(run: Any, folder: Path, caps
     assert "choose another with --store or $ESPALIER_STORE" in said.err
 
 
+def test_the_name_of_a_file_does_not_steer_the_terminal(run: Any, folder: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(latency, "noise", lambda cells, *_: [f"{cells[0].name} was slow"])
+    files = [model(folder, "evil\x1b]0;title\x07.onnx"), model(folder, "b.onnx")]
+    assert run("--models", *files, "--imgsz", 32, "--output", folder / "out") == 0
+    said = capsys.readouterr().out
+    assert said.count("evil ]0") == 2
+    assert not {"\x1b", "\x07"} & set(said)
+
+
 def test_what_is_noisy_is_measured_again(
     run: Any, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
