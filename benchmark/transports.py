@@ -243,7 +243,8 @@ def there(place: Ssh | Adb, command: str) -> list[str]:
     """Return the words that run a shell's command there; it is made of constants, checked names and quoted words."""
     if isinstance(place, Adb):
         return [*adb_words(place), "shell", "-T", command]
-    return ["ssh", *ssh_words(place, "-p"), "--", place.destination, command]
+    # Whatever the account's own shell is: csh knows no ${TMPDIR:-/tmp}, fish no $?.
+    return ["ssh", *ssh_words(place, "-p"), "--", place.destination, shlex.join(["sh", "-c", command])]
 
 
 def adb_words(place: Adb) -> list[str]:

@@ -588,7 +588,7 @@ def test_the_name_of_a_file_does_not_steer_the_terminal(run: Any, folder: Path, 
     files = [model(folder, "evil\x1b]0;title\x07.onnx"), model(folder, "b.onnx")]
     assert run("--models", *files, "--imgsz", 32, "--output", folder / "out") == 0
     said = capsys.readouterr().out
-    assert said.count("evil ]0") == 2
+    assert "evil ]0;title  on onnxruntime was slow" in said
     assert not {"\x1b", "\x07"} & set(said)
 
 

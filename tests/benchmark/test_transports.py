@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -92,6 +93,12 @@ def test_a_process_has_pipes_and_ends_with_its_input(place: Transport, folder: s
         process = transports.start(place, ["cat"], {}, log, folder)
         assert process.communicate(b"\x00\xff raw\n", timeout=20) == (b"\x00\xff raw\n", None)
     assert process.returncode == 0
+
+
+def test_whatever_shell_an_account_has_a_posix_one_reads_the_command() -> None:
+    """fish refuses a line with $? in it, csh one with ${A:-b}: of its words alone all shells make the same."""
+    command = transports.there(Ssh("jetson"), f"cd /tmp && {transports.script(['echo', NASTY])}")[-1]
+    assert shlex.split(command) == ["sh", "-c", f"cd /tmp && {shlex.join(['echo', NASTY])}; exit $?"]
 
 
 @pytest.mark.parametrize(
