@@ -456,8 +456,7 @@ def test_what_is_sent_to_a_phone_that_takes_nothing_waits_no_longer_than_for_an_
 ) -> None:
     monkeypatch.setattr(cell, "PING_S", 0.2)
     monkeypatch.setattr(transports, "CLEAN_UP_S", 0.5)
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    monkeypatch.setattr(transports, "start", lambda *_: subprocess.Popen(["sleep", "60"], **pipes))
+    monkeypatch.setattr(transports, "start", lambda *_: subprocess.Popen(["sleep", "60"], stdin=-1, stdout=-1))
     Path(f"{adb}.lost").touch()
     with (
         cell.connect("tiny on ncnn", transports.Adb("phone-1"), [], {}) as worker,

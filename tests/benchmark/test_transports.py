@@ -80,7 +80,8 @@ def test_what_a_killed_run_left_is_removed_after_a_week(place: Transport, reques
     ages_days = {"espalier.aaaaaaaa": 8, "espalier.bbbbbbbb": 2, "espalier.packages-of-mine": 99, "other.cccccccc": 99}
     for name, days in ages_days.items():
         (there / name / "inner").mkdir(parents=True)
-        os.utime(there / name, (time.time() - 86400 * days,) * 2)
+        then = time.time() - 86400 * days
+        os.utime(there / name, (then, then))
     with transfer.job_folder(place) as made:
         left = {path.name for path in there.iterdir()} - {Path(made).name}
     assert left == set(ages_days) - {"espalier.aaaaaaaa"}

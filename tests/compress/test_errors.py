@@ -87,8 +87,8 @@ import subprocess, sys
 from compress.errors import run_app
 def app():
     child = subprocess.Popen(["sleep", "60"])
-    print(child.pid, flush=True)
     try:
+        print(child.pid, flush=True)
         child.wait()
     finally:
         child.kill()
