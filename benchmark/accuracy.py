@@ -17,7 +17,7 @@ from benchmark.outputs import Network
 from benchmark.worker import explain, open_model
 from compress import manifest, usable_cores
 from compress.devices import load_device
-from compress.errors import BenchmarkError, DataError, run_app
+from compress.errors import BenchmarkError, DataError, printable, run_app
 from compress.tasks import LETTERS, SCORE_NAMES, map_key, validator_of
 
 STAGE = "accuracy"
@@ -267,7 +267,7 @@ def _print_table(records: list[dict[str, Any]], split: str, imgsz: int) -> None:
     for key in shown:
         table.add_column(SCORE_NAMES[key], justify="right", no_wrap=True)
     for record in records:
-        table.add_row(escape(record["model"]), record["runtime"], *(f"{record[key]:.4f}" for key in shown))
+        table.add_row(escape(printable(record["model"])), record["runtime"], *(f"{record[key]:.4f}" for key in shown))
     Console().print(table)
 
 

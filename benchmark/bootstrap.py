@@ -46,7 +46,7 @@ def put(place: Transport, facts: dict[str, Any], wanted: Sequence[str], target: 
     if not names:
         raise DeviceError(f"{', '.join(wanted)} cannot be put on {place.name}: install it there as its maker says")
     with tempfile.TemporaryDirectory() as scratch:
-        wheels, unpacked = Path(scratch) / "wheels", Path(scratch) / "packages.new"
+        wheels, unpacked = Path(scratch) / "wheels", Path(scratch) / "packages"
         print(f"bootstrap: {', '.join(names)} for {place.name}: {target}", flush=True)
         for name in names:
             download(name, facts, wheels)
@@ -54,11 +54,14 @@ def put(place: Transport, facts: dict[str, Any], wanted: Sequence[str], target: 
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(unpacked)  # which keeps every name below the folder
         parent = target.rpartition("/")[0]
-        transports.run(place, ["mkdir", "-p", parent], purpose="make a folder")
-        transports.run(place, ["rm", "-rf", f"{parent}/packages.new", target], purpose="make a folder")
-        transfer.require_room(place, parent, sum(p.stat().st_size for p in unpacked.rglob("*") if p.is_file()))
-        transfer.push(place, [unpacked], parent)
-        transports.run(place, ["mv", f"{parent}/packages.new", target], purpose="rename a folder")
+        new = transfer.make_folder(place, parent)  # of this run alone: another one may do the same just now
+        try:
+            transfer.require_room(place, new, sum(p.stat().st_size for p in unpacked.rglob("*") if p.is_file()))
+            transfer.push(place, [unpacked], new)
+            transports.run(place, ["rm", "-rf", target], purpose="make a folder")
+            transports.run(place, ["mv", f"{new}/packages", target], purpose="rename a folder")
+        finally:
+            transfer.remove_folder(place, new)
 
 
 def download(name: str, facts: dict[str, Any], output: Path) -> None:

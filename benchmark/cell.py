@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import IO, Any
 
 from benchmark import transports
@@ -33,16 +33,18 @@ class Worker:
     Attributes:
         name: what messages call it.
         place: where it runs.
+        requests: bytes to send; null ends its input.
+        answers: what it said; null where its output has ended.
         silence_s: how long it may write nothing.
     """
 
     name: str
     place: Transport
     process: subprocess.Popen[bytes]
+    requests: queue.Queue[bytes | None]
     answers: queue.Queue[Answer | None]
     log: IO[bytes]
     silence_s: float = SILENCE_S
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def ask(self, content: dict[str, Any], payload: bytes = b"") -> Answer:
         """Send a request and return the answer, see `benchmark.worker`."""
@@ -50,16 +52,8 @@ class Worker:
         return self.receive()
 
     def request(self, content: dict[str, Any], payload: bytes = b"") -> None:
-        """Send a request, whose answer `receive` returns."""
-        self.send(json.dumps(content).encode() + b"\n" + payload)
-
-    def send(self, line: bytes) -> None:
-        """Send bytes; where the worker is gone, the next `receive` says why."""
-        stdin = self.process.stdin
-        assert stdin is not None
-        with self.lock, suppress(BrokenPipeError, ValueError):
-            stdin.write(line)
-            stdin.flush()
+        """Send a request, whose answer `receive` returns; where the worker is gone, that says why."""
+        self.requests.put(json.dumps(content).encode() + b"\n" + payload)
 
     def receive(self) -> Answer:
         """Return the worker's next answer and the bytes behind it.
@@ -90,9 +84,7 @@ class Worker:
 
     def finish(self) -> dict[str, Any]:
         """End the worker's input and return what the whole cost it."""
-        assert self.process.stdin is not None
-        with self.lock, suppress(BrokenPipeError):
-            self.process.stdin.close()
+        self.requests.put(None)
         return self.receive()[0]
 
     def _ended(self, code: int) -> BenchmarkError | DeviceError:
@@ -140,25 +132,25 @@ def connect(
     """
     with tempfile.TemporaryFile() as log:
         process = transports.start(place, arguments, environment, log, folder)
+        requests: queue.Queue[bytes | None] = queue.Queue()
         answers: queue.Queue[Answer | None] = queue.Queue()
-        worker = Worker(name, place, process, answers, log, SILENCE_S if silence_s is None else silence_s)
+        worker = Worker(name, place, process, requests, answers, log, SILENCE_S if silence_s is None else silence_s)
+        # Neither way blocks: what sends to a device that has vanished may wait for ever, and nothing may ever come.
+        ping_s = None if isinstance(place, Local) else PING_S
+        writer = threading.Thread(target=_write, args=(process.stdin, requests, ping_s), daemon=True)
         reader = threading.Thread(target=_read, args=(process.stdout, answers.put), daemon=True)
+        writer.start()
         reader.start()
-        done = threading.Event()
-        if not isinstance(place, Local):
-            threading.Thread(target=_ping, args=(worker, done), daemon=True).start()
         try:
             yield worker
         finally:
-            done.set()
             process.kill()
             process.wait()
-            assert process.stdin is not None
-            assert process.stdout is not None
             # First its input: what a killed program started itself may still hold its output.
-            with worker.lock, suppress(BrokenPipeError):
-                process.stdin.close()
+            requests.put(None)
+            writer.join()
             reader.join()
+            assert process.stdout is not None
             process.stdout.close()
 
 
@@ -179,6 +171,21 @@ def _read(stream: IO[bytes], put: Callable[[Answer | None], None]) -> None:
     put(None)
 
 
-def _ping(worker: Worker, done: threading.Event) -> None:
-    while not done.wait(PING_S):
-        worker.send(b"\n")
+def _write(stream: IO[bytes], requests: queue.Queue[bytes | None], ping_s: float | None) -> None:
+    """Write requests until null comes or nobody reads them any more; when there are none, say that we are still here.
+
+    Args:
+        stream: closed in the end.
+        requests: bytes.
+        ping_s: how often to say it; null for never.
+    """
+    with suppress(BrokenPipeError), stream:
+        while True:
+            try:
+                line = requests.get(timeout=ping_s)
+            except queue.Empty:
+                line = b"\n"
+            if line is None:
+                return
+            stream.write(line)
+            stream.flush()

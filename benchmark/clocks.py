@@ -68,26 +68,26 @@ def log(device: Device, place: Transport) -> dict[str, str]:
     return found
 
 
-def throttling(before: dict[str, str], after: dict[str, str], fixed: bool) -> list[str]:
-    """Return what the logs of `log` from before and after say of throttling: of Raspberry Pi, nvidia-smi, tegrastats.
+def throttling(before: dict[str, str], under_load: dict[str, str], fixed: bool) -> list[str]:
+    """Return what two logs of `log` say of throttling: those of Raspberry Pi, nvidia-smi and tegrastats.
 
     Args:
-        before: the log at the start.
-        after: the log at the end.
+        before: at the start, at rest.
+        under_load: behind the last query that counts, while others run.
         fixed: whether the clocks were locked; then a Jetson's GPU clock must not fall.
     """
-    text = "\n".join(after.values())
+    text = "\n".join(under_load.values())
     reasons = []
     if found := _PI.search(text):
         bits = int(found[1], 16)
         now, since = _meanings(bits, _PI_BITS), _meanings(bits >> 16, _PI_BITS)
         if now or since:
             said = [f"{' and '.join(now)} now"] if now else []
-            said += [f"{' and '.join(since)} since it was started"] if since else []
+            said += [f"{' and '.join(since)} since it was started, which a restart clears"] if since else []
             reasons.append(f"the Raspberry Pi tells of {', '.join(said)} (get_throttled 0x{bits:x})")
     if (found := _NVIDIA.search(text)) and (held := _meanings(int(found[1], 16), _NVIDIA_BITS)):
         reasons.append(f"the GPU's clocks are held down by {' and '.join(held)}")
-    first, last = _mean(_GPU_MHZ, before), _mean(_GPU_MHZ, after)
+    first, last = _mean(_GPU_MHZ, before), _mean(_GPU_MHZ, under_load)
     if fixed and first and last is not None and last < _FELL * first:
         reasons.append(f"the GPU's locked clock fell from {first:.0f} to {last:.0f} MHz")
     return reasons

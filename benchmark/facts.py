@@ -26,8 +26,9 @@ _DEVICE: dict[str, str] = {
     "container": "container",
     "virtual_machine": "virtual machine",
     "others_cores": "busy with other work",
-    "start_power_mw": "power at the start, mW",
-    "end_power_mw": "power at the end, mW",
+    "start_power_mw": "power at rest, mW",
+    "load_power_mw": "power under load, mW",
+    "end_power_mw": "power at the end, mW",  # of earlier records
 }
 _CHANGING = {
     "frequency_mhz": "clock, MHz",

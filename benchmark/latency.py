@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,7 +19,7 @@ import typer
 from benchmark import clocks, drift, freshness, prepare, runtimes, sites, statistics, store
 from benchmark.latency_record import INSTRUCTIONS, Cell, cell_record, compare, noise, others_cores, print_table, profile
 from benchmark.sites import Site
-from benchmark.turns import LEAD_IN, MODES, Show, count_cells, counted_protocol, time_cells, timed_protocol
+from benchmark.turns import LEAD_IN, MODES, Show, count_cells, counted_protocol, kept_busy, time_cells, timed_protocol
 from compress import manifest
 from compress.devices import Device, load_device
 from compress.errors import BenchmarkError, SettingsError, printable, run_app
@@ -93,6 +93,7 @@ def measure(
         if lock_clocks:
             stack.enter_context(clocks.locked(site.device, site.place))
         began = datetime.now(timezone.utc)
+        log = clocks.log(site.device, site.place)
         before, started, own = sites.snapshot(site), time.monotonic(), time.process_time()
         show = stack.enter_context(_progress())
         cells = []
@@ -109,6 +110,9 @@ def measure(
             unit = INSTRUCTIONS if counted else "ms"
             cells.append(Cell(name, runtime, path, workers[0], ready, unit=unit, batch=batch, others=workers[1:]))
         order = count_cells(cells, seed, show) if counted else time_cells(cells, plan, seed, show)
+        # Before the workers end: at rest a GPU lowers its clocks, draws little, and is held down by nothing.
+        with kept_busy(cells[0]) if site.device.read and not counted else nullcontext():
+            said = clocks.log(site.device, site.place)
         costs = [cell.finish() for cell in cells]
         elapsed_s, after = time.monotonic() - started, sites.snapshot(site)
         # In processes of their own, so that memory and load above are those of the timed queries alone.
@@ -120,7 +124,7 @@ def measure(
                 cell.profile = profile(cell, worker, LEAD_IN)
     own_s = sum(cost["cpu_s"] for cost in costs) + (time.process_time() - own if site.is_here else 0.0)
     others = others_cores(before["busy_s"], after["busy_s"], own_s, elapsed_s)
-    throttling = clocks.throttling(before["log"], after["log"], lock_clocks)
+    throttling = clocks.throttling(log, said, lock_clocks)
     doubts = noise(cells, before["state"], after["state"], others, before["device"]["cores"], throttling)
     return {
         "schema": SCHEMA,
@@ -136,10 +140,10 @@ def measure(
             **({"cpu": f"emulated {before['device']['architecture']}", "gpu": None} if counted else {}),
             "start": before["state"],
             "end": after["state"],
-            "start_log": before["log"],
-            "end_log": after["log"],
-            "start_power_mw": clocks.power_mw(before["log"]),
-            "end_power_mw": clocks.power_mw(after["log"]),
+            "start_log": log,
+            "load_log": said,
+            "start_power_mw": clocks.power_mw(log),
+            "load_power_mw": clocks.power_mw(said),
             "clocks_locked": lock_clocks,
             "others_cores": None if counted else others,
         },
@@ -185,7 +189,7 @@ def _progress() -> Iterator[Show]:
         task = bar.add_task("latency", total=1.0)
 
         def show(what: str, done: float) -> None:
-            bar.update(task, description=escape(what), completed=done, refresh=True)
+            bar.update(task, description=escape(printable(what)), completed=done, refresh=True)
 
         yield show
 

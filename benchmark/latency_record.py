@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmark import runtimes, statistics, wording
 from benchmark.cell import Worker
+from compress.errors import printable
 from compress.tasks import SCORE_NAMES
 
 MAX_DRIFT = 0.1
@@ -259,7 +260,7 @@ def print_table(record: dict[str, Any]) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for cell in cells:
         table.add_row(
-            escape(cell["model"]),
+            escape(printable(cell["model"])),
             cell["runtime"],
             *([str(cell["batch"])] if with_batch else []),
             *_values(cell),
@@ -270,7 +271,7 @@ def print_table(record: dict[str, Any]) -> None:
     console = Console()
     console.print(table)
     if doubt := noise_remark(record):
-        print(doubt)
+        print(printable(doubt))
 
 
 def noise_remark(record: dict[str, Any]) -> str | None:

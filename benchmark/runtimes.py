@@ -31,6 +31,8 @@ VARIANTS = {
     "onnxruntime-hugepages": "onnxruntime",
     "ncnn-hugepages": "ncnn",
 }
+# Of these a worker may say nothing for minutes: the first inference compiles, or an engine is built.
+BUILT_WHEN_OPENED = ("torch-compiled", "onnxruntime-tensorrt")
 # With it glibc asks Linux for pages of 2 MB. It is read when a process starts, so no runner can ask for it.
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 MODULES = {"onnxruntime": "onnxruntime", "ncnn": "ncnn", "tensorrt": "tensorrt"}  # what a device must import

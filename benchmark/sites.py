@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmark import bootstrap, clocks, programs, runtimes, system, transfer, transports
+from benchmark import bootstrap, programs, runtimes, system, transfer, transports
 from benchmark.cell import SILENCE_S, Worker, connect
 from benchmark.programs import THREAD_VARIABLES
 from benchmark.transports import Adb, Local, Ssh, Transport
@@ -23,6 +23,7 @@ from compress.errors import DeviceError, SettingsError
 
 WATCHDOG_S = 60.0
 COUNTING = 15  # an emulator that counts takes longer by about so much
+BUILDING_S = 1800.0  # for runtimes that compile or build while they open a model, which may take minutes
 _PACKAGE = ("frames.py", "probe.py", "system.py", "worker.py")
 _OLDEST = (3, 8)
 
@@ -150,7 +151,8 @@ def worker(
     if site.folder is None:
         arguments = programs.own("benchmark.worker", runner, model.resolve(), *numbers)
         environment = programs.own_environment(threads) | runtimes.environment(runtime)
-        return connect(name, site.place, arguments, environment)
+        silence_s = BUILDING_S if runtime in runtimes.BUILT_WHEN_OPENED else None
+        return connect(name, site.place, arguments, environment, silence_s=silence_s)
     number = str(next(site.numbers))
     there = _push_model(site.place, site.folder, number, model)
     slow = COUNTING if site.device.counter else 1
@@ -166,17 +168,15 @@ def worker(
 
 
 def snapshot(site: Site) -> dict[str, Any]:
-    """Return `device`, `state` and `busy_s` of the device, see `benchmark.system`, and `log`: what it says of clocks.
+    """Return `device`, `state` and `busy_s` of the device, see `benchmark.system`.
 
     Raises:
         DeviceError: the device cannot be reached.
     """
     if site.folder is None:
-        facts = {"device": system.device(), "state": system.state(), "busy_s": system.busy_s()}
-    else:
-        facts = _probe(site.place, site.folder, [])
-    said = clocks.log(site.device, site.place)
-    return {"device": facts["device"], "state": facts["state"], "busy_s": facts["busy_s"], "log": said}
+        return {"device": system.device(), "state": system.state(), "busy_s": system.busy_s()}
+    facts = _probe(site.place, site.folder, [])
+    return {key: facts[key] for key in ("device", "state", "busy_s")}
 
 
 def _push_package(place: Transport, folder: str, wanted: Sequence[str]) -> None:

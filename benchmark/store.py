@@ -219,10 +219,11 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
 
 
 def _version(connection: sqlite3.Connection, path: Path) -> int:
-    (application,), (version,), (tables,) = (
-        connection.execute(query).fetchone()
-        for query in ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
-    )
+    # In one statement, which sees one state of the file: another process may be making the store just now.
+    application, version, tables = connection.execute(
+        "SELECT application_id, user_version, (SELECT count(*) FROM sqlite_master) "
+        "FROM pragma_application_id, pragma_user_version"
+    ).fetchone()
     if application != APPLICATION_ID and (application, version, tables) != (0, 0, 0):
         raise RunError(f"{path} is the database of another program: {_OTHER}")
     if version > len(_MIGRATIONS):

@@ -14,6 +14,13 @@ from benchmark.transports import Adb, Local, Ssh, Transport
 from compress.errors import DeviceError
 
 _FOLDER = re.compile(r"/[\w./-]+")
+_PREFIX = "espalier."
+# Not every `find` can do all of that; then nothing is removed.
+_SWEEP = (
+    f'find "${{TMPDIR:-/tmp}}/" -maxdepth 1 -type d -user "$(id -u)" -name "{_PREFIX}????????" -mtime +6 '
+    "-exec rm -rf {} +"
+)
+_MAKE_FOLDER = f"umask 077 && mktemp -d -t {_PREFIX}XXXXXXXX && {{ {_SWEEP}; true; }} > /dev/null 2>&1"
 _ADB_FOLDER = "/data/local/tmp"  # what adb's shell may write and run
 
 
@@ -31,13 +38,20 @@ def job_folder(place: Transport) -> Iterator[str]:
         remove_folder(place, folder)
 
 
-def make_folder(place: Transport) -> str:
-    """Make a private temporary folder there and return its path, which is plain: it may be part of a command."""
+def make_folder(place: Transport, parent: str | None = None) -> str:
+    """Make a private folder there and return its path, which is plain: it may be part of a command.
+
+    What a killed run has left in the same place, older than a week, is removed on the way.
+
+    Args:
+        place: where.
+        parent: a plain path, made if it is not there; where temporary folders lie when not given.
+    """
     if isinstance(place, Local):
-        return tempfile.mkdtemp(prefix="espalier.")
-    script = "umask 077 && mktemp -d -t espalier.XXXXXXXX"
-    if isinstance(place, Adb):
-        script = f"mkdir -p {_ADB_FOLDER} && export TMPDIR={_ADB_FOLDER} && {script}"
+        return tempfile.mkdtemp(prefix=_PREFIX, dir=parent)
+    if parent is None and isinstance(place, Adb):
+        parent = _ADB_FOLDER
+    script = _MAKE_FOLDER if parent is None else f"mkdir -p {parent} && export TMPDIR={parent} && {_MAKE_FOLDER}"
     done = transports.call(transports.there(place, script), None, place)
     if done.returncode != 0:
         raise DeviceError(transports.explain(place, done.stderr, done.returncode, "make a folder"))

@@ -22,6 +22,7 @@ from compress.errors import DeviceError, SettingsError
 # A host that is down or a connection that breaks is noticed in seconds, and no password is asked for in a pipe.
 CONNECT_S, ALIVE_S, ALIVE_COUNT = 15, 5, 3
 CLEAN_UP_S = 5.0
+CHECK_S = 10.0  # how often a device of adb, whose connection does not notice by itself, is asked whether it is there
 _HOST = re.compile(
     r"(?:(?P<user>[A-Za-z_][\w.-]*)@)?(?P<host>[A-Za-z0-9][A-Za-z0-9._-]*|\[[0-9A-Fa-f:]+\])(?::(?P<port>\d{1,5}))?"
 )
@@ -189,8 +190,8 @@ def is_alive(place: Transport) -> bool:
     """Tell whether the device answers, where its connection does not notice by itself as ssh does."""
     if not isinstance(place, Adb):
         return True
-    try:
-        return last_line(call([*adb_words(place), "get-state"], CLEAN_UP_S, place).stdout) == "device"
+    try:  # not `get-state`, which adb's server answers: of a device that has left its network it knows for long nothing
+        return call(there(place, "true"), CLEAN_UP_S, place).returncode == 0
     except DeviceError:
         return False
 
@@ -215,7 +216,7 @@ def explain(place: Transport, said: str, code: int, purpose: str | None) -> str:
         )
         return f"{place.name} cannot be reached over ssh ({last}): {remedy}"
     if isinstance(place, Adb) and _is_adb_error(said):
-        return f"{place.name} cannot be reached over adb ({last}): check cable and permission with: adb devices"
+        return _gone(place, last)
     return f"{place.name} could not {purpose} ({last}): check it there"
 
 
@@ -242,7 +243,8 @@ def there(place: Ssh | Adb, command: str) -> list[str]:
     """Return the words that run a shell's command there; it is made of constants, checked names and quoted words."""
     if isinstance(place, Adb):
         return [*adb_words(place), "shell", "-T", command]
-    return ["ssh", *ssh_words(place, "-p"), "--", place.destination, command]
+    # Whatever the account's own shell is: csh knows no ${TMPDIR:-/tmp}, fish no $?.
+    return ["ssh", *ssh_words(place, "-p"), "--", place.destination, shlex.join(["sh", "-c", command])]
 
 
 def adb_words(place: Adb) -> list[str]:
@@ -290,14 +292,43 @@ def call(
     """Run a command here, for a place.
 
     Raises:
-        DeviceError: the program is not installed here, or takes longer than `timeout_s`.
+        DeviceError: the program is not installed here, or takes longer than `timeout_s`; or the device of adb that it
+            is for no longer answers.
     """
     try:
+        if timeout_s is None and isinstance(place, Adb):
+            return _while_alive(command, place)
         return programs.run(command, timeout_s, folder, environment)
     except subprocess.TimeoutExpired:
         raise DeviceError(f"{place.name} did not answer in {timeout_s:g} s: check it there") from None
     except OSError as error:
         raise DeviceError(_not_started(command[0], error, place)) from None
+
+
+def _while_alive(command: list[str], place: Adb) -> subprocess.CompletedProcess[str]:
+    """Run a command of adb for as long as it takes and its device answers."""
+    with subprocess.Popen(  # noqa: S603  (words, checked or ours)
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+    ) as process:
+        try:
+            while True:
+                try:
+                    said, complained = process.communicate(timeout=CHECK_S)
+                    return subprocess.CompletedProcess(command, process.returncode, said, complained)
+                except subprocess.TimeoutExpired:
+                    if not is_alive(place):
+                        raise DeviceError(_gone(place, "it no longer answers")) from None
+        finally:
+            process.kill()
+
+
+def _gone(place: Adb, reason: str) -> str:
+    return f"{place.name} cannot be reached over adb ({reason}): check cable and permission with: adb devices"
 
 
 def _not_started(program: str, error: OSError, place: Transport) -> str:

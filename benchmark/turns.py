@@ -6,13 +6,16 @@ Whatever the device does meanwhile so meets all cells alike. No query of a burst
 from __future__ import annotations
 
 import random
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from benchmark import statistics
 from benchmark.latency_record import Cell
+from compress.errors import EspalierError
 
 Show = Callable[[str, float], None]  # what is being done, and the share that is done
 WINDOW_S = 0.1
@@ -65,6 +68,33 @@ def count_cells(cells: list[Cell], seed: int, show: Show) -> list[list[int]]:
             show("instructions", (number + place / len(cells)) / COUNTED)
             cells[index].rounds.append(cells[index].query(1))
     return order
+
+
+@contextmanager
+def kept_busy(cell: Cell) -> Iterator[None]:
+    """Let a cell run queries that do not count, until the block ends: there clocks and power are read under load.
+
+    Raises:
+        BenchmarkError, DeviceError: it fails meanwhile.
+    """
+    done, failures = threading.Event(), []
+
+    def run() -> None:
+        try:
+            while not done.is_set():
+                cell.worker.ask({"queries": cell.burst})
+        except EspalierError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+    thread.join()
+    if failures:
+        raise failures[0]
 
 
 def timed_protocol(plan: Mode) -> dict[str, Any]:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 import sys
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
+from types import FrameType
 
 # What the user's disk and paths answer; any other OSError is a fault of ours and keeps its traceback.
 _REMEDIES = {
@@ -25,6 +30,9 @@ PACKAGES = (
     *("tensorboard", "torch", "torchvision", "typer", "ultralytics", "yaml"),
 )
 _FIRST = ("numpy", "pydantic", "typer", "yaml")
+# What asks a process to end: `kill` or a job's time limit, and a terminal that is gone; and the exit codes of that.
+_ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+_INTERRUPTED = {130, *(128 + number for number in _ENDING)}
 # What our own code starts, on devices too, where there is little more than a runtime.
 _PROGRAMS = {"benchmark.layer_times", "benchmark.probe", "benchmark.worker"}
 
@@ -114,18 +122,21 @@ def warn(message: str) -> None:
 def run_app(app: Callable[[], object]) -> None:
     """Run a command-line app: a user's mistake becomes one `error:` line and its exit code, 2, never a traceback.
 
-    Ctrl-C exits with 130: finished stages are on disk by then and the next start resumes from them.
+    Ctrl-C exits with 130, a signal that asks to end with 128 and its number, as shells say it: what was begun elsewhere
+    is undone first, finished stages are on disk by then, and the next start resumes from them.
     """
     try:
-        app()
+        with _ended_in_order():
+            app()
     except EspalierError as error:
         _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, SystemExit) as stop:
         # Typer turns Ctrl-C into a silent exit with code 130.
-        if isinstance(stop, SystemExit) and stop.code != 130:
+        code = stop.code if isinstance(stop, SystemExit) else 130
+        if code not in _INTERRUPTED:
             raise
         print("\ninterrupted: run the same command again to resume", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(code) from None
     except ModuleNotFoundError as error:
         if error.name not in PACKAGES:
             raise
@@ -136,6 +147,32 @@ def run_app(app: Callable[[], object]) -> None:
             raise
         where = f" ({error.filename})" if error.filename else ""
         _fail(f"{error.strerror}{where}: {remedy}, then run the same command again")
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Let signals that ask this process to end raise SystemExit, once.
+
+    By themselves they end it on the spot: folders and fixed clocks stay on a device, and children go on here. What is
+    ignored (nohup) or handled by somebody else stays so.
+    """
+    own = os.getpid()
+
+    def end(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)  # whoever asks twice does not want to wait
+        if os.getpid() != own:  # a process that was forked from this one undoes nothing of it
+            os.kill(os.getpid(), number)
+        raise SystemExit(128 + number)
+
+    is_main = threading.current_thread() is threading.main_thread()  # no other one may change a handler
+    changed = [number for number in _ENDING if is_main and signal.getsignal(number) == signal.SIG_DFL]
+    for number in changed:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in changed:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _explain_missing(names: Iterable[str]) -> str:

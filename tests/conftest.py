@@ -170,7 +170,7 @@ def sshd(sshd_server: tuple[Path, Sshd], tmp_path: Path, monkeypatch: pytest.Mon
 # adb's own contract, of a phone that is a folder: device paths below /data lie in it.
 ADB = """\
     #!{python}
-    import os, shutil, subprocess, sys
+    import os, shutil, subprocess, sys, time
     root, log, arguments = {root!r}, {log!r}, sys.argv[1:]
     with open(log, "a") as stream:
         stream.write(repr(arguments) + "\\n")
@@ -178,6 +178,8 @@ ADB = """\
     action, *rest = arguments[2:] if serial else arguments
     if os.path.exists(root + ".gone") or serial not in (None, "phone-1"):
         sys.exit("adb: device '%s' not found" % serial)
+    if os.path.exists(root + ".lost") and action != "get-state":
+        time.sleep(120)
     def there(path):
         return root + path if path.startswith("/data/") else path
     if action == "get-state":
@@ -203,7 +205,10 @@ ADB = """\
 
 @pytest.fixture
 def adb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder that is the phone `phone-1`; `phone.gone` beside it unplugs it, and `adb.log` tells the calls."""
+    """The folder that is the phone `phone-1`, and `adb.log` beside it, which tells the calls.
+
+    `phone.gone` there unplugs it, `phone.lost` takes it out of reach without a word.
+    """
     phone, programs = tmp_path / "phone", tmp_path / "adb-bin"
     (phone / "data" / "local" / "tmp").mkdir(parents=True)
     programs.mkdir()

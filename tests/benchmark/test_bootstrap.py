@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmark import bootstrap, sites
+from benchmark import bootstrap, sites, transfer
 from benchmark.transports import Local
 from compress.devices import Device
 from compress.errors import DeviceError
@@ -76,6 +76,29 @@ def test_packages_are_put_into_a_folder_of_their_own_once(
     with sites.open_site(board(bare, "adb"), "phone-1", None, ["ncnn"]) as site:
         assert site.packages == expected  # still there, and used without being asked for
     assert len(fetched) == 2
+
+
+def test_two_runs_that_put_packages_at_once_do_not_meet(adb: Path, bare: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one comes while the first one still copies."""
+    monkeypatch.setattr(bootstrap, "download", lambda name, facts, output: wheel(output, name, "__version__ = '1'\n"))
+    push, came = transfer.push, []
+
+    def slow(place: Any, sources: list[Path], folder: str) -> None:
+        if sources[0].name.startswith("packages") and not came:
+            came.append(folder)
+            (sources[0] / "ncnn").rename(sources[0].parent / "ncnn")  # not copied yet
+            push(place, sources, folder)
+            with sites.open_site(board(bare, "adb"), "phone-1", None, ["ncnn"], put_packages=True):
+                pass
+            push(place, [sources[0].parent / "ncnn"], f"{folder}/{sources[0].name}")
+        else:
+            push(place, sources, folder)
+
+    monkeypatch.setattr(transfer, "push", slow)
+    with sites.open_site(board(bare, "adb"), "phone-1", None, ["ncnn"], put_packages=True) as site:
+        assert site.packages is not None
+    (folder,) = (adb / "data/local/tmp/espalier/packages").iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == ["ncnn", "numpy", "outside.py"]
 
 
 def test_a_package_of_another_architecture_says_why(

@@ -29,7 +29,7 @@ NANO = "RAM 1000/3964MB IRAM 0/252kB CPU [1%@102] GR3D_FREQ 0%@{mhz} POM_5V_IN {
             "throttled=0x50008",
             [
                 "the Raspberry Pi tells of the soft temperature limit now, under-voltage and throttling since it was "
-                "started (get_throttled 0x50008)"
+                "started, which a restart clears (get_throttled 0x50008)"
             ],
         ),
         ("0x0000000000000001", []),  # idle

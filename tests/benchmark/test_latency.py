@@ -28,7 +28,7 @@ HAS_HUGE_PAGES = _GLIBC and _THP.exists() and "[madvise]" in _THP.read_text()
 
 # A runner whose model files say how to behave. Every inference is logged, so that the order can be checked.
 RUNNER = """
-import os, signal, sys, time
+import os, signal, subprocess, sys, time
 import numpy as np
 
 log = os.open(os.environ["FAKE_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -37,6 +37,8 @@ def load(path, threads):
     print("a library that writes to standard output")
     with open(path) as stream:
         behaviour = stream.read()
+    if behaviour == "compile":
+        subprocess.run([sys.executable, "-c", "import time\\nwhile time.process_time() < 2: pass"], check=True)
     return {"name": os.path.basename(path), "behaviour": behaviour, "threads": threads, "calls": 0}
 
 def infer(session, images):
@@ -248,6 +250,55 @@ def test_a_silent_worker_is_named_and_ended(folder: Path, monkeypatch: pytest.Mo
     with pytest.raises(BenchmarkError, match=r"^slow\.pt on torch wrote nothing for 4 s"):
         latency.measure({"slow": {"torch": model(folder, "slow.pt", "hang")}}, imgsz=32, threads=1, mode="quick")
     assert [is_running(call[1]) for call in calls(folder)] == [False]
+
+
+def test_a_runtime_that_builds_while_it_opens_a_model_may_be_silent_for_longer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.compile of a YOLOv8n took 240 s on two busy cores, before a cache had anything of it."""
+    monkeypatch.setattr(sites, "connect", lambda *_, silence_s: silence_s)
+    options: dict[str, int] = {"threads": 1, "imgsz": 64, "seed": 0}
+    for runtime, expected in (("torch", None), ("torch-compiled", 1800.0), ("onnxruntime-tensorrt", 1800.0)):
+        assert sites.worker(sites.here(), runtime, model(folder, "a.pt"), **options) == expected
+
+
+def test_what_a_runtime_compiles_is_no_work_of_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[float | None] = []
+    monkeypatch.setattr(latency, "others_cores", lambda before, after, own_s, elapsed_s: told.append(own_s))
+    latency.measure({"a": {"torch": model(folder, "a.pt", "compile")}}, imgsz=32, threads=1, mode="quick")
+    assert told[0] is not None
+    assert told[0] > 2.0  # of which the compiler has used 2
+
+
+# By how many lines the log of the fake runner grows within half a second, and whether a throttling is on.
+GROWTH = """
+import os, time
+count = lambda: open(os.environ["FAKE_LOG"]).read().count("\\n") if os.path.exists(os.environ["FAKE_LOG"]) else 0
+before = count()
+time.sleep(0.5)
+busy = count() > before
+print("busy" if busy else "at rest", "throttled=0x4" if busy else "throttled=0x0")
+"""
+
+
+def test_clocks_are_read_while_queries_run_which_do_not_count(folder: Path) -> None:
+    device = load_device("cpu").model_copy(update={"read": ((sys.executable, "-c", GROWTH),)})
+    record = latency.measure(both(folder), imgsz=32, threads=1, mode="quick", site=sites.Site(device, Local()))
+    (before,), (under_load,) = (record["device"][f"{when}_log"].values() for when in ("start", "load"))
+    assert (before, under_load) == ("at rest throttled=0x0", "busy throttled=0x4")
+    assert any("the Raspberry Pi tells of throttling now" in reason for reason in record["noise"])
+    for cell in record["cells"]:
+        assert cell["queries"] == sum(map(len, cell["samples_ms"]))
+        assert len(cell["samples_ms"]) == record["protocol"]["rounds"]
+
+
+def test_a_worker_that_crashes_under_that_load_is_named(folder: Path) -> None:
+    kill = "import os, signal\nfor l in open(os.environ['FAKE_LOG']): p = int(l.split()[1])\nos.kill(p, signal.SIGKILL)"
+    command = (sys.executable, "-c", f"import os\nif os.path.exists(os.environ['FAKE_LOG']): exec({kill!r})")
+    device = load_device("cpu").model_copy(update={"read": (command,)})
+    models = {"a": {"torch": model(folder, "a.pt")}}
+    with pytest.raises(BenchmarkError, match=r"^a\.pt on torch crashed \(SIGKILL, perhaps out of memory\)"):
+        latency.measure(models, imgsz=32, threads=1, mode="quick", site=sites.Site(device, Local()))
 
 
 def test_ctrl_c_ends_every_worker(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -530,6 +581,15 @@ def test_a_store_that_cannot_be_used_hides_no_table(run: Any, folder: Path, caps
     said = capsys.readouterr()
     assert "p50 ms (95 %)" in said.out
     assert "choose another with --store or $ESPALIER_STORE" in said.err
+
+
+def test_the_name_of_a_file_does_not_steer_the_terminal(run: Any, folder: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(latency, "noise", lambda cells, *_: [f"{cells[0].name} was slow"])
+    files = [model(folder, "evil\x1b]0;title\x07.onnx"), model(folder, "b.onnx")]
+    assert run("--models", *files, "--imgsz", 32, "--output", folder / "out") == 0
+    said = capsys.readouterr().out
+    assert "evil ]0;title  on onnxruntime was slow" in said
+    assert not {"\x1b", "\x07"} & set(said)
 
 
 def test_what_is_noisy_is_measured_again(

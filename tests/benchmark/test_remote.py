@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import shutil
 import signal
+import subprocess
 import sys
 import textwrap
 import threading
@@ -19,6 +21,7 @@ import pytest
 from benchmark import accuracy, cell, latency, runtimes, sites, transfer, transports, turns
 from compress.checkpoint import build_model, save_model
 from compress.data.dataset import class_names
+from compress.errors import DeviceError
 from compress.settings import load_yaml
 from export.ncnn import export_ncnn
 
@@ -127,7 +130,7 @@ def test_latency_and_accuracy_on_a_device(
     record = json.loads((tmp_path / "out" / "latency.json").read_text())
     assert record["device"]["name"] == record["protocol"]["device"] == "board"
     assert record["device"]["cores"] == os.cpu_count()
-    assert record["device"]["start_log"] == record["device"]["end_log"] == {"echo cool": "cool"}
+    assert record["device"]["start_log"] == record["device"]["load_log"] == {"echo cool": "cool"}
     assert record["device"]["clocks_locked"]
     assert not (tmp_path / "locked").exists()
     assert list(there.iterdir()) == []
@@ -238,6 +241,23 @@ def test_ctrl_c_leaves_nothing_there(
     monkeypatch.setattr(cell.Worker, "request", interrupt)
     place = ("--device", board(tmp_path), "--host", sshd.host, "--imgsz", IMGSZ, "--output", tmp_path / "out")
     assert run_command(latency.app, "--models", artefact, *place) == 130
+    assert wait_for(lambda: workers(sshd.tmp) == [])
+    assert list(sshd.tmp.iterdir()) == []
+
+
+def test_a_job_that_is_ended_leaves_nothing_there(sshd: Any, artefact: Path, tmp_path: Path) -> None:
+    words = ("--models", artefact, "--device", board(tmp_path), "--host", sshd.host, "--imgsz", IMGSZ, "--lock-clocks")
+    command = [sys.executable, "-m", "benchmark.latency", *map(str, words), "--mode", "mlperf", "--output"]
+    process = subprocess.Popen([*command, str(tmp_path / "out")], stderr=subprocess.PIPE, text=True)
+    try:
+        assert wait_for(lambda: workers(sshd.tmp), 60)
+        assert (tmp_path / "locked").exists()
+        process.terminate()
+        said = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert (process.returncode, said.strip()) == (143, "interrupted: run the same command again to resume")
+    assert not (tmp_path / "locked").exists()
     assert wait_for(lambda: workers(sshd.tmp) == [])
     assert list(sshd.tmp.iterdir()) == []
 
@@ -418,18 +438,31 @@ def test_a_connection_that_is_lost_in_the_middle_of_an_answer_is_an_error_and_ke
     assert list((tmp_path / "out" / "outputs").rglob("*.bin")) == []
 
 
-def test_a_worker_is_told_that_we_are_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cell, "PING_S", 0.01)
-    done, sent = threading.Event(), []
+def test_a_worker_is_told_that_we_are_here() -> None:
+    requests: queue.Queue[bytes | None] = queue.Queue()
+    read, write = os.pipe()
+    with os.fdopen(read, "rb", buffering=0) as stream:
+        writer = threading.Thread(target=cell._write, args=(os.fdopen(write, "wb"), requests, 0.01), daemon=True)
+        writer.start()
+        assert [stream.read(1) for _ in range(3)] == [b"\n"] * 3
+        requests.put(b"request")
+        requests.put(None)
+        writer.join()
+        assert stream.read(100).strip() == b"request"
 
-    class Fake:
-        def send(self, line: bytes) -> None:
-            sent.append(line)
-            if len(sent) == 3:
-                done.set()
 
-    cell._ping(Fake(), done)  # type: ignore[arg-type]
-    assert sent == [b"\n"] * 3
+def test_what_is_sent_to_a_phone_that_takes_nothing_waits_no_longer_than_for_an_answer(
+    adb: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cell, "PING_S", 0.2)
+    monkeypatch.setattr(transports, "CLEAN_UP_S", 0.5)
+    monkeypatch.setattr(transports, "start", lambda *_: subprocess.Popen(["sleep", "60"], stdin=-1, stdout=-1))
+    Path(f"{adb}.lost").touch()
+    with (
+        cell.connect("tiny on ncnn", transports.Adb("phone-1"), [], {}) as worker,
+        pytest.raises(DeviceError, match=r"the connection to phone-1 was lost \(it no longer answers\): check it"),
+    ):
+        worker.ask({"infer": {}}, bytes(1 << 20))  # more than a pipe holds
 
 
 def test_values_of_8_bits_travel_as_such_and_arrive_bit_by_bit() -> None:

@@ -266,6 +266,27 @@ for path in sys.argv[2:]:
     assert sorted(row.model for row in store.find(place)) == sorted(f"m{i}" for i in range(12))
 
 
+def test_a_store_that_another_process_makes_just_now_is_no_foreign_one(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect, seen = sqlite3.connect, []
+
+    class Interrupted(sqlite3.Connection):
+        """Just before the version is asked for, another process makes the store."""
+
+        def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
+            if "user_version" in statement and not seen:
+                seen.append(statement)
+                with store._open(place, "rwc"):
+                    pass
+            return super().execute(statement, *values)
+
+    monkeypatch.setattr(sqlite3, "connect", lambda *words, **more: connect(*words, factory=Interrupted, **more))
+    with store._open(place, "rwc") as connection:
+        assert connection.execute("SELECT count(*) FROM rows").fetchone() == (0,)
+    assert seen
+
+
 def test_a_store_that_stays_locked_is_one_line(tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = latency(tmp_path / "l.json", cell("a", 2.0))
     store.add(path, place)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +73,33 @@ def test_a_folder_is_private_and_goes_away(place: Transport) -> None:
     assert transports.run(place, ["ls", made]).returncode != 0
 
 
+@pytest.mark.parametrize("place", ["ssh", "adb"], indirect=True)
+def test_what_a_killed_run_left_is_removed_after_a_week(place: Transport, request: pytest.FixtureRequest) -> None:
+    there = request.getfixturevalue("sshd").tmp if isinstance(place, Ssh) else None
+    there = there or request.getfixturevalue("adb") / "data/local/tmp"
+    ages_days = {"espalier.aaaaaaaa": 8, "espalier.bbbbbbbb": 2, "espalier.packages-of-mine": 99, "other.cccccccc": 99}
+    for name, days in ages_days.items():
+        (there / name / "inner").mkdir(parents=True)
+        then = time.time() - 86400 * days
+        os.utime(there / name, (then, then))
+    with transfer.job_folder(place) as made:
+        left = {path.name for path in there.iterdir()} - {Path(made).name}
+    assert left == set(ages_days) - {"espalier.aaaaaaaa"}
+    for name in left:
+        shutil.rmtree(there / name)
+
+
 def test_a_process_has_pipes_and_ends_with_its_input(place: Transport, folder: str, tmp_path: Path) -> None:
     with (tmp_path / "log").open("wb") as log:
         process = transports.start(place, ["cat"], {}, log, folder)
         assert process.communicate(b"\x00\xff raw\n", timeout=20) == (b"\x00\xff raw\n", None)
     assert process.returncode == 0
+
+
+def test_whatever_shell_an_account_has_a_posix_one_reads_the_command() -> None:
+    """fish refuses a line with $? in it, csh one with ${A:-b}: of its words alone all shells make the same."""
+    command = transports.there(Ssh("jetson"), f"cd /tmp && {transports.script(['echo', NASTY])}")[-1]
+    assert shlex.split(command) == ["sh", "-c", f"cd /tmp && {shlex.join(['echo', NASTY])}; exit $?"]
 
 
 @pytest.mark.parametrize(
@@ -132,6 +156,27 @@ def test_a_phone_that_is_not_there_is_one_line(adb: Path) -> None:
     assert transports.is_alive(Adb("phone-1"))
     Path(f"{adb}.gone").touch()
     assert not transports.is_alive(Adb("phone-1"))
+
+
+def test_a_phone_that_has_left_its_network_is_waited_for_no_longer_than_it_takes_to_notice(
+    adb: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transports, "CHECK_S", 0.2)
+    monkeypatch.setattr(transports, "CLEAN_UP_S", 0.5)
+    phone = Adb("phone-1")
+    assert transports.run(phone, ["sh", "-c", "sleep 0.7; echo slow"]).stdout == "slow\n"  # slow is not gone
+    Path(f"{adb}.lost").touch()
+    (tmp_path / "model").touch()
+    said = (
+        r"^phone-1 cannot be reached over adb \(it no longer answers\): check cable and permission with: adb devices$"
+    )
+    for work in (
+        lambda: transfer.make_folder(phone),
+        lambda: transfer.push(phone, [tmp_path / "model"], "/data/local/tmp"),
+        lambda: transfer.free_bytes(phone, "/data/local/tmp"),
+    ):
+        with pytest.raises(DeviceError, match=said):
+            work()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@ from __future__ import annotations
 import errno
 import os
 import re
+import signal
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable
@@ -77,6 +79,62 @@ def test_ctrl_c_says_how_to_resume(ends, monkeypatch, wrap) -> None:
     code, text = ends(wrap(raising(KeyboardInterrupt())))
     assert code == 130
     assert text.strip() == "interrupted: run the same command again to resume"
+
+
+# It starts a child, says the child's id, and waits for it; what it began it ends.
+BUSY = """
+import subprocess, sys
+from compress.errors import run_app
+def app():
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+        print(child.pid, flush=True)
+        child.wait()
+    finally:
+        child.kill()
+        child.wait()
+        print("undone", flush=True)
+run_app(app)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["TERM", "HUP"])
+def test_what_is_asked_to_end_undoes_first_what_it_began(number: signal.Signals) -> None:
+    process = subprocess.Popen([sys.executable, "-c", BUSY], stdout=-1, stderr=-1, text=True)
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    process.send_signal(number)
+    out, error = process.communicate(timeout=30)
+    assert (process.returncode, out) == (128 + number, "undone\n")
+    assert error.strip() == "interrupted: run the same command again to resume"
+    assert not Path(f"/proc/{child}").exists()
+
+
+def test_a_process_that_was_forked_is_ended_at_once() -> None:
+    def app() -> None:
+        read, write = os.pipe()
+        if (child := os.fork()) == 0:
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            finally:
+                os.write(write, b"it went through the frames of its parent")
+                os._exit(0)
+        os.close(write)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+        assert os.read(read, 100) == b""
+
+    run_app(app)
+
+
+def test_signals_that_are_ignored_or_handled_stay_so() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    found = []
+    try:
+        run_app(lambda: found.append(signal.getsignal(signal.SIGHUP)))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert found == [signal.SIG_IGN]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, None])
