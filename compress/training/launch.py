@@ -10,7 +10,7 @@ from torch import nn
 from ultralytics.cfg import get_cfg
 from ultralytics.utils import DEFAULT_CFG_DICT
 
-from compress.checkpoint import load_model
+from compress.checkpoint import load_model, read_checkpoint
 from compress.errors import CheckpointError, EspalierError, SettingsError
 from compress.manifest import write_bytes_atomic, write_json
 from compress.settings import OPTIMIZERS, Training
@@ -117,10 +117,8 @@ def _arguments(settings: Training) -> dict[str, Any]:
 
 def _is_complete(checkpoint: Path, epochs: int) -> bool:
     """Tell whether a checkpoint is that of the last epoch."""
-    from ultralytics.nn.tasks import torch_safe_load
-
     try:
-        epoch = torch_safe_load(str(checkpoint), safe_only=True)[0].get("epoch", -1)
+        epoch = read_checkpoint(checkpoint).get("epoch", -1)
     except Exception as error:
         raise CheckpointError(f"{checkpoint} cannot be opened to resume from: delete its folder ({error})") from None
     return epoch + 1 >= epochs

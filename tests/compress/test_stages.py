@@ -444,6 +444,17 @@ def test_training_by_the_command_line(narrow: Path, data: Path, tmp_path: Path, 
     assert f"train: {tmp_path / 'train' / 'model.pt'} (1 epochs, val mAP50-95 0.0" in capfd.readouterr().out
 
 
+def test_a_training_takes_the_file_that_was_named(dense: Path, data: Path, tmp_path: Path) -> None:
+    """Ultralytics takes apostrophes out of paths, and another file for one of YOLOv5."""
+    model = tmp_path / "bob's" / "yolov5n.pt"
+    model.parent.mkdir()
+    shutil.copy(dense, model)
+    settings = Training(epochs=1, batch=16, lr0=1e-9, optimizer="SGD", args={"warmup_epochs": 0.0})
+    trained = train.train(str(model), data, settings, COMMON, model.parent / "train")
+    name = "model.0.conv.weight"
+    torch.testing.assert_close(load_model(trained).state_dict()[name], load_model(dense).state_dict()[name])
+
+
 def test_a_model_that_is_taken_at_another_size_is_said(dense: Path, data: Path, tmp_path: Path, capfd) -> None:
     words = ("--model", dense, "--data", data, "--epochs", "0", "--workers", "0")
     assert command(train.app, *words, "--imgsz", "96", "--output", tmp_path / "larger") == 0
