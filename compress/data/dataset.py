@@ -21,6 +21,9 @@ IMAGE_SUFFIXES = frozenset(
 GENERATED = "shapes"
 _CHECKED = 5000
 _SETTLED_NS = 1_000_000_000
+_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # what a torn file lacks
+_END_BYTES = 1 << 16  # phones write their own data behind the end
+_DEEP = ("F", "I")  # 32 bits a pixel, of which OpenCV reads few kinds
 _NOT_PILLOWS = (".avif", ".heic", ".heif")  # which Ultralytics opens by another package
 
 
@@ -291,14 +294,33 @@ def _sample(files: list[Path]) -> list[Path]:
 
 def _check_images(files: list[Path]) -> None:
     """Meet what is no image now: Ultralytics leaves it out, so that a cut or a score would be the first to stumble."""
-    from PIL import Image
-
     for path in _sample(files):
         try:
-            if path.suffix.lower() not in _NOT_PILLOWS:
-                Image.open(path).close()  # reads the head of the file
+            readable = path.suffix.lower() in _NOT_PILLOWS or _is_readable(path)
         except (OSError, ImportError):  # Ultralytics has `open` ask for a package where nothing knows the format
-            raise DataError(f"{path} is not an image that can be read: mend or remove it") from None
+            readable = False
+        if not readable:
+            raise DataError(f"{path} is not an image that can be read: mend or remove it")
+
+
+def _is_readable(path: Path) -> bool:
+    """Tell whether an image can be decoded, by its head and its end; it is decoded where these leave a doubt.
+
+    Raises:
+        OSError: no head of an image.
+    """
+    from PIL import Image
+
+    with Image.open(path) as image:  # reads the head of the file
+        end, deep = _ENDS.get(image.format or "", b""), image.mode in _DEEP
+    with path.open("rb") as stream:
+        stream.seek(-min(path.stat().st_size, _END_BYTES), 2)
+        whole = end in stream.read()
+    if whole and not deep:
+        return True
+    from ultralytics.utils.patches import imread
+
+    return imread(path) is not None
 
 
 def _check_labels(files: list[Path], classes: int, points: list[int] | None, where: str) -> None:

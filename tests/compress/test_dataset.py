@@ -4,7 +4,9 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from compress import shapes
 from compress.data.dataset import IMAGE_SUFFIXES, class_names, data_hash, fingerprint, images, label_file, resolve
@@ -134,6 +136,33 @@ def test_what_is_no_image_is_met_before_any_training(data):
     image.unlink()
     image.with_suffix(".heic").write_text("which takes another package to open")
     assert resolve(str(data)) == data
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix", "kept", "readable"),
+    [
+        pytest.param("RGB", ".jpg", 0.8, False, id="torn JPEG"),
+        pytest.param("RGB", ".png", 0.8, False, id="torn PNG"),
+        pytest.param("F", ".tif", 1.0, False, id="floats, which OpenCV does not read"),
+        pytest.param("CMYK", ".jpg", 1.0, True, id="CMYK"),
+        pytest.param("I;16", ".png", 1.0, True, id="16 bits"),
+        pytest.param("RGB", ".jpg", 1.2, True, id="bytes of a phone behind the end"),
+    ],
+)
+def test_images_that_only_seem_sound_are_met_before_any_training(data, mode, suffix, kept, readable):
+    image = data.parent / "images" / "val" / f"c{suffix}"
+    noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    pixels = Image.fromarray(noise)
+    pixels = Image.fromarray(noise[..., 0].astype({"F": "f4", "I;16": "u2"}[mode])) if mode[0] in "FI" else pixels
+    (pixels.convert(mode) if mode == "CMYK" else pixels).save(image)
+    content = image.read_bytes()
+    size = int(kept * len(content))
+    image.write_bytes(content[:size] + b"0" * (size - len(content)))
+    if readable:
+        assert resolve(str(data)) == data
+    else:
+        with pytest.raises(DataError, match=rf"val/c\{suffix} is not an image that can be read: mend or remove it"):
+            resolve(str(data))
 
 
 def test_label_files_are_read_once_for_all_fingerprints(data, monkeypatch):

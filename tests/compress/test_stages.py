@@ -31,6 +31,7 @@ from compress.settings import Budget, Finetune, LayerRule, Prune, Sparsity, Trai
 from compress.train import Common
 
 ROOT = Path(__file__).parents[2]
+TRAILER = b"SEFT"
 COMMON = Common(imgsz=64, workers=0)
 ARGS = {"nbs": 8, "warmup_epochs": 0.0}
 PRUNE = Prune(
@@ -68,10 +69,16 @@ def epochs_in(folder: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def data(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny data set with label caches that would make the folder `opened`, and a `download:` for `downloaded`."""
+    """The tiny data set with label caches that would make the folder `opened`, and a `download:` for `downloaded`.
+
+    An image of each split ends as those of many phones do, which Ultralytics would write anew.
+    """
     folder = tmp_path_factory.mktemp("data")
     for kind in ("images", "labels"):
         shutil.copytree(tiny_data.parent / kind, folder / kind)
+    for split in ("train", "val", "test"):
+        with (folder / "images" / split / "000000.jpg").open("ab") as stream:
+            stream.write(TRAILER)
     for split in ("train", "val", "test"):
         with (folder / "labels" / f"{split}.cache").open("wb") as stream:
             np.save(stream, np.array(Armed(folder / "opened"), dtype=object), allow_pickle=True)
@@ -185,6 +192,7 @@ def test_caches_that_came_with_the_data_stay_closed(stages: Path, data: Path) ->
         "train.cache",
         "val.cache",
     ]
+    assert all((folder / "images" / split / "000000.jpg").read_bytes().endswith(TRAILER) for split in ("train", "val"))
     np.load(folder / "labels" / "train.cache", allow_pickle=True)  # they are armed
     (folder / "opened").rmdir()
     assert label_file(next((folder / "images" / "train").iterdir())).is_file()
