@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import sys
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
@@ -116,6 +117,8 @@ def run_app(app: Callable[[], object]) -> None:
 
     Ctrl-C exits with 130: finished stages are on disk by then and the next start resumes from them.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an old terminal that has no → may not end hours of work
     try:
         app()
     except EspalierError as error:

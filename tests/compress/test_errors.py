@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable
@@ -13,6 +14,8 @@ import typer
 
 from compress import errors
 from compress.errors import EspalierError, run_app
+
+ROOT = Path(__file__).parents[2]
 
 
 def kinds(kind: type[EspalierError] = EspalierError) -> list[type[EspalierError]]:
@@ -77,6 +80,15 @@ def test_ctrl_c_says_how_to_resume(ends, monkeypatch, wrap) -> None:
     code, text = ends(wrap(raising(KeyboardInterrupt())))
     assert code == 130
     assert text.strip() == "interrupted: run the same command again to resume"
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("ascii", "1 ? 2"), ("latin-1", "1 ? 2"), ("utf-8", "1 → 2")])
+def test_what_a_terminal_cannot_show_ends_nothing(encoding: str, shown: str) -> None:
+    program = "from compress.errors import run_app; run_app(lambda: print('1 \u2192 2'))"
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stderr.decode()) == (0, "")
+    assert done.stdout.decode(encoding).strip() == shown
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, None])
