@@ -218,6 +218,8 @@ def _remarks(a: Candidate, b: Candidate) -> list[str]:
     remarks = []
     if a.score is None:
         remarks.append("accuracy is known of neither, and not judged")
+    elif b.score is not None and a.score.value == b.score.value == 0:
+        remarks.append(f"{a.score.metric} is 0 for both: neither finds anything, so it says nothing")
     if not a.cost or not b.cost:
         return [*remarks, "latency is known of neither, and not judged"]
     if a.cost.runtime_version != b.cost.runtime_version:

@@ -244,17 +244,51 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+@contextmanager
+def files_as_named() -> Iterator[None]:
+    """Let Ultralytics open a file that is there, and no other.
+
+    It takes apostrophes out of a path, and yolov5nu.pt for any file named yolov5n.pt, as with the other
+    sizes of YOLOv3 and v5, which it would download: other weights than those that were given.
+    """
+    from ultralytics.utils import downloads
+
+    library: Any = downloads
+    before = library.attempt_download_asset
+
+    def find(file: str | Path, *args: Any, **kwargs: Any) -> str:
+        return str(file) if Path(file).is_file() else before(file, *args, **kwargs)
+
+    library.attempt_download_asset = find
+    try:
+        yield
+    finally:
+        library.attempt_download_asset = before
+
+
+def read_checkpoint(path: Path | str) -> dict[str, Any]:
+    """Return what a checkpoint file holds, read by the allow-list.
+
+    Raises:
+        Exception: of a dozen types, where it is damaged or holds something else.
+    """
+    from ultralytics.nn.tasks import torch_safe_load
+
+    with files_as_named():
+        return torch_safe_load(str(path), safe_only=True)[0]
+
+
 def _open(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     require(path)
     import torch
-    from ultralytics.nn.tasks import BaseModel, torch_safe_load
+    from ultralytics.nn.tasks import BaseModel
 
     if path.is_file():
         _refuse_foreign_globals(path)
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about a foreign pickle, then refuses it
         try:
-            checkpoint, _ = torch_safe_load(str(path), safe_only=True)
+            checkpoint = read_checkpoint(path)
         except Exception as error:  # damaged files surface as a dozen unrelated exception types
             if not path.is_file():
                 raise CheckpointError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -125,6 +126,8 @@ def run_app(app: Callable[[], object]) -> None:
     Ctrl-C exits with 130, a signal that asks to end with 128 and its number, as shells say it: what was begun elsewhere
     is undone first, finished stages are on disk by then, and the next start resumes from them.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an old terminal that has no → may not end hours of work
     try:
         with _ended_in_order():
             app()

@@ -23,7 +23,7 @@ from compress.settings import ExportTrt, Run, check_imgsz, load_run
 from compress.sparsify import sparsify
 from compress.tasks import metric_of
 from compress.train import Common, train
-from compress.training.teacher import check_teacher
+from compress.training.teacher import check_teacher, classes, knows
 
 RECORD = "run.json"
 
@@ -92,6 +92,12 @@ def check(settings: Run, data: Path) -> None:
         _check_tensorrt(settings.trt)
     if settings.finetune.teacher and settings.finetune.distill:
         check_teacher(model, Path(settings.finetune.teacher), data, settings.finetune, settings.imgsz)
+    elif settings.finetune.distill and settings.train.epochs == 0 and not knows(model, data):
+        known, wanted = list(model.names.values()), list(class_names(data).values())
+        raise SettingsError(
+            f"{settings.model} knows {classes(known)}, {data} has {classes(wanted)}, and it could not be the teacher: "
+            "give the data set the model's names in their order, or train it on this data first (train.epochs above 0)"
+        )
     if settings.prune.sensitivity:
         from compress.pruning.sensitivity_file import warn_of_others
 

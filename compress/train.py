@@ -150,9 +150,7 @@ def _check(stage: str, loaded: Any, model: str, data: Path, settings: Training, 
 def _last_metrics(path: Path) -> dict[str, float]:
     import math
 
-    from ultralytics.nn.tasks import torch_safe_load
-
-    found = torch_safe_load(str(path), safe_only=True)[0].get("train_metrics") or {}
+    found = checkpoint.read_checkpoint(path).get("train_metrics") or {}
     return {k: float(v) for k, v in found.items() if isinstance(v, (int, float)) and math.isfinite(v)}
 
 

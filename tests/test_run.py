@@ -421,6 +421,18 @@ def test_a_model_of_other_classes_is_checked_as_it_will_be(place: Path, start) -
     assert "the budget cannot bring macs down to 2.0%" in err
 
 
+def test_a_model_of_other_names_is_refused_before_it_is_pressed(place: Path, start) -> None:
+    """It is taken as it is, and could not be the teacher of what the data set's names were given in a training."""
+    model: Any = build_model(str(place / "narrow.yaml"))
+    model.names = dict(enumerate(["Ring", "triangle", "star", "cross", "gear", "key"]))
+    save_model(model, place / "own.pt", {"imgsz": 64})
+    code, out, err = start(place, "--model", "own.pt", "train.epochs=0")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "own.pt knows 6 classes (Ring, triangle, star, …), " in err
+    assert "shapes.yaml has 6 classes (ring, triangle, star, …), and it could not be the teacher: give the data" in err
+    assert "sparsify" not in out
+
+
 def test_a_run_in_use_is_refused(place: Path, start) -> None:
     with manifest.lock(place / "runs" / "tiny"):
         code, _, err = start(place)

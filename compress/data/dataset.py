@@ -21,6 +21,9 @@ IMAGE_SUFFIXES = frozenset(
 GENERATED = "shapes"
 _CHECKED = 5000
 _SETTLED_NS = 1_000_000_000
+_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # what a torn file lacks
+_END_BYTES = 1 << 16  # phones write their own data behind the end
+_DEEP = ("F", "I")  # 32 bits a pixel, of which OpenCV reads few kinds
 _NOT_PILLOWS = (".avif", ".heic", ".heif")  # which Ultralytics opens by another package
 
 
@@ -77,7 +80,7 @@ def images(data: Path, split: str) -> list[Path]:
         DataError: the YAML has no such split, it is not on disk, or there is no image in it.
     """
     if data.is_dir():
-        found = _files(data / split, str(data), has_download=False)
+        found = _files(data / split, str(data))
         if not found:
             raise DataError(f"{data / split} holds no images: check the path")
         return sorted(found)
@@ -87,8 +90,10 @@ def images(data: Path, split: str) -> list[Path]:
         raise DataError(f"{data} has no '{split}' split: add the folder of its images")
     root = _root(data, content)
     found: list[Path] = []
-    for entry in entries if isinstance(entries, list) else [entries]:
-        found += _files(_place(root, str(entry)), f"{data}: '{split}'", "download" in content)
+    listed = isinstance(entries, list)
+    for entry in map(str, entries if listed else [entries]):
+        place = (root / entry).resolve() if listed else _place(root, entry)
+        found += _files(place, f"{data}: '{split}'", _remark(data, content, entry, listed))
     if not found:
         raise DataError(f"{data}: '{split}' holds no images ({entries} in {root}): check the path")
     return sorted(found)
@@ -112,7 +117,7 @@ def class_names(data: Path) -> dict[int, str]:
     """
     if data.is_dir():
         folders = sorted(path.name for path in (data / "train").glob("*") if path.is_dir())
-        if not folders:
+        if not folders or set(folders) == {"images", "labels"}:  # not classes: a detector's data
             found = next((f", such as {path}" for path in sorted(data.glob("*.y*ml"))), "")
             raise DataError(
                 f"{data} is not a data set: give its .yaml{found}, or for a classifier a folder whose 'train' and "
@@ -125,9 +130,10 @@ def class_names(data: Path) -> dict[int, str]:
         names = dict(enumerate(names))
     if not isinstance(names, dict) or not names:
         raise DataError(f"{data} has no 'names': list the names of its classes")
+    names = {int(key) if str(key).isdecimal() else key: name for key, name in names.items()}  # "0" is 0 to Ultralytics
     if set(names) != set(range(len(names))):
         raise DataError(f"{data}: 'names' must be numbered from 0 without gaps, got {list(names)[:5]}")
-    if content.get("nc", len(names)) != len(names):
+    if str(content.get("nc", len(names))) not in (str(len(names)), str(float(len(names)))):  # as Ultralytics takes it
         raise DataError(f"{data}: 'nc' is {content['nc']}, but there are {len(names)} names: make them agree")
     return {number: str(names[number]) for number in range(len(names))}
 
@@ -268,7 +274,20 @@ def _place(root: Path, entry: str) -> Path:
     return place
 
 
-def _files(place: Path, where: str, has_download: bool) -> list[Path]:
+def _remark(data: Path, content: dict[str, Any], entry: str, listed: bool) -> str:
+    """Return what may explain that a folder or list of images is not there."""
+    if "download" in content:
+        return " (its 'download:' is never run)"
+    path = content.get("path")
+    if path and ((data.parent / str(path)) / entry).exists():
+        beside = (data.parent / str(path)).resolve()
+        return f" ('path: {path}' is relative to the folder of the command: write path: {beside})"
+    if listed and entry.startswith("../"):
+        return f" (only a lone '../' is forgiven, in a list write {entry[3:]})"
+    return ""
+
+
+def _files(place: Path, where: str, remark: str = "") -> list[Path]:
     """Return the images of one folder or list, as Ultralytics finds them: no hidden ones, images by their suffix."""
     if place.is_dir():
         files = [place / name for name in glob.glob("**/*.*", root_dir=place, recursive=True)]  # noqa: PTH207 hides .*
@@ -279,7 +298,6 @@ def _files(place: Path, where: str, has_download: bool) -> list[Path]:
         if missing:
             raise DataError(f"{where}: {place} lists {missing}, which does not exist: check the path")
     else:
-        remark = " (its 'download:' is never run)" if has_download else ""
         raise DataError(f"{where} names {place}, which is no folder and no .txt list: check the path{remark}")
     return [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
 
@@ -291,14 +309,33 @@ def _sample(files: list[Path]) -> list[Path]:
 
 def _check_images(files: list[Path]) -> None:
     """Meet what is no image now: Ultralytics leaves it out, so that a cut or a score would be the first to stumble."""
-    from PIL import Image
-
     for path in _sample(files):
         try:
-            if path.suffix.lower() not in _NOT_PILLOWS:
-                Image.open(path).close()  # reads the head of the file
+            readable = path.suffix.lower() in _NOT_PILLOWS or _is_readable(path)
         except (OSError, ImportError):  # Ultralytics has `open` ask for a package where nothing knows the format
-            raise DataError(f"{path} is not an image that can be read: mend or remove it") from None
+            readable = False
+        if not readable:
+            raise DataError(f"{path} is not an image that can be read: mend or remove it")
+
+
+def _is_readable(path: Path) -> bool:
+    """Tell whether an image can be decoded, by its head and its end; it is decoded where these leave a doubt.
+
+    Raises:
+        OSError: no head of an image.
+    """
+    from PIL import Image
+
+    with Image.open(path) as image:  # reads the head of the file
+        end, deep = _ENDS.get(image.format or "", b""), image.mode in _DEEP
+    with path.open("rb") as stream:
+        stream.seek(-min(path.stat().st_size, _END_BYTES), 2)
+        whole = end in stream.read()
+    if whole and not deep:
+        return True
+    from ultralytics.utils.patches import imread
+
+    return imread(path) is not None
 
 
 def _check_labels(files: list[Path], classes: int, points: list[int] | None, where: str) -> None:

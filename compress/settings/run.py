@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from compress.errors import SettingsError
 from compress.settings.budget import budget_content
@@ -26,6 +26,12 @@ class Benchmark(Strict):
     split: Literal["train", "val", "test"] = "val"
 
 
+def _device(value: Any) -> Any:
+    """Read Ultralytics' 0 and [0, 1], which are numbers in YAML, as "0" and "0,1"."""
+    numbers = value if isinstance(value, list) else [value]
+    return ",".join(map(str, numbers)) if all(type(number) is int for number in numbers) else value
+
+
 class Run(Strict):
     """A whole pipeline, as configs/pipelines/*.yaml spell it."""
 
@@ -33,7 +39,7 @@ class Run(Strict):
     model: str = Field(description="a checkpoint (.pt) or an architecture (.yaml)")
     data: str = Field(description="a data set YAML of Ultralytics' form, or 'shapes' for the generated one")
     imgsz: int = Field(default=640, ge=32)
-    device: str = "cpu"
+    device: Annotated[str, BeforeValidator(_device)] = Field(default="cpu", description="cpu, 0, 0,1 …")
     workers: int = Field(default=8, ge=0)
     seed: int = 0
     iterations: int = Field(default=1, ge=1, description="rounds of sparsify, prune and finetune, in equal ratios")

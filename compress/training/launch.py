@@ -10,7 +10,7 @@ from torch import nn
 from ultralytics.cfg import get_cfg
 from ultralytics.utils import DEFAULT_CFG_DICT
 
-from compress.checkpoint import load_model
+from compress.checkpoint import load_model, read_checkpoint
 from compress.errors import CheckpointError, EspalierError, SettingsError
 from compress.manifest import write_bytes_atomic, write_json
 from compress.settings import OPTIMIZERS, Training
@@ -23,6 +23,7 @@ _OURS |= {"epochs", "time", "distill_model", "dis"}
 # What a reason that Ultralytics or torch gives calls for.
 _MEMORY = "give a smaller batch or imgsz"
 _REMEDIES = {"NaN": "give a smaller lr0", "out of memory": _MEMORY, "can't allocate memory": _MEMORY}
+_REMEDIES["Image Not Found"] = "it is there and cannot be decoded, mend or remove it"
 _COMMON = {"imgsz", "device", "workers", "seed"}  # what the record of a stage says, and other stages go by
 
 
@@ -78,8 +79,13 @@ def run_training(
             f"training stopped: its processes on {overrides.get('device')} ended with code {error.returncode}, the "
             f"lines above say why; what was saved is in {folder}"
         ) from error
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except (RuntimeError, ValueError, TypeError, AssertionError, FileNotFoundError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk; Ultralytics' own have no number
+            raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = (
+            lines[-1] if lines[0].startswith("Caught ") else lines[0]
+        )  # a process that loads images tells its traceback
         remedies = [f"{remedy}; " for word, remedy in _REMEDIES.items() if word in reason]
         raise EspalierError(f"training stopped: {reason}; {''.join(remedies)}what was saved is in {folder}") from error
     return (best if best.exists() else last), last
@@ -117,10 +123,8 @@ def _arguments(settings: Training) -> dict[str, Any]:
 
 def _is_complete(checkpoint: Path, epochs: int) -> bool:
     """Tell whether a checkpoint is that of the last epoch."""
-    from ultralytics.nn.tasks import torch_safe_load
-
     try:
-        epoch = torch_safe_load(str(checkpoint), safe_only=True)[0].get("epoch", -1)
+        epoch = read_checkpoint(checkpoint).get("epoch", -1)
     except Exception as error:
         raise CheckpointError(f"{checkpoint} cannot be opened to resume from: delete its folder ({error})") from None
     return epoch + 1 >= epochs

@@ -19,7 +19,7 @@ from ultralytics.models.yolo.classify import ClassificationTrainer
 from ultralytics.nn.distill_model import DistillationModel
 from ultralytics.utils.torch_utils import unwrap_model
 
-from compress.checkpoint import plans_of, read_architecture
+from compress.checkpoint import files_as_named, plans_of, read_architecture
 from compress.data.labels import FreshClasses, fresh_labels
 from compress.errors import PlanError
 from compress.manifest import read_json, write_bytes_atomic
@@ -33,6 +33,15 @@ class Planned(BaseTrainer):
     """Keeps the shape of a pruned checkpoint, where Ultralytics would rebuild its YAML."""
 
     notes_file = DISTIL  # what a stage tells its trainer beside Ultralytics' arguments
+
+    @files_as_named()
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+
+    @files_as_named()
+    def train(self) -> Any:
+        """Train as Ultralytics does, from the very files that were named."""
+        return super().train()
 
     def get_dataset(self) -> dict[str, Any]:
         """Return the data set that its YAML or folder describes; nothing that a YAML says is run or downloaded."""

@@ -31,10 +31,9 @@ def check_teacher(student: Any, teacher: Path, data: Path, settings: Finetune, i
     example: Any = checkpoint.load_model(teacher)
     # Their own classes are those of the data set, unless a training made them all one.
     known, wanted = list(example.names.values()), list(class_names(data).values())
-    unnamed = [str(index) for index in range(len(wanted))]
-    if known not in (wanted, unnamed, list(student.names.values())):
+    if not knows(example, data) and known != list(student.names.values()):
         raise SettingsError(
-            f"the teacher {teacher} knows {_classes(known)}, {data} has {_classes(wanted)}: "
+            f"the teacher {teacher} knows {classes(known)}, {data} has {classes(wanted)}: "
             "train the teacher on this data set first"
         )
     size = checkpoint.load_training_args(teacher).get("imgsz")
@@ -59,6 +58,15 @@ def check_teacher(student: Any, teacher: Path, data: Path, settings: Finetune, i
         )
 
 
-def _classes(names: list[str]) -> str:
+def knows(model: Any, data: Path) -> bool:
+    """Tell whether a model's classes are those of a data set, by name; in a model they may have numbers only."""
+    from compress.data.dataset import class_names
+
+    wanted = list(class_names(data).values())
+    return list(model.names.values()) in (wanted, [str(index) for index in range(len(wanted))])
+
+
+def classes(names: list[str]) -> str:
+    """Return how many classes there are, and the first of them."""
     few = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
     return f"{len(names)} classes ({few})"

@@ -35,6 +35,12 @@ def candidate(p50_ms: float | None, value: float | None, **more: Any) -> Candida
     return Candidate("m", "torch", cost, None if value is None else score(value))
 
 
+def test_models_that_find_nothing_are_not_said_to_be_alike_without_a_word() -> None:
+    verdict = compare.judge(candidate(2.0, 0.0), candidate(1.0, 0.0))
+    assert verdict.remarks == ("mAP50-95 is 0 for both: neither finds anything, so it says nothing",)
+    assert compare.judge(candidate(2.0, 0.0), candidate(1.0, 0.1)).remarks == ()
+
+
 @pytest.mark.parametrize(
     ("a", "b", "better", "reason"),
     [

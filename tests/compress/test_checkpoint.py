@@ -89,6 +89,18 @@ def test_an_official_name_without_a_network_is_not_called_damaged(tmp_path: Path
         load_model("yolov8n.pt")
 
 
+@pytest.mark.parametrize("name", ["yolov5n.pt", "my-yolov3-tiny.pt", "bob's.pt"])
+def test_a_file_is_opened_by_its_own_name(dense: Path, tmp_path: Path, name: str) -> None:
+    """Ultralytics would open yolov5nu.pt, bobs.pt …; of these names there is another model here."""
+    for other in ("yolov5nu.pt", "my-yolov3-tinyu.pt", "bobs.pt"):
+        shutil.copy(dense, tmp_path / other)
+    model = load_model(dense)
+    model.names = dict(enumerate("uvwxyz"))  # type: ignore[assignment]
+    save_model(model, tmp_path / name, {"imgsz": 96})
+    assert load_model(tmp_path / name).names == model.names
+    assert load_training_args(tmp_path / name)["imgsz"] == 96
+
+
 def test_a_pruned_model_survives_the_round_trip(tmp_path: Path, narrow: Path) -> None:
     model, _ = prune_at_random(randomised(build_model(str(narrow))))
     before = copy.deepcopy(model.state_dict())

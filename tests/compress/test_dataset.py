@@ -4,7 +4,9 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from compress import shapes
 from compress.data.dataset import IMAGE_SUFFIXES, class_names, data_hash, fingerprint, images, label_file, resolve
@@ -88,9 +90,14 @@ def test_a_bad_yaml_gets_one_line(data, text, message):
         ("absent.yaml", "absent.yaml does not exist"),
         ("images", "images is not a data set: give its .yaml"),
         ("coco8", "coco8 is not a data set: give its .yaml"),
+        ("export", r"export is not a data set: give its .yaml, such as .*export/data\.yaml, or for a classifier"),
     ],
 )
 def test_a_name_that_is_no_set_gets_one_line(data, name, message):
+    for split in ("train", "val"):  # as Roboflow lays out a detector's data
+        shutil.copytree(data.parent / "images" / split, data.parent / "export" / split / "images")
+        shutil.copytree(data.parent / "labels" / split, data.parent / "export" / split / "labels")
+    shutil.copy(data, data.parent / "export")
     with pytest.raises(DataError, match=message):
         resolve(str(data.parent / name))
 
@@ -134,6 +141,33 @@ def test_what_is_no_image_is_met_before_any_training(data):
     image.unlink()
     image.with_suffix(".heic").write_text("which takes another package to open")
     assert resolve(str(data)) == data
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix", "kept", "readable"),
+    [
+        pytest.param("RGB", ".jpg", 0.8, False, id="torn JPEG"),
+        pytest.param("RGB", ".png", 0.8, False, id="torn PNG"),
+        pytest.param("F", ".tif", 1.0, False, id="floats, which OpenCV does not read"),
+        pytest.param("CMYK", ".jpg", 1.0, True, id="CMYK"),
+        pytest.param("I;16", ".png", 1.0, True, id="16 bits"),
+        pytest.param("RGB", ".jpg", 1.2, True, id="bytes of a phone behind the end"),
+    ],
+)
+def test_images_that_only_seem_sound_are_met_before_any_training(data, mode, suffix, kept, readable):
+    image = data.parent / "images" / "val" / f"c{suffix}"
+    noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    pixels = Image.fromarray(noise)
+    pixels = Image.fromarray(noise[..., 0].astype({"F": "f4", "I;16": "u2"}[mode])) if mode[0] in "FI" else pixels
+    (pixels.convert(mode) if mode == "CMYK" else pixels).save(image)
+    content = image.read_bytes()
+    size = int(kept * len(content))
+    image.write_bytes(content[:size] + b"0" * (size - len(content)))
+    if readable:
+        assert resolve(str(data)) == data
+    else:
+        with pytest.raises(DataError, match=rf"val/c\{suffix} is not an image that can be read: mend or remove it"):
+            resolve(str(data))
 
 
 def test_label_files_are_read_once_for_all_fingerprints(data, monkeypatch):
@@ -209,6 +243,19 @@ def test_a_split_may_be_a_list(data, monkeypatch):
     assert names(images(data, "train"), data) == ["images/train/a.jpg", "images/train/b.jpg", "images/val/c.jpg"]
 
 
+def test_folders_that_ultralytics_would_not_find_are_explained(data, monkeypatch, tmp_path):
+    """It looks for a relative `path` from where the command runs, and forgives a ../ too many outside of lists only."""
+    data.write_text(f"path: .\n{TEXT}")
+    monkeypatch.chdir(data.parent)
+    assert resolve("data.yaml") == data
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=rf"'path: \.' is relative to .* the command: write path: {data.parent}\)"):
+        resolve(str(data))
+    data.write_text(TEXT.replace("images/train", "[../images/train]"))
+    with pytest.raises(DataError, match=r"in a list write images/train\)"):
+        resolve(str(data))
+
+
 def test_a_list_with_a_missing_image_names_it(data):
     (data.parent / "train.txt").write_text("./images/train/a.jpg\n./images/train/z.jpg\n")
     data.write_text(TEXT.replace("images/train", "train.txt"))
@@ -248,8 +295,9 @@ def test_a_folder_one_too_far_up_is_found_beside_the_yaml(data):
 
 
 def test_class_names_may_be_a_mapping_in_any_order(data):
-    data.write_text(TEXT.replace("[cat, dog]", "{1: dog, 0: 5}") + "nc: 2\n")
-    assert list(class_names(data).items()) == [(0, "5"), (1, "dog")]
+    for mapping in ("{1: dog, 0: 5}\nnc: 2\n", "{'1': dog, '0': 5}\nnc: '2'\n", "{1: dog, '0': 5}\nnc: 2.0\n"):
+        data.write_text(TEXT.replace("[cat, dog]\n", mapping))
+        assert list(class_names(data).items()) == [(0, "5"), (1, "dog")]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ import typer
 from compress import errors
 from compress.errors import EspalierError, run_app
 
+ROOT = Path(__file__).parents[2]
+
 
 def kinds(kind: type[EspalierError] = EspalierError) -> list[type[EspalierError]]:
     return [kind, *(inner for sub in kind.__subclasses__() for inner in kinds(sub))]
@@ -135,6 +137,15 @@ def test_signals_that_are_ignored_or_handled_stay_so() -> None:
         signal.signal(signal.SIGHUP, before)
     assert found == [signal.SIG_IGN]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("ascii", "1 ? 2"), ("latin-1", "1 ? 2"), ("utf-8", "1 → 2")])
+def test_what_a_terminal_cannot_show_ends_nothing(encoding: str, shown: str) -> None:
+    program = "from compress.errors import run_app; run_app(lambda: print('1 \u2192 2'))"
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stderr.decode()) == (0, "")
+    assert done.stdout.decode(encoding).strip() == shown
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, None])

@@ -197,6 +197,20 @@ def test_overrides_reach_every_depth(config: Path) -> None:
     assert run.finetune.epochs == 3
 
 
+@pytest.mark.parametrize(
+    ("text", "device"),
+    [("0", "0"), ("[0, 1]", "0,1"), ("0,1", "0,1"), ("cpu", "cpu"), ("cuda:0", "cuda:0"), ("'0'", "0"), ("-1", "-1")],
+)
+def test_a_device_is_written_as_ultralytics_takes_it(config: Path, text: str, device: str) -> None:
+    assert load_run(config, [f"device={text}"]).device == device
+
+
+@pytest.mark.parametrize("text", ["true", "[a]", "0.5"])
+def test_what_is_no_device_is_refused(config: Path, text: str) -> None:
+    with pytest.raises(SettingsError, match="device: Input should be a valid string"):
+        load_run(config, [f"device={text}"])
+
+
 def test_an_override_changes_one_place_of_an_anchored_section(config: Path) -> None:
     sections = "train: &t {epochs: 3, args: {nbs: 8}}\nsparsify: *t\nfinetune: *t\nprune: {percent: 0.5}"
     config.write_text(f"name: a\nmodel: m.pt\ndata: d.yaml\n{sections}\n")

@@ -31,6 +31,7 @@ from compress.settings import Budget, Finetune, LayerRule, Prune, Sparsity, Trai
 from compress.train import Common
 
 ROOT = Path(__file__).parents[2]
+TRAILER = b"SEFT"
 COMMON = Common(imgsz=64, workers=0)
 ARGS = {"nbs": 8, "warmup_epochs": 0.0}
 PRUNE = Prune(
@@ -68,10 +69,16 @@ def epochs_in(folder: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def data(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny data set with label caches that would make the folder `opened`, and a `download:` for `downloaded`."""
+    """The tiny data set with label caches that would make the folder `opened`, and a `download:` for `downloaded`.
+
+    An image of each split ends as those of many phones do, which Ultralytics would write anew.
+    """
     folder = tmp_path_factory.mktemp("data")
     for kind in ("images", "labels"):
         shutil.copytree(tiny_data.parent / kind, folder / kind)
+    for split in ("train", "val", "test"):
+        with (folder / "images" / split / "000000.jpg").open("ab") as stream:
+            stream.write(TRAILER)
     for split in ("train", "val", "test"):
         with (folder / "labels" / f"{split}.cache").open("wb") as stream:
             np.save(stream, np.array(Armed(folder / "opened"), dtype=object), allow_pickle=True)
@@ -185,6 +192,7 @@ def test_caches_that_came_with_the_data_stay_closed(stages: Path, data: Path) ->
         "train.cache",
         "val.cache",
     ]
+    assert all((folder / "images" / split / "000000.jpg").read_bytes().endswith(TRAILER) for split in ("train", "val"))
     np.load(folder / "labels" / "train.cache", allow_pickle=True)  # they are armed
     (folder / "opened").rmdir()
     assert label_file(next((folder / "images" / "train").iterdir())).is_file()
@@ -442,6 +450,17 @@ def test_training_by_the_command_line(narrow: Path, data: Path, tmp_path: Path, 
     arguments = checkpoint.load_training_args(tmp_path / "train" / "model.pt")
     assert {"mosaic": 0, "lr0": 1e-3, "seed": 3, "batch": 16, "imgsz": 64}.items() <= arguments.items()
     assert f"train: {tmp_path / 'train' / 'model.pt'} (1 epochs, val mAP50-95 0.0" in capfd.readouterr().out
+
+
+def test_a_training_takes_the_file_that_was_named(dense: Path, data: Path, tmp_path: Path) -> None:
+    """Ultralytics takes apostrophes out of paths, and another file for one of YOLOv5."""
+    model = tmp_path / "bob's" / "yolov5n.pt"
+    model.parent.mkdir()
+    shutil.copy(dense, model)
+    settings = Training(epochs=1, batch=16, lr0=1e-9, optimizer="SGD", args={"warmup_epochs": 0.0})
+    trained = train.train(str(model), data, settings, COMMON, model.parent / "train")
+    name = "model.0.conv.weight"
+    torch.testing.assert_close(load_model(trained).state_dict()[name], load_model(dense).state_dict()[name])
 
 
 def test_a_model_that_is_taken_at_another_size_is_said(dense: Path, data: Path, tmp_path: Path, capfd) -> None:

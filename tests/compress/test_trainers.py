@@ -651,6 +651,20 @@ def test_what_a_failed_training_calls_for(start, monkeypatch, tmp_path: Path, re
     assert str(caught.value) == f"training stopped: {reason}; {remedy}; what was saved is in {tmp_path}"
 
 
+@pytest.mark.parametrize(
+    "start_of_message", ["", "Caught FileNotFoundError in a worker.\nTraceback:\nFileNotFoundError: "]
+)
+def test_an_image_that_cannot_be_decoded_is_named(start, monkeypatch, start_of_message: str) -> None:
+    """As Ultralytics raises it, here or in a process that loads images; its name means that it was not decoded."""
+    monkeypatch.setattr(Recorder, "error", FileNotFoundError(f"{start_of_message}Image Not Found /d/a.bmp"))
+    with pytest.raises(
+        EspalierError, match=r"Image Not Found /d/a\.bmp; it is there and cannot be decoded, mend or"
+    ) as caught:
+        start()
+    assert "\n" not in str(caught.value)
+    assert "Caught" not in str(caught.value)
+
+
 @pytest.mark.parametrize("kind", [RuntimeError, ValueError, TypeError, AssertionError])
 def test_a_failed_training_is_one_line(start, monkeypatch, tmp_path: Path, kind: type[Exception]) -> None:
     monkeypatch.setattr(Recorder, "error", kind("no such layer\nat length"))
