@@ -129,7 +129,7 @@ def _measure(
         "machine": machine,
     }
     file = points_path(path)
-    points = _read_points(file, heading, wanted.max_interval)
+    points = _read_points(file, heading)
     left = [index for index in range(len(widths)) if index not in {point["index"] for point in points}]
     if points and left:
         print(f"profile: goes on after {len(points)} of {len(widths)} networks")
@@ -158,7 +158,7 @@ def points_path(table: Path) -> Path:
     return table.with_suffix(".points.jsonl")
 
 
-def _read_points(file: Path, heading: dict[str, Any], max_interval: float) -> list[dict[str, Any]]:
+def _read_points(file: Path, heading: dict[str, Any]) -> list[dict[str, Any]]:
     """Read what was measured before with the same settings, but for the limit; begin the file anew where there is none.
 
     Raises:
@@ -170,7 +170,8 @@ def _read_points(file: Path, heading: dict[str, Any], max_interval: float) -> li
     if found and _without_limit(found[0]) != _without_limit(heading):
         raise SettingsError(f"{file} holds points of other settings: choose another --output, or delete it")
     # A line that kill -9 cut short is dropped, and what is noisy is measured once more.
-    kept = [heading, *(point for point in found[1:] if point["interval_width"] <= max_interval)]
+    limit = heading["wanted"]["max_interval"]
+    kept = [heading, *(point for point in found[1:] if point["interval_width"] <= limit)]
     manifest.write_bytes_atomic(file, "".join(json.dumps(content) + "\n" for content in kept).encode())
     return kept[1:]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from compress.errors import GraphError
+from compress.errors import GraphError, printable
 from compress.pruning.importance import prunable_scales
 
 if TYPE_CHECKING:
@@ -205,4 +205,4 @@ def _short(name: str) -> str:
 
 
 def _plain(text: str) -> str:
-    return "".join(sign if sign.isprintable() else " " for sign in text).replace("$", r"\$")
+    return printable(text).replace("$", r"\$")

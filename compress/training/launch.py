@@ -22,8 +22,12 @@ _OURS = {"model", "data", "mode", "task", "project", "name", "save_dir", "resume
 _OURS |= {"epochs", "time", "distill_model", "dis"}
 # What a reason that Ultralytics or torch gives calls for.
 _MEMORY = "give a smaller batch or imgsz"
-_REMEDIES = {"NaN": "give a smaller lr0", "out of memory": _MEMORY, "can't allocate memory": _MEMORY}
-_REMEDIES["Image Not Found"] = "it is there and cannot be decoded, mend or remove it"
+_REMEDIES = {
+    "NaN": "give a smaller lr0",
+    "out of memory": _MEMORY,
+    "can't allocate memory": _MEMORY,
+    "Image Not Found": "it is there and cannot be decoded, mend or remove it",
+}
 _COMMON = {"imgsz", "device", "workers", "seed"}  # what the record of a stage says, and other stages go by
 
 
@@ -83,9 +87,8 @@ def run_training(
         if isinstance(error, OSError) and error.errno is not None:  # of the disk; Ultralytics' own have no number
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason = (
-            lines[-1] if lines[0].startswith("Caught ") else lines[0]
-        )  # a process that loads images tells its traceback
+        # A process that loads images tells its whole traceback, whose last line is the reason.
+        reason = lines[-1] if lines[0].startswith("Caught ") else lines[0]
         remedies = [f"{remedy}; " for word, remedy in _REMEDIES.items() if word in reason]
         raise EspalierError(f"training stopped: {reason}; {''.join(remedies)}what was saved is in {folder}") from error
     return (best if best.exists() else last), last
