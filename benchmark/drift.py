@@ -6,8 +6,11 @@ neighbours; only networks that take turns in one run share all of that.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import exp, log, sqrt
 from pathlib import Path
+from statistics import fmean, stdev
 
 from benchmark import store as stored
 from benchmark import wording
@@ -15,6 +18,51 @@ from benchmark.store import Row
 
 TOLERANCE = 0.03  # what repeated runs on a quiet machine may differ by
 _SAME = ("device", "runtime", "runtime_version", "precision", "threads", "imgsz", "batch")
+# 97.5 % quantiles of Student's t with 2, 3 … degrees of freedom: those of 3, 4 … runs.
+_T = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+FEWEST, NEWEST = 3, len(_T) + 2  # runs that an expectation is made of
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """The quiet runs of one file with the same settings on the same device.
+
+    Attributes:
+        last: the newest row.
+        p50s: of all runs, ms, the earliest first.
+    """
+
+    last: Row
+    p50s: tuple[float, ...]
+
+
+def repeats(rows: Iterable[Row]) -> list[Repeats]:
+    """Return what was measured more than once: latencies in ms of files that are known, noisy runs left out.
+
+    Args:
+        rows: of the store, the earliest first.
+    """
+    found: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        if row.p50 and row.unit == "ms" and row.model_sha256 is not None and not row.noisy:
+            found.setdefault((row.model_sha256, *(getattr(row, name) for name in _SAME)), []).append(row)
+    return [Repeats(same[-1], tuple(row.p50 or 0.0 for row in same)) for same in found.values() if len(same) > 1]
+
+
+def next_run(p50s: Sequence[float]) -> tuple[float, float] | None:
+    """Return where the p50 of one more run is expected with 95 %, ms; null from fewer than three runs.
+
+    The prediction interval of a normal sample, over log p50: what moves a whole run, a clock or a neighbour, does so by
+    a share. Only the newest runs count.
+
+    >>> next_run([10.0, 10.0, 10.0])
+    (10.0, 10.0)
+    """
+    values = [log(p50) for p50 in p50s[-NEWEST:]]
+    if len(values) < FEWEST:
+        return None
+    middle, reach = fmean(values), _T[len(values) - FEWEST] * stdev(values) * sqrt(1 + 1 / len(values))
+    return round(exp(middle - reach), 6), round(exp(middle + reach), 6)
 
 
 def remark(ids: Sequence[int], store: Path | None = None) -> str | None:
@@ -56,5 +104,6 @@ def _say(row: Row, before: Sequence[float]) -> str:
     now = wording.cost(row.p50, "ms")
     return (
         f"{row.model} on {row.runtime}: {runs} of this file had a p50 of {span}, this one {now}: "
-        "the machine drifts by more than intervals tell, compare only what is measured in one run"
+        "the machine drifts by more than intervals tell (benchmark.history repeats), "
+        "compare only what is measured in one run"
     )

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmark import drift, wording
 from benchmark import store as stored
-from benchmark import wording
 from benchmark.store import Row
 from compress.errors import RunError, SettingsError, printable, run_app
 
@@ -175,6 +175,19 @@ def check(
 
 
 @app.command()
+def repeats(context: typer.Context, store: Store = None) -> None:
+    """Show how far quiet runs of the same file are apart, and where one more is expected: intervals do not tell."""
+    found = drift.repeats(stored.find(store or context.obj))
+    if not found:
+        print("history: no file was measured twice with the same settings on a quiet device")
+        return
+    for place in dict.fromkeys(item.last.device for item in found):
+        shown = [_spread(item) for item in found if item.last.device == place]
+        columns = ["model", "runtime", "settings", "runs", "p50", "spread", "next p50 (95 %)"]
+        _print(columns, shown, place or "no device noted")
+
+
+@app.command()
 def add(
     context: typer.Context,
     record: Annotated[list[Path], typer.Argument(metavar="RECORD", help="latency.json or accuracy.json")],
@@ -185,6 +198,20 @@ def add(
     for path in record:
         ids = stored.add(path, store or context.obj, prefix="" if run is None else f"{run}/")
         print(f"history: {path} is kept as {', '.join(map(str, ids)) or 'a record without a known metric'}")
+
+
+def _spread(item: drift.Repeats) -> list[str]:
+    row, least, most = item.last, min(item.p50s), max(item.p50s)
+    expected = drift.next_run(item.p50s)
+    return [
+        row.model,
+        row.runtime or "",
+        ", ".join(_settings(row)),
+        str(len(item.p50s)),
+        wording.interval_ms((least, most)),
+        f"{most / least - 1:.1%}",
+        f"needs {drift.FEWEST} runs" if expected is None else wording.interval_ms(expected),
+    ]
 
 
 def _complaint(item: Regression) -> str:

@@ -5,7 +5,8 @@ usage: python scripts/studies/repeatability.py --onnx M.onnx --reference OTHER.o
 Spread: every run is one `benchmark.latency`, in fresh processes, of the ONNX file, of the same file once more (the
 twin) and of another network (the reference). The p50 of the file is as it was measured, with all that the machine did
 from run to run. Its ratios to the other two are what the protocol's interleaving leaves of that; what is left of the
-twin's is due to the processes alone.
+twin's is due to the processes alone. How well earlier runs tell where the next one's p50 will be is asked of each run
+by leaving it out: `expected_share` are those that lie where `benchmark.drift` expects them after the others.
 
 Agreement: queries of both sides take turns, one by one, in one process.
 - onnxruntime: what its profiler says of a run, against our clock around the same run; and the sum of its kernels, which
@@ -31,7 +32,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmark import latency, runtimes, system
+from benchmark import drift, latency, runtimes, system
 from compress import manifest
 
 SCHEMA = 2  # 1: no twin and no reference, and both sides of an agreement one after the other
@@ -44,7 +45,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return p50 in ms with its interval, the ratios to the other networks, and why it may be doubted, of one run."""
     files = {"model": arguments.onnx, TWIN: arguments.onnx, REFERENCE: arguments.reference}
     record = latency.measure(
-        {name: {"onnxruntime": path} for name, path in files.items()},
+        {name: {arguments.runtime: path} for name, path in files.items()},
         imgsz=arguments.imgsz,
         threads=arguments.threads,
         mode=arguments.mode,
@@ -194,11 +195,14 @@ def repeated(values: list[float], intervals: list[list[float]]) -> dict[str, Any
         low <= value <= high for i, (low, high) in enumerate(intervals) for j, value in enumerate(values) if i != j
     ]
     spread = max(values) / min(values) - 1.0
+    expected = [drift.next_run(values[:i] + values[i + 1 :]) for i in range(len(values))]
+    inside = [low <= value <= high for value, (low, high) in zip(values, filter(None, expected), strict=False)]
     return {
         "values": values,
         "spread": round(spread, 4),
         "spread_ok": spread <= SPREAD,
         "covered_share": round(sum(covered) / len(covered), 4) if covered else None,
+        "expected_share": round(sum(inside) / len(inside), 4) if inside else None,
     }
 
 
@@ -215,6 +219,9 @@ def main() -> None:
     parser.add_argument("--onnx", type=Path, required=True, help="an ONNX file")
     parser.add_argument("--reference", type=Path, required=True, help="the ONNX file of another network")
     parser.add_argument("--ncnn", type=Path, required=True, help="the first model as a folder NAME_ncnn_model")
+    parser.add_argument(
+        "--runtime", default="onnxruntime", help="of the repeated runs: onnxruntime, or a variant such as -hugepages"
+    )
     parser.add_argument("--imgsz", type=int, default=640, help="side of the square input, px")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--mode", choices=list(latency.MODES), default="standard")
@@ -224,7 +231,7 @@ def main() -> None:
     arguments = parser.parse_args()
     settings = {
         "models": {name: runtimes.sha256(getattr(arguments, name)) for name in ("onnx", "reference", "ncnn")},
-        **{name: getattr(arguments, name) for name in ("imgsz", "threads", "mode", "turns")},
+        **{name: getattr(arguments, name) for name in ("runtime", "imgsz", "threads", "mode", "turns")},
         "tools": manifest.tool_versions(),
     }
     parts = kept_parts(arguments.output, settings)

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmark import drift, store
@@ -64,3 +66,30 @@ def test_a_file_that_is_not_known_has_no_earlier_runs(tmp_path: Path) -> None:
 def test_what_was_noisy_does_not_count(tmp_path: Path) -> None:
     measured(tmp_path, 1, {"p50_ms": 10.0}, noisy=True, noise=["a compiler ran"])
     assert remark(tmp_path, measured(tmp_path, 2, {"p50_ms": 12.0})) is None
+
+
+def test_runs_of_one_file_are_repeats(tmp_path: Path) -> None:
+    measured(tmp_path, 1, {"p50_ms": 10.0}, {"p50_ms": 20.0, "threads": 1})
+    measured(tmp_path, 2, {"p50_ms": 90.0}, noisy=True, noise=["a compiler ran"])
+    measured(tmp_path, 3, {"p50_ms": 11.0}, {"p50_ms": 30.0, "model_sha256": "b" * 64})
+    found = drift.repeats(store.find(tmp_path / "s.sqlite"))
+    assert [(item.p50s, item.last.p50) for item in found] == [((10.0, 11.0), 11.0)]
+
+
+def test_where_the_next_run_is_expected() -> None:
+    assert drift.next_run([10.0, 11.0]) is None
+    # Student's t of 2 degrees of freedom is 4.303: 4.303 · 0.1 · √(1 + 1/3) = 0.49687 in log p50.
+    low, high = drift.next_run([math.exp(x) for x in (0.9, 1.0, 1.1)]) or (0.0, 0.0)
+    assert math.log(low) == pytest.approx(1 - 0.49687, abs=1e-5)
+    assert math.log(high) == pytest.approx(1 + 0.49687, abs=1e-5)
+
+
+def test_expectations_hold_as_often_as_they_say() -> None:
+    draws = np.exp(np.random.default_rng(0).normal(2.0, 0.02, (2000, 5)))
+    ends = np.array([drift.next_run(list(row[:4])) for row in draws])
+    inside = (ends[:, 0] <= draws[:, 4]) & (draws[:, 4] <= ends[:, 1])
+    assert inside.mean() == pytest.approx(0.95, abs=0.015)
+
+
+def test_only_the_newest_runs_tell_the_next() -> None:
+    assert drift.next_run([99.0, *[10.0] * drift.NEWEST]) == pytest.approx((10.0, 10.0))

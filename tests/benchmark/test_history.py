@@ -166,6 +166,26 @@ def test_a_regression_is_exit_code_1(run: Any, tmp_path: Path, place: Path, caps
     assert run("check", "--store", place) == 1
 
 
+def test_repeats_show_the_spread_and_what_to_expect(
+    run: Any, tmp_path: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for day, p50_ms in enumerate((10.0, 10.5, 10.25), start=1):
+        run("add", record(tmp_path / f"{day}.json", p50_ms, day, model_sha256="a" * 64, unit="ms"), "--store", place)
+    run("add", record(tmp_path / "9.json", 7.0, 9, model_sha256="b" * 64, unit="ms"), "--store", place)  # only once
+    capsys.readouterr()
+    assert run("repeats", "--store", place) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "m ncnn 2 threads, 64 px 3 10.00–10.50 5.0% 9.08–11.57" in lines
+    assert not any("7.00" in line for line in lines)
+
+
+def test_nothing_was_repeated(run: Any, tmp_path: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("add", record(tmp_path / "1.json", 10.0, 1, model_sha256="a" * 64, unit="ms"), "--store", place)
+    capsys.readouterr()
+    assert run("repeats", "--store", place) == 0
+    assert capsys.readouterr().out.startswith("history: no file was measured twice")
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [

@@ -64,7 +64,13 @@ def test_the_first_rounds_do_not_count() -> None:
 def test_the_verdict_tells_the_machine_s_spread_from_that_of_the_ratios() -> None:
     parts = {"run 0": a_run(10.0, 0.1, 1.0, 2.0), "run 1": a_run(10.5, 0.6, 1.005, 2.1), **agreements()}
     found = repeatability.verdict(parts)
-    assert found["p50"] == {"values": [10.0, 10.5], "spread": 0.05, "spread_ok": False, "covered_share": 0.5}
+    assert found["p50"] == {
+        "values": [10.0, 10.5],
+        "spread": 0.05,
+        "spread_ok": False,
+        "covered_share": 0.5,
+        "expected_share": None,
+    }
     assert found["ratio_to_twin"]["spread_ok"]
     assert found["ratio_to_twin"]["covered_share"] == 1.0
     assert found["ratio_to_reference"]["values"] == [2.0, 2.1]
@@ -72,6 +78,15 @@ def test_the_verdict_tells_the_machine_s_spread_from_that_of_the_ratios() -> Non
     assert found["difference"] == {"onnxruntime_model_run": -0.0091, "onnxruntime_kernels": -0.03, "ncnn_loop": -0.025}
     assert found["onnxruntime_profiler_cost"] == 0.1
     assert found["quiet"]
+
+
+def test_each_run_is_expected_from_the_others() -> None:
+    def share(*p50s_ms: float) -> float | None:
+        return repeatability.repeated(list(p50s_ms), [[0.0, 0.0]] * len(p50s_ms))["expected_share"]
+
+    assert share(10.0, 10.1, 10.2) is None  # two others are too few
+    assert share(10.0, 10.1, 10.2, 10.1) == 1.0
+    assert share(10.0, 10.1, 10.2, 12.0) == 0.75  # the last one; those before it are then expected anywhere
 
 
 @pytest.mark.parametrize(
