@@ -186,7 +186,7 @@ def _difference(record: Path, identity: Mapping[str, Any]) -> str:
         known = read_json(record)
         pairs = [(known[part], identity[part]) for part in ("config", "parents")]
         names = [(name, old, new) for old, new in pairs for name in sorted({*old, *new})]
-        changed = [name for name, old, new in names if old.get(name, ...) != new.get(name, ...)]
+        changed = list(dict.fromkeys(name for name, old, new in names if old.get(name, ...) != new.get(name, ...)))
         stage = known["stage"]
     except (RunError, KeyError, TypeError, AttributeError):
         return "its record is damaged"
@@ -241,10 +241,13 @@ def remembered(
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
+def lock(folder: Path, chosen_by: str = "--output") -> Iterator[None]:
     """Hold `folder` for this process alone. The lock ends with the process, also after kill -9.
 
     The lock file lies beside the folder, because a stage may move the folder itself aside.
+
+    Args:
+        chosen_by: the setting that names the folder, for the message.
 
     Raises:
         RunError: another process holds it.
@@ -258,7 +261,7 @@ def lock(folder: Path) -> Iterator[None]:
     try:
         held.acquire(timeout=0)
     except Timeout:
-        raise RunError(f"{folder} is in use by another process: wait for it, or choose another --output") from None
+        raise RunError(f"{folder} is in use by another process: wait for it, or choose another {chosen_by}") from None
     try:
         yield
     finally:

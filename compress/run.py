@@ -23,7 +23,7 @@ from compress.settings import ExportTrt, Run, check_imgsz, load_run
 from compress.sparsify import sparsify
 from compress.tasks import metric_of
 from compress.train import Common, train
-from compress.training.teacher import check_teacher, classes, knows
+from compress.training.teacher import check_classes, check_teacher
 
 RECORD = "run.json"
 
@@ -34,7 +34,7 @@ def run(settings: Run, command: str, runs: Path = Path("runs")) -> dict[str, Any
 
     checkpoint.require(settings.model)
     folder = runs / settings.name
-    with manifest.lock(folder):
+    with manifest.lock(folder, chosen_by="name"):
         known: dict[str, Any] = {}
         if (folder / RECORD).exists():
             known = manifest.read_json(folder / RECORD)
@@ -66,12 +66,13 @@ def check(settings: Run, data: Path) -> None:
     """Meet the mistakes now that would otherwise stop the run after hours of training. Nothing is written.
 
     Raises:
-        EspalierError: a model that cannot be opened, a split that is missing, a training argument, image size or budget
-            that cannot work.
+        EspalierError: a GPU that is not there, a model that cannot be opened, a split that is missing, a training
+            argument, image size or budget that cannot work.
     """
     from compress.data.dataset import class_names, images
-    from compress.training.launch import check_arguments
+    from compress.training.launch import check_arguments, check_device
 
+    check_device(settings.device)
     images(data, settings.benchmark.split)
     sections = {"train": settings.train, "sparsify": settings.sparsify, "finetune": settings.finetune}
     for stage, section in sections.items():
@@ -92,12 +93,9 @@ def check(settings: Run, data: Path) -> None:
         _check_tensorrt(settings.trt)
     if settings.finetune.teacher and settings.finetune.distill:
         check_teacher(model, Path(settings.finetune.teacher), data, settings.finetune, settings.imgsz)
-    elif settings.finetune.distill and settings.train.epochs == 0 and not knows(model, data):
-        known, wanted = list(model.names.values()), list(class_names(data).values())
-        raise SettingsError(
-            f"{settings.model} knows {classes(known)}, {data} has {classes(wanted)}, and it could not be the teacher: "
-            "give the data set the model's names in their order, or train it on this data first (train.epochs above 0)"
-        )
+    elif settings.finetune.distill and settings.train.epochs == 0:
+        remedy = "give the data set its names in their order, or train it on this data first (train.epochs above 0)"
+        check_classes(model, f"{settings.model}, the teacher,", data, remedy)
     if settings.prune.sensitivity:
         from compress.pruning.sensitivity_file import warn_of_others
 

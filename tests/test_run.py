@@ -392,6 +392,7 @@ def words(*given: str) -> Callable[[Path], list[str]]:
         (words("finetune.lr0=2.0"), "finetune: 'lr0=2.0' is an invalid value"),
         (words("sparsify.optimizer=Sdg"), "sparsify: no optimizer 'Sdg': choose one of auto, SGD,"),
         (words("finetune.args.nosuch=1"), "finetune: 'nosuch' is not an argument of Ultralytics' training"),
+        (words("device=64"), "device=64: torch sees "),
         (words("name=../up"), "name: String should match pattern"),
     ],
 )
@@ -428,8 +429,8 @@ def test_a_model_of_other_names_is_refused_before_it_is_pressed(place: Path, sta
     save_model(model, place / "own.pt", {"imgsz": 64})
     code, out, err = start(place, "--model", "own.pt", "train.epochs=0")
     assert (code, err.count("\n")) == (2, 1)
-    assert "own.pt knows 6 classes (Ring, triangle, star, …), " in err
-    assert "shapes.yaml has 6 classes (ring, triangle, star, …), and it could not be the teacher: give the data" in err
+    assert "own.pt, the teacher, knows 6 classes (Ring, triangle, star, …), " in err
+    assert "shapes.yaml has 6 classes (ring, triangle, star, …): give the data set its names in their order" in err
     assert "sparsify" not in out
 
 
@@ -437,7 +438,7 @@ def test_a_run_in_use_is_refused(place: Path, start) -> None:
     with manifest.lock(place / "runs" / "tiny"):
         code, _, err = start(place)
     assert code == 2
-    assert err == f"error: {place}/runs/tiny is in use by another process: wait for it, or choose another --output\n"
+    assert err == f"error: {place}/runs/tiny is in use by another process: wait for it, or choose another name\n"
 
 
 def test_a_full_disk_is_one_line(place: Path, start, monkeypatch) -> None:

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import cuda, nn
 from ultralytics.cfg import get_cfg
 from ultralytics.utils import DEFAULT_CFG_DICT
 
@@ -117,6 +117,24 @@ def check_arguments(settings: Training, stage: str) -> None:
         raise SettingsError(f"{stage}: {str(error).splitlines()[0]}") from None
     if str(wanted["optimizer"]).lower() not in map(str.lower, OPTIMIZERS):
         raise SettingsError(f"{stage}: no optimizer '{wanted['optimizer']}': choose one of {', '.join(OPTIMIZERS)}")
+
+
+def check_device(device: str) -> None:
+    """Check that torch sees the GPUs that Ultralytics' `device` names by number.
+
+    Args:
+        device: such as cpu, 0 or 0,1.
+
+    Raises:
+        SettingsError: it does not.
+    """
+    numbers = [int(part) for part in device.split(",") if part.strip().isdecimal()]
+    seen = cuda.device_count() if numbers else 0
+    if numbers and max(numbers) >= seen:
+        raise SettingsError(
+            f"device={device}: torch sees {seen} CUDA device{'' if seen == 1 else 's'} here, counted from 0: give "
+            "device=cpu, or install the driver and a torch with CUDA"
+        )
 
 
 def _arguments(settings: Training) -> dict[str, Any]:

@@ -26,16 +26,9 @@ def check_teacher(student: Any, teacher: Path, data: Path, settings: Finetune, i
     """
     from ultralytics.nn.modules.head import Detect
 
-    from compress.data.dataset import class_names
-
     example: Any = checkpoint.load_model(teacher)
-    # Their own classes are those of the data set, unless a training made them all one.
-    known, wanted = list(example.names.values()), list(class_names(data).values())
-    if not knows(example, data) and known != list(student.names.values()):
-        raise SettingsError(
-            f"the teacher {teacher} knows {classes(known)}, {data} has {classes(wanted)}: "
-            "train the teacher on this data set first"
-        )
+    if list(example.names.values()) != list(student.names.values()):  # equal ones may be one class, made of all
+        check_classes(example, f"the teacher {teacher}", data, "train the teacher on this data set first")
     size = checkpoint.load_training_args(teacher).get("imgsz")
     if size is not None and size != imgsz:
         raise SettingsError(
@@ -58,15 +51,23 @@ def check_teacher(student: Any, teacher: Path, data: Path, settings: Finetune, i
         )
 
 
-def knows(model: Any, data: Path) -> bool:
-    """Tell whether a model's classes are those of a data set, by name; in a model they may have numbers only."""
+def check_classes(model: Any, name: str, data: Path, remedy: str) -> None:
+    """Check that a model's classes are those of a data set, by name; in a model they may have numbers only.
+
+    Args:
+        name, remedy: for the message.
+
+    Raises:
+        SettingsError: they are not.
+    """
     from compress.data.dataset import class_names
 
-    wanted = list(class_names(data).values())
-    return list(model.names.values()) in (wanted, [str(index) for index in range(len(wanted))])
+    known, wanted = list(model.names.values()), list(class_names(data).values())
+    if known not in (wanted, [str(index) for index in range(len(wanted))]):
+        raise SettingsError(f"{name} knows {_classes(known)}, {data} has {_classes(wanted)}: {remedy}")
 
 
-def classes(names: list[str]) -> str:
+def _classes(names: list[str]) -> str:
     """Return how many classes there are, and the first of them."""
     few = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
     return f"{len(names)} classes ({few})"

@@ -108,6 +108,7 @@ def test_other_work_is_moved_aside_and_not_lost(folder: Path) -> None:
         ("train", {**CONFIG, **dict.fromkeys("abcde", 0)}, PARENTS, "another a, b, c, d …"),
         ("train", {**CONFIG, "table": None}, PARENTS, "another table"),  # a setting that an earlier version had not
         ("train", CONFIG, {**PARENTS, "teacher": "x"}, "another teacher"),
+        ("train", {**CONFIG, "data": "b.yaml"}, {**PARENTS, "data": "x"}, "another data"),  # its name and images
         ("prune", CONFIG, PARENTS, "stage 'train'"),
         ("train", CONFIG, PARENTS, "its files were changed"),
     ],

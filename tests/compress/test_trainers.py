@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ from compress.manifest import read_json, write_json
 from compress.pruning.importance import batch_norm_scales
 from compress.settings import Training
 from compress.training import launch, sparse
-from compress.training.launch import check_arguments, run_training
+from compress.training.launch import check_arguments, check_device, run_training
 from compress.training.penalty import NEAR_ZERO, SPARSITY, GammaLog, GroupPenalty, widths_without
 from compress.training.planned import RESUME, RESUME_BEST
 from compress.training.sparse import FADE_PLAN
@@ -534,6 +535,18 @@ def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> N
 def test_right_arguments_pass() -> None:
     arguments = {"nbs": 16, "mosaic": 0, "degrees": 10.0, "cache": "ram", "optimizer": "sgd"}
     check_arguments(Training(epochs=1, args=arguments), "train")
+
+
+@pytest.mark.parametrize(
+    ("device", "seen", "refused"),
+    [("cpu", 0, False), ("mps", 0, False), ("0", 0, True), ("0,1", 1, True), ("0, 1", 2, False), ("1", 2, False)],
+)
+def test_gpus_that_are_not_there_are_refused(
+    device: str, seen: int, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: seen)
+    with pytest.raises(SettingsError, match=f"^device={device}: torch sees {seen} ") if refused else nullcontext():
+        check_device(device)
 
 
 class Recorder:
