@@ -87,6 +87,31 @@ def test_a_device_that_counts_counts_the_dense_model_once(asked: list[tuple[str,
     assert asked.count((MODEL.name, 1)) == 2 * observe.COUNTED
 
 
+def test_the_rounds_of_all_attempts_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first is not narrow enough; with the rounds of the second it is."""
+    first, second = [8.0, 9.0, 7.0, 8.0, 8.5, 7.5], [8.0, 8.1, 7.9, 8.0, 10.0, 6.5]
+    attempts = iter([first, second])
+
+    def once(*_: Any) -> dict[str, Any]:
+        dense = next(attempts)
+        segments = [{"name": "conv_0", "shape": [1], "cost": dense[1]}]
+        return {"dense": dense, "whole": [4.0] * 6, "segments": segments, "version": "1"}
+
+    monkeypatch.setattr(observe, "observe_once", once)
+    found = observe.observe(site("rpi5"), DENSE, MODEL, wanted("rpi5", max_interval=0.04))
+    assert (found["attempts"], found["noisy"], found["speedup"]) == (2, False, 2.0)
+    assert found["record"]["dense"] == first + second
+    assert found["record"]["segments"] == [{"name": "conv_0", "shape": [1], "cost": pytest.approx((9.0 + 8.1) / 2)}]
+
+
+def test_what_stays_wide_is_noisy(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = {"dense": [4.0, 5.5, 7.0, 9.0, 11.0, 14.0], "whole": [4.0] * 6, "segments": [], "version": "1"}
+    monkeypatch.setattr(observe, "observe_once", lambda *_: record)
+    found = observe.observe(site("rpi5"), DENSE, MODEL, wanted("rpi5"))
+    assert (found["attempts"], found["noisy"]) == (observe.ATTEMPTS, True)
+    assert found["interval_width"] > 0.05
+
+
 def test_units_and_precision_are_those_of_the_device() -> None:
     assert (wanted("arm-emulated").unit, wanted("arm-emulated").half) == ("instructions", False)
     assert (wanted("rpi5").unit, wanted("rpi5").half) == ("ms", True)
