@@ -118,7 +118,7 @@ def connect(
     arguments: list[str],
     environment: dict[str, str],
     folder: str | None = None,
-    silence_s: float | None = None,
+    silence_s: float = SILENCE_S,
 ) -> Iterator[Worker]:
     """Start a worker, and end it whatever happens.
 
@@ -128,13 +128,13 @@ def connect(
         arguments: its program and arguments.
         environment: variables beside those that it has there.
         folder: where it starts.
-        silence_s: how long it may write nothing; `SILENCE_S` when not given.
+        silence_s: how long it may write nothing.
     """
     with tempfile.TemporaryFile() as log:
         process = transports.start(place, arguments, environment, log, folder)
         requests: queue.Queue[bytes | None] = queue.Queue()
         answers: queue.Queue[Answer | None] = queue.Queue()
-        worker = Worker(name, place, process, requests, answers, log, SILENCE_S if silence_s is None else silence_s)
+        worker = Worker(name, place, process, requests, answers, log, silence_s)
         # Neither way blocks: what sends to a device that has vanished may wait for ever, and nothing may ever come.
         ping_s = None if isinstance(place, Local) else PING_S
         writer = threading.Thread(target=_write, args=(process.stdin, requests, ping_s), daemon=True)

@@ -148,14 +148,14 @@ def worker(
     """
     name, runner = f"{model.name} on {runtime}", runtimes.runner(runtime)
     numbers = [str(threads), str(imgsz), str(seed), *([] if batch == 1 else [str(batch)])]
+    slow = COUNTING if site.device.counter else 1
+    silence_s = BUILDING_S if runtime in runtimes.BUILT_WHEN_OPENED else SILENCE_S * slow
     if site.folder is None:
         arguments = programs.own("benchmark.worker", runner, model.resolve(), *numbers)
         environment = programs.own_environment(threads) | runtimes.environment(runtime)
-        silence_s = BUILDING_S if runtime in runtimes.BUILT_WHEN_OPENED else None
         return connect(name, site.place, arguments, environment, silence_s=silence_s)
     number = str(next(site.numbers))
     there = _push_model(site.place, site.folder, number, model)
-    slow = COUNTING if site.device.counter else 1
     # What a runtime leaves in its temporary folder goes away with ours.
     environment = dict.fromkeys(THREAD_VARIABLES, str(threads)) | runtimes.environment(runtime)
     environment |= {WATCHDOG: f"{WATCHDOG_S * slow:g}", "TMPDIR": site.folder}
@@ -164,7 +164,7 @@ def worker(
     if site.device.counter:
         environment |= {COUNTER: f"{site.folder}/instructions.{number}", "OMP_WAIT_POLICY": "passive"}
     arguments = [site.place.python, "-m", "benchmark.worker", runner, there, *numbers]
-    return connect(name, site.place, arguments, environment, site.folder, SILENCE_S * slow)
+    return connect(name, site.place, arguments, environment, site.folder, silence_s=silence_s)
 
 
 def snapshot(site: Site) -> dict[str, Any]:

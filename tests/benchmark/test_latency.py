@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmark import cell as cell_module
 from benchmark import latency, latency_record, prepare, records, runtimes, sites, statistics, system, turns
 from benchmark.transports import Local
 from compress import manifest
@@ -246,7 +245,7 @@ def test_a_runtime_that_is_not_installed_says_how_to_get_it(folder: Path) -> Non
 
 
 def test_a_silent_worker_is_named_and_ended(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cell_module, "SILENCE_S", 4.0)
+    monkeypatch.setattr(sites, "SILENCE_S", 4.0)
     with pytest.raises(BenchmarkError, match=r"^slow\.pt on torch wrote nothing for 4 s"):
         latency.measure({"slow": {"torch": model(folder, "slow.pt", "hang")}}, imgsz=32, threads=1, mode="quick")
     assert [is_running(call[1]) for call in calls(folder)] == [False]
@@ -257,9 +256,12 @@ def test_a_runtime_that_builds_while_it_opens_a_model_may_be_silent_for_longer(
 ) -> None:
     """torch.compile of a YOLOv8n took 240 s on two busy cores, before a cache had anything of it."""
     monkeypatch.setattr(sites, "connect", lambda *_, silence_s: silence_s)
+    monkeypatch.setattr(sites, "_push_model", lambda *_: "there")
     options: dict[str, int] = {"threads": 1, "imgsz": 64, "seed": 0}
-    for runtime, expected in (("torch", None), ("torch-compiled", 1800.0), ("onnxruntime-tensorrt", 1800.0)):
-        assert sites.worker(sites.here(), runtime, model(folder, "a.pt"), **options) == expected
+    there = sites.Site(load_device("jetson"), sites.Local(), "folder")
+    for site in (sites.here(), there):
+        for runtime, expected in (("torch", 120.0), ("torch-compiled", 1800.0), ("onnxruntime-tensorrt", 1800.0)):
+            assert sites.worker(site, runtime, model(folder, "a.pt"), **options) == expected
 
 
 def test_what_a_runtime_compiles_is_no_work_of_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
