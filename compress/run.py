@@ -177,46 +177,11 @@ def benchmark(
     models: dict[str, Path], parity: dict[str, Any], data: Path, settings: Run, command: str, folder: Path
 ) -> dict[str, Any]:
     """Score and time the dense and the pruned model, and write summary, report and record."""
-    from benchmark import runtimes, store
-    from benchmark.accuracy import evaluate
-    from benchmark.latency import measure
+    from benchmark import store
     from benchmark.report import print_table, write_report
-    from compress.data.dataset import fingerprint
 
-    wanted, artefacts = settings.benchmark, files_of(models, settings, folder)
-    output = folder / "06_benchmark"
-    inputs = {f"{name}.{runtime}": path for name, files in artefacts.items() for runtime, path in files.items()}
-    config = {**wanted.model_dump(mode="json"), "imgsz": settings.imgsz, "seed": settings.seed, "data": str(data)}
-    parents = {role: runtimes.sha256(path) for role, path in inputs.items()} | {"data": fingerprint(data)}
-    with manifest.lock(output):
-        finished = manifest.is_finished(output, "benchmark", config, parents)
-        reason = _doubted(output) if finished else None
-        if finished and reason is None:
-            print(f"benchmark: finished before, unchanged: {output}")
-        else:
-            if reason:
-                print(f"benchmark: the latency of before {reason}, it is measured again: {output}")
-            else:
-                manifest.begin(output, "benchmark", config, parents)
-            if not (output / "accuracy.json").exists():  # an interrupted start may have come as far as to the timing
-                scores = {
-                    name: {
-                        runtime: {
-                            "model_sha256": parents[f"{name}.{runtime}"],
-                            **evaluate(path, data, split=wanted.split, imgsz=settings.imgsz),
-                        }
-                        for runtime, path in files.items()
-                    }
-                    for name, files in artefacts.items()
-                }
-                manifest.write_json(output / "accuracy.json", scores)
-            timed = {
-                name: {runtime: files[runtime] for runtime in wanted.runtimes} for name, files in artefacts.items()
-            }
-            record = measure(timed, imgsz=settings.imgsz, threads=wanted.threads, mode=wanted.mode, seed=settings.seed)
-            manifest.write_json(output / "latency.json", record)
-            files = ["accuracy.json", "latency.json"]
-            manifest.finish(output, "benchmark", config, parents, files, {}, settings.seed)
+    artefacts, output = files_of(models, settings, folder), folder / "06_benchmark"
+    measure(artefacts, data, settings, output)
     scores, record = manifest.read_json(output / "accuracy.json"), manifest.read_json(output / "latency.json")
     summary = summarise(settings, scores, record, parity, folder, command)
     manifest.write_json(folder / "summary.json", summary)
@@ -228,6 +193,48 @@ def benchmark(
     for name in ("latency.json", "accuracy.json"):
         store.add(output / name, prefix=f"{settings.name}/")
     return summary
+
+
+def measure(artefacts: dict[str, dict[str, Path]], data: Path, settings: Run, output: Path) -> None:
+    """Write accuracy.json and latency.json of all files, where they are not there, outdated or noisy."""
+    from benchmark import latency, runtimes
+    from compress.data.dataset import fingerprint
+
+    wanted = settings.benchmark
+    inputs = {f"{name}.{runtime}": path for name, files in artefacts.items() for runtime, path in files.items()}
+    config = {**wanted.model_dump(mode="json"), "imgsz": settings.imgsz, "seed": settings.seed, "data": str(data)}
+    parents = {role: runtimes.sha256(path) for role, path in inputs.items()} | {"data": fingerprint(data)}
+    with manifest.lock(output):
+        if manifest.is_finished(output, "benchmark", config, parents):
+            reason = _doubted(output)
+            if reason is None:
+                print(f"benchmark: finished before, unchanged: {output}")
+                return
+            print(f"benchmark: the latency of before {reason}, it is measured again: {output}")
+        else:
+            manifest.begin(output, "benchmark", config, parents)
+        if not (output / "accuracy.json").exists():  # an interrupted start may have come as far as to the timing
+            scores = {name: scores_of(files, data, settings) for name, files in artefacts.items()}
+            manifest.write_json(output / "accuracy.json", scores)
+        timed = {name: {runtime: files[runtime] for runtime in wanted.runtimes} for name, files in artefacts.items()}
+        record = latency.measure(
+            timed, imgsz=settings.imgsz, threads=wanted.threads, mode=wanted.mode, seed=settings.seed
+        )
+        manifest.write_json(output / "latency.json", record)
+        results = ["accuracy.json", "latency.json"]
+        manifest.finish(output, "benchmark", config, parents, results, {}, settings.seed)
+
+
+def scores_of(files: dict[str, Path], data: Path, settings: Run) -> dict[str, dict[str, Any]]:
+    """Return the scores of a model's files by runtime, each with the hash of the file that was scored."""
+    from benchmark import runtimes
+    from benchmark.accuracy import evaluate
+
+    split, imgsz = settings.benchmark.split, settings.imgsz
+    return {
+        runtime: {"model_sha256": runtimes.sha256(path), **evaluate(path, data, split=split, imgsz=imgsz)}
+        for runtime, path in files.items()
+    }
 
 
 def _doubted(output: Path) -> str | None:
