@@ -22,12 +22,13 @@ def check_teacher(student: Any, teacher: Path, data: Path, settings: Finetune, i
 
     Raises:
         SettingsError: it does not; or a distillation of box distributions, and a model has none.
-        CheckpointError: the teacher cannot be opened.
+        CheckpointError: the teacher cannot be opened, or has no weights.
     """
     from ultralytics.nn.modules.head import Detect
 
     from compress.data.dataset import class_names
 
+    checkpoint.require_weights(teacher)
     example: Any = checkpoint.load_model(teacher)
     # Their own classes are those of the data set, unless a training made them all one.
     known, wanted = list(example.names.values()), list(class_names(data).values())
