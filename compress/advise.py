@@ -54,7 +54,7 @@ def read_objects(data: Path, split: str = "train") -> Objects:
     from PIL import Image
     from ultralytics.data.utils import exif_size
 
-    from compress.data.dataset import check_label, class_names, images, keypoints, label_file
+    from compress.data.dataset import check_label, class_names, images, keypoints, label_file, unreadable
     from compress.progress import track
 
     if data.is_dir():
@@ -67,8 +67,8 @@ def read_objects(data: Path, split: str = "train") -> Objects:
         try:
             with Image.open(path) as image:
                 width, height = exif_size(image)
-        except OSError:
-            raise DataError(f"{path} is not an image that can be read: mend or remove it") from None
+        except (OSError, ImportError, Image.DecompressionBombError) as error:  # as in `dataset`
+            raise unreadable(path, error) from None
         longest.append(max(width, height))
         label = label_file(path)
         lines = label.read_text(encoding="utf-8-sig", errors="replace").splitlines() if label.is_file() else []
@@ -114,7 +114,8 @@ def sentence(found: Objects, rows: list[Row]) -> str:
             f"Even at {last.imgsz} px {last.below[0]:.1%} of the objects are {tiny}: try a larger --highest, "
             "or cut the images into tiles."
         )
-    text = f"{good.imgsz} px is the least at which no more than {MAX_TINY_SHARE:.0%} of the objects are {tiny}"
+    least = "the least looked at, and already there" if good is rows[0] else "the least at which"
+    text = f"{good.imgsz} px is {least} no more than {MAX_TINY_SHARE:.0%} of the objects are {tiny}"
     text += f" ({good.below[0]:.1%}); it costs {good.cost:.0%} of {rows[-1].imgsz} px"
     if good.imgsz > found.native:
         text += f", but the images have {found.native} px only, and what is beyond adds nothing"

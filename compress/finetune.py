@@ -28,7 +28,7 @@ def finetune(model: Path, teacher: Path | None, data: Path, settings: Finetune, 
     """
     teacher = Path(settings.teacher) if settings.teacher else teacher
     distil = teacher is not None and settings.distill
-    if distil and teacher and model.is_file():
+    if distil and teacher:
         student = checkpoint.load_model(model)
         if checkpoint.task_of(student) == "classify":
             raise SettingsError(f"{model} classifies, and Ultralytics distils detectors only: leave out the teacher")
@@ -67,7 +67,9 @@ def main(
     lr0: Annotated[float, typer.Option(help="first learning rate (ignored by optimizer=auto)")] = 0.01,
     dis: Annotated[float, typer.Option(min=0.0, help="weight of Ultralytics' feature distillation")] = 6.0,
     cwd: Annotated[float, typer.Option(min=0.0, help="weight of channel-wise distillation (CWD)")] = 0.0,
+    cwd_temperature: Annotated[float, typer.Option(help="of the softmax over positions, with --cwd")] = 4.0,
     ld: Annotated[float, typer.Option(min=0.0, help="weight of distilling box distributions (LD)")] = 0.0,
+    ld_temperature: Annotated[float, typer.Option(help="of the softmax over bins, with --ld")] = 10.0,
     distil_off_epochs: Annotated[int, typer.Option(min=0, help="last epochs without the teacher")] = 0,
     workers: Annotated[int, typer.Option(min=0)] = 8,
     seed: Annotated[int, typer.Option()] = 0,
@@ -76,7 +78,8 @@ def main(
     from compress.data.dataset import resolve
 
     given = {"epochs": epochs, "batch": batch, "optimizer": optimizer, "lr0": lr0, "args": training_args(more or [])}
-    terms = {"dis": dis, "cwd": cwd, "ld": ld, "distil_off_epochs": distil_off_epochs}
+    terms = {"dis": dis, "cwd": cwd, "cwd_temperature": cwd_temperature, "ld": ld, "ld_temperature": ld_temperature}
+    terms |= {"distil_off_epochs": distil_off_epochs}
     settings = parse(Finetune, given | terms, "finetune")
     if teacher is None and (asked := settings.changed(*terms)):
         raise SettingsError(f"--{asked.replace('_', '-')} goes with --teacher: there is nobody to learn from")

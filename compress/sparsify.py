@@ -39,9 +39,9 @@ def sparsify(
         if found := repair_statistics(trained, sample, common.imgsz, score):
             print(f"sparsify: {found}")
 
-    share = _share(model, settings, cut, common) if settings.sr == AUTO else None
+    share = _share(model, settings, cut, data, common.imgsz) if settings.sr == AUTO else None
     table = _table(model, cut, data, common.imgsz) if cut and cut.by_latency else None
-    fade = cut.model_dump(mode="json", exclude_none=True) if cut and settings.fade else None
+    fade = cut.without_repairs().model_dump(mode="json", exclude_none=True) if cut and settings.fade else None
     return training_stage(
         "sparsify",
         "SPARSITY_TRAINERS",
@@ -57,7 +57,7 @@ def sparsify(
     )
 
 
-def _share(model: str, settings: Sparsity, cut: Prune | None, common: Common) -> float:
+def _share(model: str, settings: Sparsity, cut: Prune | None, data: Path, imgsz: int) -> float:
     """Return the share of γ that shall come near zero: what was asked for, or what the cut will remove."""
     if settings.share is not None:
         return settings.share
@@ -65,7 +65,7 @@ def _share(model: str, settings: Sparsity, cut: Prune | None, common: Common) ->
         raise SettingsError("--sr auto needs to know how many γ shall come near zero: give --share, such as 0.5")
     if cut.percent is not None:
         return cut.percent
-    planned = _plan_at_random(model, cut, common.imgsz)  # how many channels go hardly depends on which ones
+    planned = _plan_at_random(model, cut, data, imgsz)  # how many channels go hardly depends on which ones
     before, after = (
         sum(w for w, g in zip(widths, planned.graph.groups, strict=True) if not g.frozen)
         for widths in (planned.graph.widths.tolist(), planned.choice.widths.tolist())
@@ -75,15 +75,20 @@ def _share(model: str, settings: Sparsity, cut: Prune | None, common: Common) ->
 
 def _table(model: str, cut: Prune, data: Path, imgsz: int) -> str:
     """Return where the latency table lies of the model as it is trained here."""
-    from compress.data.dataset import class_names
     from compress.latency.plan import find_table
 
-    trained = checkpoint.with_classes(checkpoint.load_trainable(model), len(class_names(data)))
-    return str(find_table(cut, imgsz, checkpoint.structure_hash(trained), model)[1])
+    return str(find_table(cut, imgsz, checkpoint.structure_hash(_as_trained(model, data)), model)[1])
 
 
-def _plan_at_random(model: str, cut: Prune, imgsz: int) -> Planned:
-    return plan_pruning(checkpoint.load_trainable(model), cut.model_copy(update={"importance": "random"}), imgsz)
+def _plan_at_random(model: str, cut: Prune, data: Path, imgsz: int) -> Planned:
+    return plan_pruning(_as_trained(model, data), cut.model_copy(update={"importance": "random"}), imgsz, source=model)
+
+
+def _as_trained(model: str, data: Path) -> Any:
+    """Return a model with the head that a training on this data gives it."""
+    from compress.data.dataset import class_names
+
+    return checkpoint.with_classes(checkpoint.load_trainable(model), len(class_names(data)))
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -95,6 +100,7 @@ def main(
     data: Annotated[str, typer.Option(help="data set YAML, or 'shapes' for the generated one")],
     output: Annotated[Path, typer.Option(help="folder of this stage")],
     sr: Annotated[str, typer.Option(help="strength λ of the penalty on γ; 'auto' steers to --share")] = "1e-4",
+    sr_decay: Annotated[float, typer.Option(help="share of λ that is left at the last epoch")] = 0.1,
     share: Annotated[float | None, typer.Option(help="with --sr auto: share of γ that shall come near zero")] = None,
     fade: Annotated[
         float | None, typer.Option(help="MACs that will remain: what that cut removes is chosen early and faded out")
@@ -114,19 +120,19 @@ def main(
     from compress.data.dataset import resolve
 
     given = {"epochs": epochs, "batch": batch, "optimizer": optimizer, "lr0": lr0, "args": training_args(more or [])}
-    given |= {"sr": _number_or_word(sr), "share": share, "fade": fade is not None}
+    given |= {"sr": _number_or_word(sr), "sr_decay": sr_decay, "share": share, "fade": fade is not None}
     settings = parse(Sparsity, given, "sparsify")
     if budget and fade is None:
         raise SettingsError("--budget goes with --fade: without, no cut is planned here")
     rules = load_budget(budget) if budget else Budget()
     checkpoint.require(model)
-    common, cut = Common(imgsz=imgsz, device=device, workers=workers, seed=seed), None
+    common, cut, place = Common(imgsz=imgsz, device=device, workers=workers, seed=seed), None, resolve(data)
     if fade is not None:
         content = {"macs": fade, "importance": "taylor", "budget": rules.model_dump(mode="json")}
         cut = parse(Prune, content, "--fade")
         # It is planned in the middle of the training: what no choice of channels can reach is said before.
-        _plan_at_random(model, cut, imgsz)
-    sparsify(model, resolve(data), settings, common, output, cut)
+        _plan_at_random(model, cut, place, imgsz)
+    sparsify(model, place, settings, common, output, cut)
 
 
 def _number_or_word(text: str) -> float | str:

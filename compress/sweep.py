@@ -157,9 +157,12 @@ def _together(jobs: Sequence[Job], folder: Path, seed: int) -> Iterator[tuple[st
     config = {"threads": wanted.threads, "mode": wanted.mode, "seed": seed, "imgsz": sizes}
     parents = {f"{name}.{runtime}": runtimes.sha256(file) for name, f in models.items() for runtime, file in f.items()}
     with manifest.lock(folder):
-        if not manifest.is_finished(folder, STAGE, config, parents) or manifest.read_json(folder / LATENCY)["noisy"]:
-            print(f"sweep: {len(models)} models are measured in turns: {folder}")
-            manifest.begin(folder, STAGE, config, parents)
+        finished = manifest.is_finished(folder, STAGE, config, parents)
+        if not finished or manifest.read_json(folder / LATENCY)["noisy"]:
+            again = ", as the measurement of before is noisy" if finished else ""
+            print(f"sweep: {len(models)} models are measured in turns{again}: {folder}")
+            if not finished:
+                manifest.begin(folder, STAGE, config, parents)
             record = measure(models, imgsz=sizes, threads=wanted.threads, mode=wanted.mode, seed=seed)
             manifest.write_json(folder / LATENCY, record)
             manifest.finish(folder, STAGE, config, parents, [LATENCY], {}, seed)

@@ -110,8 +110,8 @@ def training_stage(
             chosen = last if keep_last else best
             trained, arguments = launch.trained_model(chosen), checkpoint.load_training_args(chosen)
             metrics |= _last_metrics(chosen)
-        if repair:
-            repair(trained)
+            if repair:
+                repair(trained)
         checkpoint.save_model(trained, result, {**arguments, "imgsz": common.imgsz})
         manifest.finish(output, stage, config, parents, [MODEL], metrics, common.seed)
     print(f"{stage}: {result} ({settings.epochs} epochs{_score(metrics)})")

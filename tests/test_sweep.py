@@ -13,6 +13,7 @@ import yaml
 from benchmark import turns
 from compress import run, sweep
 from compress.errors import ExportError, RunError, SettingsError
+from compress.manifest import sha256_file
 from compress.sweeps import jobs as sweep_jobs
 from compress.sweeps.plan import expand, load_sweep
 from compress.training import mean_ap
@@ -120,6 +121,15 @@ def test_a_sweep_shares_gives_up_survives_and_resumes(home: Path, checked: list[
         assert f"{p50[name]:.2f}" in out.rpartition("the sweep;")[2]
     start()
     assert "measured in turns" not in capfd.readouterr().out
+    manifest, place = json.loads((folder / "latency/quick-1t/manifest.json").read_text()), folder / "latency/quick-1t"
+    (place / "latency.json").write_text(json.dumps({**measured, "noisy": True}))
+    manifest["files"] = {"latency.json": sha256_file(place / "latency.json")}
+    (place / "manifest.json").write_text(json.dumps(manifest))
+    start()
+    out = capfd.readouterr().out
+    assert "are measured in turns, as the measurement of before is noisy: runs/many/latency/quick-1t" in out
+    assert ("held other work" in out, [path.name for path in place.parent.iterdir()]) == (False, ["quick-1t"])
+    assert json.loads((place / "latency.json").read_text())["noisy"] is False
     monkeypatch.setattr(sweep, "measure_together", lambda *_: pytest.fail("it was switched off"))
     start(together=False)
 

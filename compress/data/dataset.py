@@ -294,12 +294,14 @@ def _files(place: Path, where: str, remark: str = "") -> list[Path]:
     elif place.is_file() and place.suffix == ".txt":
         lines = [line.strip() for line in place.read_text(encoding="utf-8-sig", errors="replace").splitlines()]
         files = [place.parent / line[2:] if line.startswith("./") else Path(line).absolute() for line in lines if line]
-        missing = next((file for file in files if not file.is_file()), None)
-        if missing:
-            raise DataError(f"{where}: {place} lists {missing}, which does not exist: check the path")
     else:
         raise DataError(f"{where} names {place}, which is no folder and no .txt list: check the path{remark}")
-    return [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    files = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    if missing := next((file for file in files if not file.is_file()), None):
+        if place.is_file():
+            raise DataError(f"{where}: {place} lists {missing}, which does not exist: check the path")
+        raise DataError(f"{where}: {missing} is a folder, or a link to nothing: mend or remove it")
+    return files
 
 
 def _sample(files: list[Path]) -> list[Path]:
@@ -309,13 +311,26 @@ def _sample(files: list[Path]) -> list[Path]:
 
 def _check_images(files: list[Path]) -> None:
     """Meet what is no image now: Ultralytics leaves it out, so that a cut or a score would be the first to stumble."""
+    from PIL.Image import DecompressionBombError
+
     for path in _sample(files):
         try:
             readable = path.suffix.lower() in _NOT_PILLOWS or _is_readable(path)
+        except DecompressionBombError as error:
+            raise unreadable(path, error) from None
         except (OSError, ImportError):  # Ultralytics has `open` ask for a package where nothing knows the format
             readable = False
         if not readable:
-            raise DataError(f"{path} is not an image that can be read: mend or remove it")
+            raise unreadable(path)
+
+
+def unreadable(path: Path, error: Exception | None = None) -> DataError:
+    """Return what to say of an image that cannot be opened; Ultralytics asks Pillow, and leaves out what it refuses."""
+    from PIL.Image import DecompressionBombError
+
+    if isinstance(error, DecompressionBombError):
+        return DataError(f"{path} has more pixels than Pillow opens: scale it down, or cut it into tiles")
+    return DataError(f"{path} is not an image that can be read: mend or remove it")
 
 
 def _is_readable(path: Path) -> bool:

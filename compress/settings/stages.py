@@ -25,6 +25,14 @@ class Training(Strict):
     amp: bool = True
     args: dict[str, Any] = Field(default_factory=dict, description="any other Ultralytics training argument")
 
+    @model_validator(mode="after")
+    def _said_once(self) -> Training:
+        if twice := next((name for name in self.args if name in self.model_fields_set), None):
+            raise ValueError(
+                f"'{twice}' is a setting of its own, beside args (--{twice.replace('_', '-')}): do not give it in both"
+            )
+        return self
+
 
 OPTIMIZERS = ("auto", "SGD", "MuSGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop")
 _RESCALING = {name.lower() for name in OPTIMIZERS} - {"sgd", "musgd"}
@@ -52,6 +60,8 @@ class Sparsity(Training):
     def _share_of_auto(self) -> Sparsity:
         if self.share is not None and self.sr != "auto":
             raise ValueError(f"share goes with sr: auto, sr is {self.sr:g}")
+        if self.sr == "auto" and self.changed("sr_decay"):
+            raise ValueError("sr_decay goes with a number for sr: auto sets λ of each epoch itself")
         if self.sr == "auto" and self.fade:
             raise ValueError("sr: auto and fade: true each choose channels of their own: leave one of them out")
         if self.sr == "auto" and self.epochs == 1:
@@ -60,7 +70,7 @@ class Sparsity(Training):
 
     @model_validator(mode="after")
     def _pull_of_sr(self) -> Sparsity:
-        if self.sr != 0.0 and self.optimizer.lower() in _RESCALING:
+        if self.sr != 0.0 and str(self.args.get("optimizer", self.optimizer)).lower() in _RESCALING:
             raise ValueError(
                 "sr goes with optimizer: SGD; Adam and its kin, which auto may take, divide the pull by its own "
                 "size, and λ means nothing: leave optimizer out, or give sr: 0"
@@ -89,6 +99,9 @@ class Finetune(Training):
             raise ValueError("dis, cwd and ld are all 0: leave out the teacher (distill: false)")
         if not self.distill and (asked := self.changed("teacher", *_TERMS)):
             raise ValueError(f"{asked} goes with distill: true")
+        for name in ("cwd", "ld"):
+            if getattr(self, name) == 0.0 and self.changed(f"{name}_temperature"):
+                raise ValueError(f"{name}_temperature goes with {name} above 0")
         if self.distill and 0 < self.epochs <= self.distil_off_epochs:
             raise ValueError(
                 f"distil_off_epochs {self.distil_off_epochs} must be below epochs {self.epochs}: "
@@ -125,6 +138,7 @@ def _such_as(pattern: str, example: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+_REPAIRS = ("fold", "recalibrate_images", "reconstruct_images")
 _OF_LATENCY = " or ".join(", ".join(LATENCY_TARGETS).rsplit(", ", 1))
 
 
@@ -188,6 +202,11 @@ class Prune(Strict):
                 f"{', '.join(asked)}: only with {_OF_LATENCY}; the widths that a device likes are budget: DEVICE"
             )
         return self
+
+    def without_repairs(self) -> Prune:
+        """Return what decides which channels go; how the cut model is repaired is as by default."""
+        fields = type(self).model_fields
+        return self.model_copy(update={name: fields[name].default for name in _REPAIRS})
 
     @property
     def by_latency(self) -> bool:

@@ -44,7 +44,7 @@ class Job:
         cut_counts = settings.fade or (settings.sr == AUTO and settings.share is None)
         content = [self._dense(), settings.model_dump(mode="json")]
         if cut_counts:
-            content.append(self.settings.prune.model_dump(mode="json"))
+            content.append(self.settings.prune.without_repairs().model_dump(mode="json"))
         return self.folder / "shared" / f"sparsify-{manifest.sha256_json(content)[:12]}"
 
     def _dense(self) -> Any:

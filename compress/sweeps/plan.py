@@ -91,15 +91,21 @@ def expand(sweep: Sweep, overrides: Sequence[str] = (), texts: dict[str, str] | 
     if sweep.limit is not None and sweep.limit < len(points):
         points = [points[i] for i in sorted(random.Random(sweep.seed).sample(range(len(points)), sweep.limit))]
     pipelines = []
-    for point in points:
+    names = [_name(point) for point in points]
+    if len(set(names)) < len(names):  # every checkpoint of Espalier is called model.pt
+        names = [_name(point, whole=True) for point in points]
+    for point, name in zip(points, names, strict=True):
         changes = [*overrides, *(change for key, value in point for change in _changes(key, value))]
-        pipelines.append(load_run(Path(sweep.pipeline), [*changes, f"name={_name(point)}"], texts))
+        pipelines.append(load_run(Path(sweep.pipeline), [*changes, f"name={name}"], texts))
     if rounds := next((pipeline for pipeline in pipelines if pipeline.iterations != 1), None):
         raise SettingsError(
             f"sweep {sweep.name}: {rounds.name} prunes in {rounds.iterations} rounds, a sweep compares single cuts: "
             "set iterations=1, or run it with compress.run"
         )
-    names = [pipeline.name for pipeline in pipelines]
+    if len({pipeline.data for pipeline in pipelines}) > 1:
+        raise SettingsError(
+            f"sweep {sweep.name}: its pipelines have several data sets, whose mAP do not compare: make a sweep of each"
+        )
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise SettingsError(f"sweep {sweep.name}: two pipelines would be called {twice}: remove the repeated value")
     return pipelines
@@ -147,11 +153,11 @@ def _changes(key: str, value: Any) -> list[str]:
     return [f"{key}={json.dumps(value)}"]
 
 
-def _name(point: Sequence[tuple[str, Any]]) -> str:
-    """Return a name for a folder, such as macs-0.5_importance-bn_imgsz-320."""
+def _name(point: Sequence[tuple[str, Any]], *, whole: bool = False) -> str:
+    """Return a name for a folder, such as macs-0.5_importance-bn_imgsz-320; of a path its last part, or `whole`."""
     words = []
     for key, value in point:
         label, text = value if key == "target" else (key.rpartition(".")[2], value)
-        text = Path(text).stem if isinstance(text, str) and "/" in text else str(text)
+        text = Path(text).stem if isinstance(text, str) and "/" in text and not whole else str(text)
         words.append(f"{label}-{text.removesuffix('.pt').removesuffix('.yaml')}")
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(words)).strip("-._") or "pipeline"

@@ -26,18 +26,13 @@ NEAR_ZERO = 0.05  # |γ| below this share of the mean |γ| at the start counts a
 
 
 class GroupPenalty:
-    """The gradient of Σ over units of ‖γ of the unit‖₂.
+    """The gradient of Σ over units of ‖γ of the unit‖₂, for the γ that are trained.
 
     Raises:
-        EspalierError: no batch norm has a channel that may be pruned.
+        EspalierError: no batch norm has a channel that may be pruned, or Ultralytics' `freeze` holds all of them.
     """
 
     def __init__(self, graph: Graph, model: nn.Module) -> None:
-        if not prunable_scales(graph, model):
-            raise EspalierError(
-                "the model has no batch norm whose channels may be pruned, so sparsity training has nothing to press: "
-                "leave it out (sparsify.epochs=0), and prune by another importance than bn"
-            )
         parameters = dict(model.named_parameters())
         offsets = np.cumsum([0, *graph.widths.tolist()])
         prunable = np.array([not group.frozen for group in graph.groups] + [False])  # the last entry is FIXED's
@@ -47,10 +42,16 @@ class GroupPenalty:
         self.saliency, self.watched = torch.zeros(self.units, device=device), False
         self.gammas: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]] = []
         for axis in graph.axes:
-            if axis.tensor in names:
+            # A frozen γ has no gradient: the loss would seem to miss its channel least of all, and it never shrinks.
+            if axis.tensor in names and parameters[axis.tensor].requires_grad:
                 unit = np.where(axis.group == FIXED, 0, offsets[axis.group] + axis.unit)
                 weight = torch.from_numpy(prunable[axis.group]).to(device, torch.float32)
                 self.gammas.append((parameters[axis.tensor], torch.from_numpy(unit).to(device), weight))
+        if not any(bool(weight.any()) for _, _, weight in self.gammas):
+            raise EspalierError(
+                "the model has no batch norm whose channels may be pruned and that is not frozen, so sparsity training "
+                "has nothing to press: leave it out (sparsify.epochs=0), and prune by another importance than bn"
+            )
 
     @torch.no_grad()
     def add_gradient(self, strength: float, units: torch.Tensor | None = None) -> None:
@@ -104,7 +105,7 @@ class GroupPenalty:
         return square.sqrt()
 
     def values(self, units: torch.Tensor | None = None) -> np.ndarray:
-        """Return |γ| of the prunable channels, where `units` are given of theirs."""
+        """Return |γ| of the prunable channels that are trained, where `units` are given of theirs."""
         kept = [
             gamma.detach().abs()[(weight > 0) if units is None else (weight > 0) & units[unit]]
             for gamma, unit, weight in self.gammas

@@ -22,10 +22,11 @@ def check_teacher(student: Any, teacher: Path, data: Path, settings: Finetune, i
 
     Raises:
         SettingsError: it does not; or a distillation of box distributions, and a model has none.
-        CheckpointError: the teacher cannot be opened.
+        CheckpointError: the teacher cannot be opened, or has no weights.
     """
     from ultralytics.nn.modules.head import Detect
 
+    checkpoint.require_weights(teacher)
     example: Any = checkpoint.load_model(teacher)
     if list(example.names.values()) != list(student.names.values()):  # equal ones may be one class, made of all
         check_classes(example, f"the teacher {teacher}", data, "train the teacher on this data set first")

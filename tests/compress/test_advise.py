@@ -59,6 +59,10 @@ def test_the_sentence_names_the_least_size_that_shows_the_objects() -> None:
         "but the images have 200 px only, and what is beyond adds nothing. "
         "A sweep over imgsz near it says what that is worth in mAP."
     )
+    large = Objects(np.array([0.5]), 1, 640)
+    assert sentence(large, table(large, 160, 640)).startswith(
+        "160 px is the least looked at, and already there no more"
+    )
     tiny = Objects(np.array([0.001]), 1, 640)
     assert sentence(tiny, table(tiny, 160, 640)).startswith("Even at 640 px 100.0% of the objects are below 8 px: ")
 
@@ -100,3 +104,13 @@ def test_a_label_that_is_none_is_named(tmp_path: Path, line: str, message: str) 
     data = dataset(tmp_path, f"0 0.5 0.5 0.1 0.4\n\n{line}\n", "test: images/train\n")
     with pytest.raises(DataError, match=rf"a\.txt{message}"):
         read_objects(data, "test")
+
+
+def test_an_image_that_cannot_be_opened_is_named(tmp_path: Path, monkeypatch) -> None:
+    data = dataset(tmp_path, "0 0.5 0.5 0.1 0.4\n")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
+    with pytest.raises(DataError, match=r"a\.png has more pixels than Pillow opens"):
+        read_objects(data)
+    (tmp_path / "images" / "train" / "a.png").write_text("<html>")
+    with pytest.raises(DataError, match=r"a\.png is not an image that can be read"):
+        read_objects(data)

@@ -380,3 +380,23 @@ def test_a_test_split_that_is_not_on_disk_hinders_nothing(data):
     (data.parent / "images" / "test").mkdir()
     (data.parent / "images" / "test" / "d.jpg").write_text("d")
     assert fingerprint(data) != before
+
+
+def test_a_link_to_nothing_is_named_and_one_in_the_test_split_hinders_no_training(data):
+    data.write_text(TEXT + "test: images/test\n")
+    (data.parent / "images" / "test").mkdir()
+    (data.parent / "images" / "test" / "d.jpg").symlink_to("nowhere.jpg")
+    assert len(fingerprint(data)) == 64
+    with pytest.raises(DataError, match=r"'test': .*d\.jpg is a folder, or a link to nothing: mend or remove it"):
+        data_hash(data, "test")
+    (data.parent / "images" / "val" / "d.jpg").symlink_to("nowhere.jpg")
+    with pytest.raises(DataError, match=r"'val': .*d\.jpg is a folder, or a link to nothing"):
+        resolve(str(data))
+
+
+def test_an_image_that_is_too_large_for_pillow_is_named(data, monkeypatch):
+    """As orthophotos are; Ultralytics would train without it."""
+    Image.new("1", (32, 32)).save(data.parent / "images" / "val" / "d.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(DataError, match=r"val/d\.png has more pixels than Pillow opens: scale it down, or cut it into"):
+        resolve(str(data))

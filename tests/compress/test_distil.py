@@ -15,7 +15,7 @@ from ultralytics.nn.distill_model import DistillationModel
 
 from compress import finetune
 from compress.checkpoint import build_model, load_model, save_model
-from compress.errors import SettingsError
+from compress.errors import CheckpointError, SettingsError
 from compress.manifest import MANIFEST, read_json
 from compress.settings import Finetune
 from compress.train import Common
@@ -198,6 +198,19 @@ def test_a_teacher_that_does_not_fit_is_refused(
         pruned, other, tiny_data, ld=1.0
     )
     check_teacher(load_model(pruned), other, tiny_data, Finetune(epochs=1), 64)
+
+
+def test_a_teacher_needs_weights_and_every_student_is_checked(
+    dense: Path, narrow: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=r"narrow\.yaml is an architecture without weights"):
+        check_teacher(load_model(dense), narrow, tiny_data, Finetune(epochs=1), 64)
+    other = tmp_path / "other.pt"
+    save_model(build_model(str(narrow), nc=4), other, {"imgsz": 64})
+    with pytest.raises(SettingsError, match="knows 4 classes"):  # the student is one of Ultralytics' own names
+        finetune.finetune(
+            Path("yolov8n.yaml"), other, tiny_data, Finetune(epochs=1), Common(imgsz=64), tmp_path / "out"
+        )
 
 
 # The training.

@@ -15,6 +15,7 @@ from compress.settings import (
     Prune,
     Run,
     Sparsity,
+    Training,
     load_budget,
     load_run,
     parse,
@@ -148,11 +149,37 @@ def test_where_it_runs_is_asked_for_with_a_latency_only(given: dict[str, Any], n
     [
         ({"distill": False, "cwd": 1.0}, "cwd goes with distill: true"),
         ({"distill": False, "teacher": "large.pt"}, "teacher goes with distill: true"),
+        ({"cwd": 1.0, "ld_temperature": 2.0}, "ld_temperature goes with ld above 0"),
         ({"distil_off_epochs": 3}, "distil_off_epochs 3 must be below epochs 3: the teacher would never be asked"),
     ],
 )
 def test_a_distillation_that_would_not_happen_is_refused(given: dict[str, Any], message: str) -> None:
     assert message in refusal(Finetune, {"epochs": 3, **given})
+
+
+@pytest.mark.parametrize("kind", [Training, Sparsity, Finetune])
+def test_what_is_a_setting_of_its_own_is_not_given_twice(kind: type[Training]) -> None:
+    """The one among the other arguments would win without a word."""
+    once = parse(kind, {"epochs": 3, "args": {"batch": 4, "nbs": 8}}, "stage")
+    assert once.args == {"batch": 4, "nbs": 8}
+    found = refusal(kind, {"epochs": 3, "batch": 8, "args": {"batch": 4}})
+    assert "'batch' is a setting of its own, beside args (--batch): do not give it in both" in found
+
+
+def test_a_penalty_goes_with_no_rescaling_optimizer_wherever_that_is_named() -> None:
+    assert "sr goes with optimizer: SGD" in refusal(Sparsity, {"epochs": 3, "args": {"optimizer": "AdamW"}})
+    assert parse(Sparsity, {"epochs": 3, "sr": 0.0, "args": {"optimizer": "AdamW"}}, "stage").sr == 0.0
+
+
+def test_only_lambda_that_is_given_decays() -> None:
+    assert "sr_decay goes with a number for sr" in refusal(Sparsity, {"epochs": 3, "sr": "auto", "sr_decay": 0.5})
+
+
+def test_what_is_cut_does_not_depend_on_how_it_is_repaired() -> None:
+    plain = Prune(macs=0.5, importance="taylor")
+    repaired = Prune(macs=0.5, importance="taylor", fold=False, recalibrate_images=0, reconstruct_images=128)
+    assert repaired.without_repairs() == plain
+    assert plain.without_repairs() == plain != Prune(macs=0.4, importance="taylor").without_repairs()
 
 
 @pytest.mark.parametrize(("given", "named"), [({"conf": 0.5}, "conf"), ({"iou": 0.5, "max_det": 3}, "iou")])

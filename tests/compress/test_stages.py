@@ -446,9 +446,12 @@ def test_widths_by_the_command_line(dense: Path, data: Path, tmp_path: Path, cap
 
 def test_training_by_the_command_line(narrow: Path, data: Path, tmp_path: Path, capfd) -> None:
     words = ("--model", narrow, "--data", data, "--output", tmp_path / "train", "--epochs", "1", "--batch", "16")
-    assert command(train.app, *words, "--imgsz", "64", "--workers", "0", "mosaic=0", "lr0=1e-3", "--seed", "3") == 0
+    assert (
+        command(train.app, *words, "--imgsz", "64", "--workers", "0", "mosaic=0", "weight_decay=1e-3", "--seed", "3")
+        == 0
+    )
     arguments = checkpoint.load_training_args(tmp_path / "train" / "model.pt")
-    assert {"mosaic": 0, "lr0": 1e-3, "seed": 3, "batch": 16, "imgsz": 64}.items() <= arguments.items()
+    assert {"mosaic": 0, "weight_decay": 1e-3, "seed": 3, "batch": 16, "imgsz": 64}.items() <= arguments.items()
     assert f"train: {tmp_path / 'train' / 'model.pt'} (1 epochs, val mAP50-95 0.0" in capfd.readouterr().out
 
 
@@ -472,7 +475,7 @@ def test_a_model_that_is_taken_at_another_size_is_said(dense: Path, data: Path, 
     assert capfd.readouterr().err == ""
 
 
-def test_the_share_that_auto_brings_near_zero_is_that_of_what_may_go(dense: Path) -> None:
+def test_the_share_that_auto_brings_near_zero_is_that_of_what_may_go(dense: Path, data: Path) -> None:
     """Outputs are frozen and have no γ: counted in, they would make the share too small."""
     cut = Prune(macs=0.5, budget=Budget(multiple_of=2, min_width=2))
     planned = plan_pruning(load_model(dense), cut.model_copy(update={"importance": "random"}), 64)
@@ -480,8 +483,41 @@ def test_the_share_that_auto_brings_near_zero_is_that_of_what_may_go(dense: Path
     free = [(group.width, width) for group, width in pairs if not group.frozen]
     before, after = (sum(column) for column in zip(*free, strict=True))
     assert len(free) < len(planned.graph.groups)
-    found = sparsify._share(str(dense), Sparsity(epochs=2, sr="auto"), cut, COMMON)
+    found = sparsify._share(str(dense), Sparsity(epochs=2, sr="auto"), cut, data, 64)
     assert found == pytest.approx(1 - after / before)
+
+
+def test_what_fades_and_what_auto_presses_is_planned_for_the_head_of_these_classes(
+    data: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """A latency table is of the model as it will be trained, not of the official one of 80 classes."""
+    planned = []
+    monkeypatch.setattr(sparsify, "plan_pruning", lambda model, *_, **__: planned.append(model.names) or stop())
+    model = tmp_path / "coco.pt"
+    checkpoint.save_model(checkpoint.build_model("yolov8n.yaml"), model, {"imgsz": 64})
+    with pytest.raises(PlanError, match="far enough"):
+        sparsify._share(str(model), Sparsity(epochs=2, sr="auto"), Prune(macs=0.5), data, 64)
+    assert [len(names) for names in planned] == [6]
+
+
+def stop() -> None:
+    raise PlanError("far enough")
+
+
+def test_a_model_that_is_not_trained_is_taken_as_it_is(dense: Path, data: Path, tmp_path: Path) -> None:
+    """New batch-norm statistics are for γ that have just shrunk."""
+    left = sparsify.sparsify(str(dense), data, Sparsity(epochs=0), COMMON, tmp_path / "out")
+    before, after = load_model(dense).state_dict(), load_model(left).state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_a_fading_is_not_repeated_for_another_repair_of_its_cut(dense: Path, data: Path, tmp_path: Path, capfd) -> None:
+    settings = Sparsity(epochs=0, fade=True)
+    for cut in (PRUNE, PRUNE.model_copy(update={"reconstruct_images": 16})):
+        sparsify.sparsify(str(dense), data, settings, COMMON, tmp_path / "out", cut)
+    assert capfd.readouterr().out.count("sparsify: finished before, unchanged") == 1
+    sparsify.sparsify(str(dense), data, settings, COMMON, tmp_path / "out", PRUNE.model_copy(update={"percent": 0.3}))
+    assert "held other work (another fade)" in capfd.readouterr().out
 
 
 TRAINERS = [train.app, sparsify.app, finetune.app]
@@ -500,7 +536,8 @@ TRAINERS = [train.app, sparsify.app, finetune.app]
         (["nosuch=1"], ": 'nosuch' is not an argument of Ultralytics' training"),
         (["nosuch"], "'nosuch' must have the form key=value"),
         (["mosaic=much"], ": 'mosaic=much' is of invalid type str"),
-        (["epochs=5"], ": 'epochs' is set by Espalier itself"),
+        (["epochs=5"], ": 'epochs' is a setting of its own, beside args (--epochs): do not"),
+        (["optimizer=AdamW"], ": 'optimizer' is a setting of its own, beside args (--optimizer)"),
         (["imgsz=128"], ": 'imgsz' is not of a training alone: give it as --imgsz, or imgsz="),
         (["--optimizer", "Sdg"], ": no optimizer 'Sdg': choose one of auto, SGD, MuSGD, Adam,"),
         (["--lr0", "2"], ": 'lr0=2.0' is an invalid value"),

@@ -69,6 +69,15 @@ def test_without_targets_the_pipeline_keeps_its_own(make) -> None:
     ]
 
 
+def test_files_of_one_name_are_told_apart_by_their_folders(make) -> None:
+    """Every checkpoint of Espalier is called model.pt."""
+    found = expand(make(grid={"model": ["runs/a/train/model.pt", "../b/model.pt"], "imgsz": [64]}))
+    assert [(p.name, p.model) for p in found] == [
+        ("imgsz-64_model-runs-a-train-model", "runs/a/train/model.pt"),
+        ("imgsz-64_model-..-b-model", "../b/model.pt"),
+    ]
+
+
 def test_a_limit_draws_some_of_the_grid_in_their_order(make) -> None:
     grid = {"seed": list(range(10))}
     names = [p.seed for p in expand(make(grid=grid, limit=4, seed=1))]
@@ -88,6 +97,10 @@ def test_a_limit_draws_some_of_the_grid_in_their_order(make) -> None:
         ({"grid": {"prune.importanse": ["l1"]}}, "unknown key 'prune.importanse', did you mean 'importance'"),
         ({"grid": {"iterations": [1, 3]}}, "sweep many: iterations-3 prunes in 3 rounds, a sweep compares single cuts"),
         ({"grid": {"target": ["macs=0.5"]}}, "'target' is no setting of a pipeline: write targets:"),
+        (
+            {"grid": {"data": ["a/data.yaml", "b.yaml"]}},
+            "its pipelines have several data sets, whose mAP do not compare",
+        ),
         ({"gird": {}}, "unknown key 'gird', did you mean 'grid'"),
     ],
 )
@@ -152,6 +165,12 @@ def test_equal_trainings_share_a_folder_and_others_do_not(make) -> None:
     assert len(jobs) == 8
     assert len({job.dense for job in jobs}) == 2  # one for each image size
     assert len({job.sparse for job in jobs}) == 2 + 4  # what fades depends on the target
+    again = [job.settings.model_copy(update={"prune": repaired(job.settings.prune)}) for job in jobs]
+    assert {Job(p, Path("runs/many"), "").sparse for p in again} == {job.sparse for job in jobs}
+
+
+def repaired(cut: Prune) -> Prune:
+    return cut.model_copy(update={"reconstruct_images": 128})
 
 
 def test_a_stage_is_linked_whole_and_what_was_there_is_kept(tmp_path: Path) -> None:

@@ -151,6 +151,21 @@ def test_what_is_pulled_is_a_share_of_the_gammas_not_of_the_units(lone: float, e
     assert (found.count(1.0), found.count(2.0), found.count(3.0)) == (expected[0], expected[1], expected[1])
 
 
+def test_what_ultralytics_freezes_is_neither_chosen_nor_counted() -> None:
+    """Without a gradient the loss seems to miss it least of all, and no pull makes it shrink."""
+    model = Chain()
+    model.a.requires_grad_(False)
+    model.a.bn.weight.data.fill_(9.0)
+    penalty = GroupPenalty(build_graph(model.eval(), 16), model)
+    model.b.bn.weight.grad = torch.ones(12)
+    penalty.watch()
+    assert penalty.values(penalty.least(0.5)).tolist() == [1.0] * 6
+    assert penalty.values().tolist() == [1.0] * 12
+    model.requires_grad_(False)
+    with pytest.raises(EspalierError, match="and that is not frozen"):
+        GroupPenalty(build_graph(model, 16), model)
+
+
 # The trainer of the penalty, with Ultralytics' setup left out.
 
 
