@@ -33,7 +33,7 @@ class Wanted:
     """What is measured, on what.
 
     Attributes:
-        device: name of a file of configs/devices.
+        device: as `load_device` takes it: a name of configs/devices, or a file.
         host, python, bootstrap: how it is reached, see `sites.open_site`.
         variants: number of networks, the dense one included.
         max_interval: a network whose 95 % interval is wider than this share of its latency is measured for longer, in

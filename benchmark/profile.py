@@ -49,6 +49,7 @@ def profile(model: nn.Module, wanted: Wanted, output: Path | None = None) -> tup
         SettingsError: a device that does not run the runtime, an image size that does not fit the model's stride, or
             `output` is something else.
         BenchmarkError: a network cannot be measured, or too many of them are noisy.
+        BudgetError: the budget allows no other widths.
         ExportError: a network cannot be exported; for TensorRT also where nothing builds engines on the device.
     """
     from compress.channels.graph import build_graph
@@ -57,9 +58,11 @@ def profile(model: nn.Module, wanted: Wanted, output: Path | None = None) -> tup
     observe.check(wanted)
     check_imgsz(wanted.imgsz, int(max(model.stride)))  # type: ignore[arg-type]  (Ultralytics' models have it)
     # Where a rule comes from changes no width.
-    wanted = replace(wanted, device=wanted.site.name, budget=wanted.budget.model_copy(update={"source": ""}))
+    wanted = replace(wanted, budget=wanted.budget.model_copy(update={"source": ""}))
     structure = checkpoint.structure_hash(model)
-    path = output or default_path(wanted.device, wanted.runtime, wanted.threads, wanted.imgsz, structure, wanted.budget)
+    path = output or default_path(
+        wanted.site.name, wanted.runtime, wanted.threads, wanted.imgsz, structure, wanted.budget
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     with manifest.lock(path):
         if path.exists():
@@ -85,8 +88,9 @@ def profile(model: nn.Module, wanted: Wanted, output: Path | None = None) -> tup
 def _check_same(table: LatencyTable, wanted: Wanted, structure: str, path: Path) -> None:
     from compress.latency.table import check_fits
 
-    names = ("device", "runtime", "threads", "imgsz", "budget")
-    check_fits(table, {name: getattr(wanted, name) for name in names} | {"structure": structure}, path)
+    names = ("runtime", "threads", "imgsz", "budget")
+    expected = {"device": wanted.site.name} | {name: getattr(wanted, name) for name in names}
+    check_fits(table, expected | {"structure": structure}, path, "choose another --output")
 
 
 def _outdated(table: LatencyTable, heading: dict[str, Any], wanted: Wanted) -> str | None:
@@ -119,12 +123,12 @@ def _measure(
     """Return all points, those of an interrupted run first; each new one is on disk before the next one begins."""
     from benchmark import variants
     from compress.progress import track
-    from export.stage import scratch
+    from export.stage import remove, scratch
 
     widths = variants.draw_widths(graph, wanted.budget, wanted.variants, wanted.seed)
     heading = {
         "structure": structure,
-        "wanted": {**asdict(wanted), "budget": wanted.budget.model_dump(mode="json")},
+        "wanted": {**asdict(wanted), "device": wanted.site.name, "budget": wanted.budget.model_dump(mode="json")},
         "tools": manifest.tool_versions(),
         "machine": machine,
     }
@@ -150,6 +154,7 @@ def _measure(
                 stream.flush()
                 os.fsync(stream.fileno())
             points.append(point)
+            remove(made)  # dozens of a large model would fill a disk
     return points
 
 
@@ -206,9 +211,10 @@ def _fit(
     from compress.latency.table import LatencyTable
 
     usable = [point for point in points if point["interval_width"] <= wanted.max_interval]
-    if len(points) - len(usable) > MAX_REFUSED * len(points):
+    noisy = len(points) - len(usable)
+    if noisy > MAX_REFUSED * len(points) or (noisy and len(usable) < regression.MIN_VARIANTS):
         raise BenchmarkError(
-            f"{len(points) - len(usable)} of {len(points)} networks are noisy (95 % intervals wider than "
+            f"{noisy} of {len(points)} networks are noisy (95 % intervals wider than "
             f"{wanted.max_interval:.0%}): close what else runs on this machine and run the same command again, which "
             "measures only these anew, or allow more with --max-interval"
         )
@@ -230,7 +236,7 @@ def _fit(
     first = points[0]["record"]
     return LatencyTable(
         unit=wanted.unit,  # type: ignore[arg-type]
-        device=wanted.device,
+        device=wanted.site.name,
         machine=machine,
         runtime=wanted.runtime,
         runtime_version=first["version"],

@@ -11,6 +11,7 @@ import numpy as np
 from benchmark import runtimes
 from benchmark.transports import Adb, Local, Transport
 from compress import checkpoint
+from compress.errors import BudgetError
 from compress.settings import Export, ExportTrt
 
 if TYPE_CHECKING:
@@ -25,10 +26,16 @@ SPREAD = 0.25
 
 
 def draw_widths(graph: Graph, budget: Budget, count: int, seed: int = 0) -> np.ndarray:
-    """Draw widths that a budget allows, shape (count, groups): the dense ones first, then the least, then at random."""
+    """Draw widths that a budget allows, shape (count, groups): the dense ones first, then the least, then at random.
+
+    Raises:
+        BudgetError: it allows the dense ones alone.
+    """
     from compress.pruning.budget import ties
 
     tied = ties(graph, budget)
+    if all(len(tie.parts) == 1 for tie in tied):
+        raise BudgetError("the budget allows no group of channels another width: loosen it")
     generator = np.random.default_rng(seed)
     drawn = np.repeat(graph.widths[None], count, axis=0)
     for row in range(1, count):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import checkpoint
-from compress.errors import SettingsError
+from compress.errors import CheckpointError, SettingsError
 from compress.settings import Prune, check_imgsz
 
 if TYPE_CHECKING:
@@ -76,7 +76,11 @@ def plan_pruning(
 
 
 def score(model: nn.Module, settings: Prune, imgsz: int, seed: int = 0, data: Path | None = None) -> Scored:
-    """Trace a model and score its channels, as `plan_pruning` does."""
+    """Trace a model and score its channels, as `plan_pruning` does.
+
+    Raises:
+        CheckpointError: weights of the model are no finite numbers.
+    """
     from compress.channels.graph import build_graph
     from compress.pruning.importance import importance
     from compress.pruning.sensitivity_file import load_sensitivity, rescaled
@@ -84,6 +88,11 @@ def score(model: nn.Module, settings: Prune, imgsz: int, seed: int = 0, data: Pa
 
     if (stride := getattr(model, "stride", None)) is not None:
         check_imgsz(imgsz, int(max(stride)))
+    broken = next((name for name, value in model.named_parameters() if not value.isfinite().all()), None)
+    if broken is not None:
+        raise CheckpointError(
+            f"the model's weights are not finite ({broken}): its training diverged, take an earlier one"
+        )
     measured = None
     if settings.sensitivity:
         measured = load_sensitivity(Path(settings.sensitivity), checkpoint.structure_hash(model))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compress import checkpoint, manifest
-from compress.errors import SettingsError, run_app, warn
+from compress.errors import RunError, SettingsError, run_app, warn
 from compress.planning import Planned, plan_pruning
 from compress.pruning.plan_table import print_plan
 from compress.settings import LATENCY_TARGETS, Budget, Importance, Prune, load_budget
@@ -77,7 +77,13 @@ def _say_what_had_not_faded(model: Path, planned: Planned) -> None:
     channels go first: they have none.
     """
     stage = model.parent / manifest.MANIFEST
-    if not stage.exists() or not manifest.read_json(stage).get("config", {}).get("fade"):
+    if not stage.exists():
+        return
+    try:
+        faded_before = bool(manifest.read_json(stage)["config"].get("fade"))
+    except (RunError, LookupError, TypeError, AttributeError):  # not ours: any program may write a manifest.json
+        return
+    if not faded_before:
         return
     from compress.training.fade import faded
 
@@ -211,15 +217,9 @@ def main(
     content |= {"fold": fold, "recalibrate_images": recalibrate_images, "reconstruct_images": reconstruct_images}
     settings = parse(Prune, {**content, "importance": importance, "budget": rules}, "prune")
     checkpoint.require(model)
-    if front is not None:
-        from compress.data.dataset import resolve
-        from compress.latency.front import draw_front
-
-        draw_front(model, settings, imgsz, seed, resolve(data) if data else None, front, output)
-        return
-    if not dry_run and (output is None or data is None):
+    if front is None and not dry_run and (output is None or data is None):
         raise SettingsError("--output and --data are needed, unless --dry-run only prints the plan")
-    if not dry_run:
+    if front is None and not dry_run:
         checkpoint.require_weights(model)
     from compress.data.dataset import resolve
 
@@ -228,7 +228,11 @@ def main(
         from compress.pruning.sensitivity_file import warn_of_others
 
         warn_of_others(sensitivity, model, yaml)
-    if output is None or yaml is None or dry_run:
+    if front is not None:
+        from compress.latency.front import draw_front
+
+        draw_front(model, settings, imgsz, seed, yaml, front, output)
+    elif output is None or yaml is None or dry_run:
         planned = plan_pruning(checkpoint.load_model(model), settings, imgsz, seed, yaml, str(model))
         print_plan(planned, settings.budget)
     else:

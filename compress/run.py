@@ -129,8 +129,8 @@ def tabulate(model: Any, settings: Run) -> None:
     from compress.latency.plan import place
 
     cut = settings.prune
-    device, runtime, threads = place(cut)
-    wanted = Wanted(runtime, settings.imgsz, cut.budget, device.name, threads, cut.host)
+    _, runtime, threads = place(cut)
+    wanted = Wanted(runtime, settings.imgsz, cut.budget, cut.device, threads, cut.host)
     profile(model, wanted, Path(cut.table) if cut.table else None)
 
 

@@ -55,8 +55,8 @@ def plan_measured(
     from benchmark import observe
 
     table, path = find_table(settings, imgsz, checkpoint.structure_hash(model), source)
-    device, runtime, threads = place(settings)
-    wanted = observe.Wanted(runtime, imgsz, settings.budget, device.name, threads, settings.host, seed=seed)
+    _, runtime, threads = place(settings)
+    wanted = observe.Wanted(runtime, imgsz, settings.budget, settings.device, threads, settings.host, seed=seed)
     target, correction = limit_of(settings, table), 1.0
     tried: list[tuple[Planned, dict[str, Any]]] = []
     with observe.reach(wanted) as site:

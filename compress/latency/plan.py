@@ -100,9 +100,16 @@ def find_table(settings: Prune, imgsz: int, structure: str, model: str = "MODEL"
 
 
 def place(settings: Prune) -> tuple[Device, str, int]:
-    """Return device, runtime and threads that are meant: the device's own where the settings name none."""
+    """Return device, runtime and threads that are meant: the device's own where the settings name none.
+
+    Raises:
+        SettingsError: there is no such device, or it does not run the runtime.
+    """
     device = load_device(settings.device)
-    return device, settings.runtime or device.runtimes[0], settings.threads or device.threads
+    runtime = settings.runtime or device.runtimes[0]
+    if runtime not in device.runtimes:
+        raise SettingsError(f"{device.name} does not run '{runtime}': choose one of {', '.join(device.runtimes)}")
+    return device, runtime, settings.threads or device.threads
 
 
 def memory_limit(settings: Prune) -> float | None:
@@ -166,7 +173,7 @@ def choose_by_latency(
         found, why = solver.least_loss(problem, target / correction), "best under the latency"
     if found is None:
         least = problem.widths(np.array([parts.size - 1 for parts in problem.parts]))
-        if target is None or (most is not None and float(latency(least)) * correction <= target):
+        if target is None or float(problem.cost(solver.cheapest(problem))) * correction <= target:
             raise BudgetError(
                 f"no widths {'that keep so much' if target is None else 'within the latency'} need at most "
                 f"{settings.memory} of memory: all at their least need {memory(least) / 1e6:.4g} MB (weights, and "

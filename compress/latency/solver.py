@@ -258,16 +258,22 @@ def _price(problem: Problem, allowed: list[np.ndarray], goal: Goal, limit: float
 
 
 def _branch(problem: Problem, node: _Node) -> list[list[np.ndarray]]:
-    """Split the levels of the tie in which both sides of the limit differ most."""
+    """Split the levels of the tie in which both sides of the limit differ most.
+
+    Where both are one choice, which keeps the limit only as far as pairs and without memory, the tie of most levels.
+    """
     apart = [
         abs(float(problem.loss[i][a] - problem.loss[i][b])) if a != b else -1.0
         for i, (a, b) in enumerate(zip(node.within, node.beyond, strict=True))
     ]
     chosen = int(np.argmax(apart))
-    if apart[chosen] < 0:
-        return []
     middle = (node.within[chosen] + node.beyond[chosen]) / 2
+    if apart[chosen] < 0:
+        chosen = int(np.argmax([levels.size for levels in node.allowed]))
+        middle = float(node.allowed[chosen].mean())
     levels = node.allowed[chosen]
+    if levels.size == 1:
+        return []
     return [
         [*node.allowed[:chosen], part, *node.allowed[chosen + 1 :]]
         for part in (levels[levels <= middle], levels[levels > middle])

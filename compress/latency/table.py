@@ -32,7 +32,7 @@ SCHEMA = 1
 FOLDER = Path("runs/tables")
 BLOCKS = (4, 8, 16)
 Unit = Literal["ms", "instructions"]
-_REMEDY = "delete it, and profile the model anew"  # what is there is never overwritten
+_REMEDY = "name another file, or delete it and profile the model anew"  # what is there is never overwritten
 # Terms of one segment: they multiply (reads, makes, before) as `features` lays them out.
 TERMS = (
     "constant",
@@ -202,6 +202,8 @@ def load_table(path: Path) -> LatencyTable:
         raise SettingsError(
             f"{path} does not exist: make it with python -m benchmark.profile --output {path}"
         ) from None
+    except IsADirectoryError:
+        raise SettingsError(f"{path} is a folder: name a file") from None
     except (OSError, ValueError) as error:
         raise SettingsError(f"{path} is not a latency table ({error}): {_REMEDY}") from None
     found = content.get("schema_version") if isinstance(content, dict) else None
@@ -229,11 +231,17 @@ def default_path(device: str, runtime: str, threads: int, imgsz: int, structure:
     return FOLDER / "".join(c if c.isalnum() or c in "-._" else "_" for c in name)
 
 
-def check_fits(table: LatencyTable, wanted: Mapping[str, object], path: Path) -> None:
+def check_fits(
+    table: LatencyTable,
+    wanted: Mapping[str, object],
+    path: Path,
+    remedy: str = "profile this one with python -m benchmark.profile",
+) -> None:
     """Check that a table is of the device, runtime, threads, image size and model that are meant.
 
     Args:
         wanted: values by field name; those that are None are not checked.
+        remedy: what to do where it is not.
 
     Raises:
         SettingsError: it is not; the message names each field with both values.
@@ -244,7 +252,7 @@ def check_fits(table: LatencyTable, wanted: Mapping[str, object], path: Path) ->
         if value is not None and getattr(table, name) != value
     ]
     if wrong:
-        raise SettingsError(f"{path} is of {', of '.join(wrong)}: profile this one with python -m benchmark.profile")
+        raise SettingsError(f"{path} is of {', of '.join(wrong)}: {remedy}")
 
 
 def check_widths(graph: Graph, table: LatencyTable, budget: Budget) -> None:

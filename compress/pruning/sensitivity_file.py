@@ -77,6 +77,8 @@ def _read(path: Path) -> Sensitivity:
 def warn_of_others(path: Path, model: Path | None, data: Path | None) -> None:
     """Say so where a measurement is of other weights or another data set; what is not given is not compared.
 
+    Neither is a model that is no file: an architecture of Ultralytics', or a checkpoint that is yet to be downloaded.
+
     It is no error: after sparsity training, which moves the weights only a little, that is how it is used.
     """
     from compress.data.dataset import fingerprint
@@ -84,7 +86,7 @@ def warn_of_others(path: Path, model: Path | None, data: Path | None) -> None:
 
     found = _read(path)
     other = []
-    if model is not None and found.model_sha256 is not None and found.model_sha256 != sha256_file(model):
+    if model is not None and model.is_file() and found.model_sha256 not in (None, sha256_file(model)):
         other.append(f"the weights of {found.model}, not of this {model.name}")
     if data is not None and found.data_fingerprint is not None and found.data_fingerprint != fingerprint(data):
         other.append(f"{found.data} as it was then, not {data}")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import configs
 from benchmark import layer_times, observe, profile, sites, system, variants
 from benchmark.observe import Wanted
 from benchmark.profile import points_path
@@ -16,7 +17,7 @@ from benchmark.transports import Local
 from compress import manifest
 from compress.channels.graph import build_graph
 from compress.checkpoint import build_model, save_model
-from compress.errors import BenchmarkError, SettingsError
+from compress.errors import BenchmarkError, BudgetError, SettingsError
 from compress.latency.table import evaluate, load_table
 from compress.settings import Budget
 
@@ -245,8 +246,57 @@ def test_a_finished_table_says_what_it_was_measured_with(
 def test_a_table_of_something_else_is_not_overwritten(model: Any, stand_in: list[str], tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     profile.profile(model, wanted(), path)
-    with pytest.raises(SettingsError, match="is of runtime onnxruntime, not ncnn"):
+    with pytest.raises(SettingsError, match="is of runtime onnxruntime, not ncnn: choose another --output"):
         profile.profile(model, wanted(runtime="ncnn"), path)
+
+
+def test_a_device_of_a_file_is_measured_under_its_own_name(model: Any, stand_in: list[str], tmp_path: Path) -> None:
+    own = (Path(configs.__file__).parent / "devices" / "cpu.yaml").read_text().replace("name: cpu", "name: mine")
+    (tmp_path / "devices.yaml").write_text(own)
+    asked = wanted(device=str(tmp_path / "devices.yaml"))
+    table, path = profile.profile(model, asked, tmp_path / "table.json")
+    assert (table.device, len(stand_in)) == ("mine", 14)
+    assert json.loads(points_path(path).read_text().partition("\n")[0])["wanted"]["device"] == "mine"
+    profile.profile(model, asked, path)
+    assert len(stand_in) == 14
+
+
+def test_networks_are_deleted_once_they_are_measured(
+    model: Any, stand_in: list[str], tmp_path: Path, monkeypatch
+) -> None:
+    honest, there = observe.observe_once, []
+
+    def look(site: Any, dense: Path, made: Path, *rest: Any) -> dict[str, Any]:
+        there.append(sorted(file.stem for file in made.parent.iterdir()))
+        return honest(site, dense, made, *rest)
+
+    monkeypatch.setattr(observe, "observe_once", look)
+    profile.profile(model, wanted(), tmp_path / "table.json")
+    assert there == [["dense", f"variant{index}"] for index in range(14)]
+
+
+def test_a_budget_without_a_choice_is_refused_before_anything_is_measured(
+    model: Any, stand_in: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(BudgetError, match="allows no group of channels another width"):
+        profile.profile(model, wanted(budget=Budget(max_removed=0.0)), tmp_path / "table.json")
+    assert stand_in == []
+
+
+def test_one_noisy_network_of_the_fewest_says_what_to_do(
+    model: Any, stand_in: list[str], tmp_path: Path, monkeypatch
+) -> None:
+    honest = observe.observe_once
+
+    def noisy(site: Any, dense: Path, made: Path, *rest: Any) -> dict[str, Any]:
+        record = honest(site, dense, made, *rest)
+        return {**record, "whole": [1.0, 5.0, 2.0, 9.0]} if made.stem == "variant3" else record
+
+    monkeypatch.setattr(observe, "observe_once", noisy)
+    with pytest.raises(BenchmarkError, match=r"1 of 12 networks are noisy .* run the same command again"):
+        profile.profile(model, wanted(variants=12), tmp_path / "table.json")
+    table, _ = profile.profile(model, wanted(variants=14), tmp_path / "more.json")
+    assert table.fit.variants == 13
 
 
 def test_noise_is_measured_again_and_then_refused(model: Any, stand_in: list[str], tmp_path: Path, monkeypatch) -> None:

@@ -11,6 +11,7 @@ import pytest
 from compress import prune
 from compress.checkpoint import load_model
 from compress.errors import BudgetError, SettingsError
+from compress.latency import solver
 from compress.latency.front import draw_front
 from compress.latency.plan import choose_by_latency, find_table, limit_of
 from compress.latency.table import LatencyTable, amount, evaluate, save_table
@@ -158,6 +159,23 @@ def test_memory_is_a_second_limit(dense: Path, table: LatencyTable) -> None:
         choose_by_latency(graph, scores, settings(speedup=1.05, memory="1kB"), table, Path("t.json"))
 
 
+def test_memory_that_rules_out_what_is_fast_enough_is_said_to_do_so(dense: Path, table: LatencyTable) -> None:
+    """The narrowest widths are not the fastest ones here: they are off the blocks."""
+    stairs = [s.model_copy(update={"terms": {**s.terms, "in_off_4": 1.0}}) for s in table.segments]
+    steep = table.model_copy(update={"segments": tuple(stairs)})
+    model = load_model(dense)
+    _, graph = table_of(model, IMGSZ)
+    scores, latency = importance(graph, model, "l1"), evaluate(steep, graph)
+    problem = solver.build_problem(graph, BUDGET, scores, latency)
+    fastest = float(problem.cost(solver.cheapest(problem)))
+    narrowest = float(problem.cost(np.array([parts.size - 1 for parts in problem.parts])))
+    assert fastest < narrowest
+    wanted = settings(latency=f"{(fastest + narrowest) / 2:.6f}ms", memory="1kB")
+    slow = steep.model_copy(update={"dense": 10 * narrowest})
+    with pytest.raises(BudgetError, match="no widths within the latency need at most 1kB of memory"):
+        choose_by_latency(graph, scores, wanted, slow, Path("t.json"))
+
+
 def test_the_fastest_widths_keep_what_is_asked_for(dense: Path, table: LatencyTable) -> None:
     model = load_model(dense)
     _, graph = table_of(model, IMGSZ)
@@ -241,3 +259,28 @@ def test_the_front_is_printed_drawn_and_written(dense: Path, path: Path, table: 
     assert [point["kept"] for point in points] == sorted((point["kept"] for point in points), reverse=True)
     assert points[0]["latency"] == pytest.approx(table.dense)
     assert (output / "front.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_runtime_that_the_device_does_not_run_is_no_missing_table(dense: Path) -> None:
+    wanted = settings(speedup=2.0, runtime="tensorrt")
+    with pytest.raises(SettingsError, match="cpu does not run 'tensorrt': choose one of onnxruntime"):
+        find_table(wanted, IMGSZ, "0" * 64)
+
+
+def test_the_front_says_too_that_a_sensitivity_is_of_other_weights(
+    dense: Path, path: Path, table: LatencyTable, capsys
+) -> None:
+    measured = {
+        "schema_version": 1,
+        "structure": table.structure,
+        "model": "other.pt",
+        "data": "x.yaml",
+        "split": "val",
+    }
+    measured |= {"imgsz": IMGSZ, "images": 1, "importance": "l1", "repaired": False, "map50_95": 0.5, "ties": []}
+    (path.parent / "s.json").write_text(json.dumps({**measured, "model_sha256": "0" * 64}))
+    (path.parent / "budget.yaml").write_text("multiple_of: 2\nmin_width: 2\n")
+    words = ["--model", dense, "--imgsz", IMGSZ, "--table", path, "--importance", "l1", "--front", 2]
+    words += ["--budget", path.parent / "budget.yaml", "--sensitivity", path.parent / "s.json"]
+    prune.app([str(word) for word in words], standalone_mode=False)
+    assert "was measured on the weights of other.pt, not of this dense.pt" in capsys.readouterr().err

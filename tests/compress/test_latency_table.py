@@ -96,6 +96,14 @@ def test_a_file_that_is_no_json_is_refused(tmp_path: Path) -> None:
         load_table(tmp_path / "table.json")
 
 
+def test_what_is_no_table_is_not_to_be_deleted_first(tmp_path: Path) -> None:
+    (tmp_path / "model.pt").write_bytes(b"\x80 somebody's weights")
+    with pytest.raises(SettingsError, match=r"is not a latency table .*: name another file, or"):
+        load_table(tmp_path / "model.pt")
+    with pytest.raises(SettingsError, match="is a folder: name a file"):
+        load_table(tmp_path)
+
+
 def test_a_table_of_something_else_names_all_that_differs(tmp_path: Path) -> None:
     table, _ = table_of(randomised(Chain()), 16)
     check_fits(table, {"device": "cpu", "runtime": "onnxruntime", "threads": None}, tmp_path)

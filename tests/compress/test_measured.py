@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import configs
 from benchmark import observe, system, variants
 from compress import manifest, prune
 from compress.channels.graph import Graph
@@ -226,6 +227,25 @@ def test_what_is_cut_beyond_what_faded_is_said(
             assert 0 < int(missing) < int(cut)
         else:
             assert said == []
+
+
+def test_a_manifest_of_another_program_says_nothing_of_fading(
+    table, wanted, dense: Path, tmp_path: Path, capsys
+) -> None:
+    planned = plan_pruning(load_model(dense), wanted, IMGSZ)
+    for content in ("[1]", '{"config": "x"}', "{"):
+        (tmp_path / "manifest.json").write_text(content)
+        prune._say_what_had_not_faded(tmp_path / "model.pt", planned)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_device_of_a_file_is_reached(table, wanted, dense: Path, tmp_path: Path, monkeypatch) -> None:
+    own = (Path(configs.__file__).parent / "devices" / "cpu.yaml").read_text().replace("name: cpu", "name: mine")
+    (tmp_path / "mine.yaml").write_text(own)
+    save_table(table.model_copy(update={"device": "mine"}), tmp_path / "table.json")
+    measure_as(monkeypatch, table, dense, [1.0])
+    _, rounds = run(dense, wanted.model_copy(update={"device": str(tmp_path / "mine.yaml")}))
+    assert [entry["used"] for entry in rounds] == [True]
 
 
 def test_the_stage_writes_what_was_predicted_and_measured(

@@ -258,6 +258,10 @@ def test_a_measurement_of_other_weights_or_images_is_said(
         return capsys.readouterr().err
 
     assert said(dense, tiny_data) == ""
+    monkeypatch.setattr(checkpoint, "require", lambda path: None)
+    monkeypatch.setattr(checkpoint, "load_model", lambda path, known=checkpoint.load_model: known(dense))
+    assert said(Path("yolov8n.yaml"), tiny_data) == ""  # Ultralytics' own: there is no such file
+    monkeypatch.undo()
     other = tmp_path / "other.pt"
     network = checkpoint.load_model(dense)
     next(network.parameters()).data.mul_(2.0)

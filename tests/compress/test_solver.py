@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from compress.channels.graph import build_graph
 from compress.errors import BudgetError
+from compress.latency.memory import memory_of
 from compress.latency.solver import Problem, build_problem, cheapest, front, least_cost, least_loss
 from compress.latency.table import Segment, evaluate
 from compress.pruning.importance import importance
@@ -18,12 +21,12 @@ from topologies import Chain, ChunkTie, Concat, Residual, randomised
 MODELS = {"chain": Chain, "residual": Residual, "concat": Concat, "chunk": ChunkTie}
 
 
-def make(name: str, stairs: bool = False, seed: int = 0) -> Problem:
+def make(name: str, stairs: bool = False, seed: int = 0, step: float = 0.002) -> Problem:
     model = randomised(MODELS[name](), seed)
     table, graph = table_of(model, 16)
     if stairs:  # dear off the blocks of 4, where one tie makes a width and where several do
         segments = tuple(
-            Segment(**{**s.model_dump(), "terms": {**s.terms, "in_off_4": 0.002, "out_off_4": 0.003}})
+            Segment(**{**s.model_dump(), "terms": {**s.terms, "in_off_4": step, "out_off_4": 1.5 * step}})
             for s in table.segments
         )
         table, _ = table_of(model, 16, segments=segments)
@@ -87,6 +90,42 @@ def test_the_least_cost_at_a_loss_is_found(name: str) -> None:
         assert found.loss <= limit + 1e-9
         assert found.bound <= costs[losses <= limit].min() + 1e-9
         assert found.cost == pytest.approx(costs[losses <= limit].min())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_bound_holds_where_pairs_see_less_than_the_cost(seed: int) -> None:
+    """A choice that keeps the limit as far as pairs see, and does not, rules no other one out."""
+    problem = make("concat", stairs=True, seed=seed, step=0.02)
+    levels = every(problem)
+    costs = np.asarray(problem.cost(levels))
+    losses = np.array([problem.lost(row) for row in levels])
+    for share in (0.5, 0.7, 0.9, 0.99):
+        for found, values, limited in (
+            (
+                least_loss(problem, costs.min() + share * np.ptp(costs)),
+                losses,
+                costs <= costs.min() + share * np.ptp(costs),
+            ),
+            (least_cost(problem, share * losses.max()), costs, losses <= share * losses.max()),
+        ):
+            assert found is not None
+            assert found.bound <= values[limited].min() + 1e-9
+
+
+def test_the_bound_holds_under_a_memory_limit() -> None:
+    model = randomised(Concat(), 1)
+    memory = memory_of(build_graph(model, 16))
+    problem = make("concat", stairs=True, seed=1, step=0.01)
+    levels = every(problem)
+    needs = np.array([memory(problem.widths(row)) for row in levels])
+    most = needs.min() + 0.5 * np.ptp(needs)
+    costs = np.asarray(problem.cost(levels))
+    losses = np.array([problem.lost(row) for row in levels])
+    for share in (0.3, 0.5, 0.7):
+        limit = costs.min() + share * np.ptp(costs)
+        found = least_loss(replace(problem, memory=memory, memory_limit=float(most)), float(limit))
+        assert found is not None
+        assert found.bound <= losses[(costs <= limit) & (needs <= most)].min() + 1e-9
 
 
 def test_what_cannot_be_reached_has_no_solution() -> None:

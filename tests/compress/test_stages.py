@@ -22,7 +22,7 @@ from ultralytics.nn.tasks import DetectionModel
 from compress import checkpoint, finetune, prune, sensitivity, sparsify, train
 from compress.checkpoint import load_model, plans_of, structure_hash
 from compress.data.dataset import label_file
-from compress.errors import DataError, PlanError, SurgeryError, run_app
+from compress.errors import CheckpointError, DataError, PlanError, SurgeryError, run_app
 from compress.manifest import MANIFEST, is_finished, read_json, sha256_file
 from compress.planning import plan_pruning
 from compress.pruning.plan import load_plan
@@ -346,6 +346,16 @@ def test_a_cut_that_fails_its_proof_is_not_written(stages: Path, data: Path, tmp
     with pytest.raises(SurgeryError, match="differs"):
         prune.prune(stages / "sparsify" / "model.pt", data, PRUNE, 64, 0, tmp_path / "prune")
     assert not (tmp_path / "prune").exists()
+
+
+@pytest.mark.parametrize("importance", ["bn", "l1", "random"])
+def test_a_model_whose_training_diverged_is_named(importance: Any, dense: Path) -> None:
+    model = load_model(dense)
+    next(model.parameters()).data[0] = float("nan")
+    with pytest.raises(
+        CheckpointError, match=r"weights are not finite \(model\.0\.conv\.weight\): its training diverged"
+    ):
+        plan_pruning(model, Prune(percent=0.3, importance=importance), 64)
 
 
 def test_without_training_the_model_is_taken_as_it_is(stages: Path, data: Path, tmp_path: Path) -> None:
