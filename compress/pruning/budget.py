@@ -91,7 +91,7 @@ def rule_for(layers: tuple[str, ...], budget: Budget) -> tuple[Budget, bool]:
     for rule in budget.rules:
         if any(fnmatchcase(layer, rule.layers) for layer in layers):
             values |= rule.model_dump(exclude={"layers", "freeze"}, exclude_none=True)
-            frozen = rule.freeze
+            frozen = frozen if rule.freeze is None else rule.freeze
     return Budget(**values), frozen
 
 

@@ -19,7 +19,7 @@ class LayerRule(Strict):
     power_of_two: bool | None = None
     min_width: int | None = Field(default=None, ge=1)
     max_removed: float | None = Field(default=None, ge=0.0, le=1.0)
-    freeze: bool = False
+    freeze: bool | None = None
 
 
 class Budget(Strict):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -79,6 +81,13 @@ def test_every_group_keeps_what_the_budget_demands() -> None:
         assert width >= group.width * (1 - limit)
     assert choice.widths[0] == 16
     assert choice.why[0] == "frozen by a rule of the budget"
+
+
+@pytest.mark.parametrize(("later", "frozen"), [({"multiple_of": 16}, True), ({"freeze": False}, False)])
+def test_what_a_later_rule_does_not_say_is_inherited(later: dict[str, Any], frozen: bool) -> None:
+    rules = (LayerRule(layers="model.*", freeze=True, min_width=4), LayerRule(layers="model.0.*", **later))
+    rule, held = rule_for(("model.0.conv",), Budget(rules=rules))
+    assert (rule.min_width, rule.multiple_of, held) == (4, later.get("multiple_of", 8), frozen)
 
 
 def test_the_best_channels_stay() -> None:
