@@ -17,7 +17,7 @@ from benchmark import wording
 from benchmark.store import Row
 
 TOLERANCE = 0.03  # what repeated runs on a quiet machine may differ by
-_SAME = ("device", "runtime", "runtime_version", "precision", "threads", "imgsz", "batch")
+_SAME = ("model_sha256", "device", "runtime", "runtime_version", "precision", "threads", "imgsz", "batch", "unit")
 # 97.5 % quantiles of Student's t with 2, 3 … degrees of freedom: those of 3, 4 … runs.
 _T = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 FEWEST, NEWEST = 3, len(_T) + 2  # runs that an expectation is made of
@@ -45,7 +45,7 @@ def repeats(rows: Iterable[Row]) -> list[Repeats]:
     found: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         if row.p50 and row.unit == "ms" and row.model_sha256 is not None and not row.noisy:
-            found.setdefault((row.model_sha256, *(getattr(row, name) for name in _SAME)), []).append(row)
+            found.setdefault(_identity(row), []).append(row)
     return [Repeats(same[-1], tuple(row.p50 or 0.0 for row in same)) for same in found.values() if len(same) > 1]
 
 
@@ -93,8 +93,13 @@ def _earlier(row: Row, store: Path | None) -> list[Row]:
     if row.model_sha256 is None:  # which would ask for the rows of all files
         return []
     rows = stored.find(store, model_sha256=row.model_sha256)
-    same = [other for other in rows if all(getattr(other, name) == getattr(row, name) for name in _SAME)]
-    return [other for other in same if other.record < row.record and not other.noisy and other.unit == row.unit]
+    same = [other for other in rows if _identity(other) == _identity(row)]
+    return [other for other in same if other.record < row.record and not other.noisy]
+
+
+def _identity(row: Row) -> tuple[object, ...]:
+    """Return what makes two rows repeats of each other."""
+    return tuple(getattr(row, name) for name in _SAME)
 
 
 def _say(row: Row, before: Sequence[float]) -> str:

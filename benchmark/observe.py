@@ -19,8 +19,8 @@ from typing import Any
 from benchmark import programs, sites
 from benchmark.layer_times import BURST, LEAD_IN, RUNTIMES, is_enough, join, ncnn_shapes, speedup
 from benchmark.sites import Site
-from compress.devices import Device, load_device
-from compress.errors import BenchmarkError, SettingsError
+from compress.devices import Device, check_runtime, load_device
+from compress.errors import BenchmarkError
 from compress.settings import Budget
 
 COUNTED = 2  # queries where instructions are counted: they repeat to 0.1 %
@@ -74,9 +74,7 @@ def check(wanted: Wanted) -> None:
     Raises:
         SettingsError: there is not, or it has not.
     """
-    if wanted.runtime not in wanted.site.runtimes:
-        known = ", ".join(wanted.site.runtimes)
-        raise SettingsError(f"{wanted.site.name} does not run '{wanted.runtime}': choose one of {known}")
+    check_runtime(wanted.site, wanted.runtime)
 
 
 def reach(wanted: Wanted) -> AbstractContextManager[Site]:
@@ -113,7 +111,7 @@ def observe(
     best: dict[str, Any] = {}
     for attempt in range(1, ATTEMPTS + 1):
         records.append(observe_once(site, dense, model, wanted, known if known is not None else {}))
-        for record in (records[-1], together(records)):
+        for record in (records[-1], together(records)) if len(records) > 1 else records:
             ratio, interval, width = speedup(record["dense"], record["whole"], wanted.seed)
             if not best or width < best["interval_width"]:
                 best = {"speedup": ratio, "interval": interval, "interval_width": width, "record": record}

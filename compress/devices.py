@@ -82,6 +82,16 @@ def load_device(text: str) -> Device:
     raise SettingsError(f"unknown device '{text}': choose one of {', '.join(closest)}, or a .yaml file")
 
 
+def check_runtime(device: Device, runtime: str) -> None:
+    """Check that a device has a runtime.
+
+    Raises:
+        SettingsError: it has not.
+    """
+    if runtime not in device.runtimes:
+        raise SettingsError(f"{device.name} does not run '{runtime}': choose one of {', '.join(device.runtimes)}")
+
+
 def known_devices() -> dict[str, Device]:
     """Return the devices of configs/devices by name."""
     import configs

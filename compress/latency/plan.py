@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from compress.devices import load_device
+from compress.devices import check_runtime, load_device
 from compress.errors import BudgetError, SettingsError
 from compress.latency import solver
 from compress.latency import table as latency_table
@@ -107,8 +107,7 @@ def place(settings: Prune) -> tuple[Device, str, int]:
     """
     device = load_device(settings.device)
     runtime = settings.runtime or device.runtimes[0]
-    if runtime not in device.runtimes:
-        raise SettingsError(f"{device.name} does not run '{runtime}': choose one of {', '.join(device.runtimes)}")
+    check_runtime(device, runtime)
     return device, runtime, settings.threads or device.threads
 
 

@@ -196,7 +196,7 @@ def repeated(values: list[float], intervals: list[list[float]]) -> dict[str, Any
     ]
     spread = max(values) / min(values) - 1.0
     expected = [drift.next_run(values[:i] + values[i + 1 :]) for i in range(len(values))]
-    inside = [low <= value <= high for value, (low, high) in zip(values, filter(None, expected), strict=False)]
+    inside = [ends[0] <= value <= ends[1] for value, ends in zip(values, expected, strict=True) if ends]
     return {
         "values": values,
         "spread": round(spread, 4),
