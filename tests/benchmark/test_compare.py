@@ -170,7 +170,7 @@ def write(folder: Path, **contents: Any) -> Path:
 
 @pytest.fixture
 def published(root: Path, tmp_path: Path) -> Path:
-    """The run of docs/results.md."""
+    """The run of docs/results.md, measured anew now and then: what it says is read from it, not known here."""
     results, folder = root / "docs" / "results", tmp_path / "bccd"
     (folder / "06_benchmark").mkdir(parents=True)
     (folder / "summary.json").write_text((results / "bccd.json").read_text())
@@ -182,23 +182,33 @@ def test_a_published_run_dense_against_pruned(
     run: Any, published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "new" / "verdict.json"
-    assert run(f"{published}:dense", published, "--json", path, "--map-tolerance", "0.012") == 0
+    assert run(f"{published}:dense", published, "--json", path) == 0
     out = capsys.readouterr().out
-    assert "onnxruntime on AMD EPYC, x86_64, 2 cores" in out
+    device = json.loads((published / "06_benchmark" / "latency.json").read_text())["device"]
+    assert f"onnxruntime on {device['cpu']}, {device['architecture']}, {device['cores']} cores" in out
     summary = json.loads((published / "summary.json").read_text())
     before, after = (summary[name]["latency_ms"]["onnxruntime"]["p50"] for name in ("dense", "pruned"))
     low, high = summary["speedup_interval"]["onnxruntime"]
     speedup = f"{before / after:.3f}× (95 %: {low:.3f}–{high:.3f}; measured in turns, paired interval)"
     assert f"{before:.2f} ms → {after:.2f} ms, {speedup}" in out
-    assert "mAP50-95 0.6018 → 0.5901, −0.0117" in out
-    assert out.splitlines()[-1] == "verdict  B is better: it is faster and as accurate"
+    dense, pruned = (summary[name]["map50_95"] for name in ("dense", "pruned"))
+    assert f"mAP50-95 {dense:.4f} → {pruned:.4f}, {pruned - dense:+.4f}".replace("-0.", "−0.") in out
+    assert "verdict  B is better: it is faster and" in out.splitlines()[-1]
     verdict = json.loads(path.read_text())
     assert (verdict["better"], verdict["paired"], verdict["b"]["model"]) == (True, True, "pruned")
     assert verdict["interval"] == pytest.approx(summary["speedup_interval"]["onnxruntime"], abs=5e-5)
+    assert run(published, f"{published}:dense", "--runtime", "torch") == 1
+    assert f"torch on {device['cpu']}" in capsys.readouterr().out
+
+
+def test_a_pruned_model_that_lost_accuracy(run: Any, published: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = json.loads((published / "summary.json").read_text())
+    summary["pruned"]["map50_95"] = summary["dense"]["map50_95"] - 0.0117
+    (published / "summary.json").write_text(json.dumps(summary))
     assert run(f"{published}:dense", published) == 1
     assert "B is not better: it is faster but less accurate" in capsys.readouterr().out
-    assert run(published, f"{published}:dense", "--runtime", "torch") == 1
-    assert "torch on AMD EPYC" in capsys.readouterr().out
+    assert run(f"{published}:dense", published, "--map-tolerance", "0.012") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "verdict  B is better: it is faster and as accurate"
 
 
 def test_two_folders_of_a_benchmark(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
