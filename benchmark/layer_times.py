@@ -2,7 +2,7 @@
 
 `python -m benchmark.layer_times RUNTIME DENSE MODEL THREADS IMGSZ SEED INTERVAL` writes one JSON line: medians per
 round of both networks, and of the segments of MODEL. A segment is what the runtime computes after one convolution up to
-and including the next one. The two take turns in short bursts, so that what the machine does meanwhile meets both
+and including the next one. The two take turns every few queries, so that what the machine does meanwhile meets both
 alike, until their ratio is known twice as well as INTERVAL asks for (width of its 95 % interval, as a share).
 
 With one thread the clock is the CPU time of that thread, which others on the machine do not lengthen by taking turns;
@@ -25,12 +25,14 @@ import numpy as np
 
 from benchmark import statistics
 
-# The other network has just used the caches: the first queries of a burst bring them back and are not counted. With
-# fewer of them small networks seem slower than `benchmark.latency` finds them, whose bursts are as long.
+# The other network has just used the caches: the first queries of a burst bring them back and are not counted. With one
+# only, small networks seemed slower on one machine than `benchmark.latency` finds them.
 LEAD_IN = 2
-BURST = 8
+# What slows a virtual machine down comes and goes within some ten queries: bursts of two, each beside one of the other
+# network, share it, longer ones do not (docs/results.md, "Latency as the target").
+BURST = 2
 WARM_UP = 3
-MIN_ROUNDS, MAX_ROUNDS = 6, 12
+MIN_ROUNDS, MAX_ROUNDS = 20, 60
 # onnxruntime fuses these into the convolution that feeds them, which then bears their name.
 _FUSED = {"Relu", "LeakyRelu", "Clip", "Sigmoid", "Tanh", "HardSigmoid", "Add"}
 
@@ -75,7 +77,7 @@ def is_enough(dense: list[float], whole: list[float], max_interval: float, seed:
 
     Half of the interval that is asked for: what narrows slowly would else stop on the first lucky draw.
 
-    >>> is_enough([8.0] * 5, [4.0] * 5, 0.05, 0), is_enough([8.0] * 6, [4.0] * 6, 0.05, 0)
+    >>> is_enough([8.0] * 19, [4.0] * 19, 0.05, 0), is_enough([8.0] * 20, [4.0] * 20, 0.05, 0)
     (False, True)
     """
     if not MIN_ROUNDS <= len(dense) < MAX_ROUNDS:
@@ -92,7 +94,7 @@ def speedup(dense: list[float], whole: list[float], seed: int) -> tuple[float, s
     >>> speedup([8.0, 8.0], [4.0, 4.0], seed=0)
     (2.0, [2.0, 2.0], 0.0)
     """
-    ratio, interval = statistics.speedup([[value] for value in dense], [[value] for value in whole], seed)
+    ratio, interval = statistics.paired_ratio(dense, whole, seed)
     return ratio, interval, (interval[1] - interval[0]) / ratio
 
 

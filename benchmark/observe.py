@@ -2,7 +2,7 @@
 
 onnxruntime on this machine and ncnn tell. The others (PyTorch, TensorRT, GPUs) are measured as a whole only.
 
-Networks take turns with the dense model in short bursts, so that what the device does meanwhile meets both alike, and
+Networks take turns with the dense model every few queries, so that what the device does meanwhile meets both alike, and
 only their ratio counts. A device that counts instructions needs no turns, because its counts repeat.
 """
 
@@ -13,7 +13,7 @@ import subprocess
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from benchmark import programs, sites
@@ -148,7 +148,7 @@ def _by_workers(site: Site, dense: Path, model: Path, wanted: Wanted, known: dic
     def sample(worker: sites.Worker) -> float:
         answer, _ = worker.ask({"queries": 1 if counted else LEAD_IN + BURST})
         found = answer["instructions"] if counted else answer["samples_ms"][LEAD_IN:]
-        return float(sorted(found)[len(found) // 2])
+        return float(median(found))
 
     with sites.worker(site, wanted.runtime, model, **options) as mine:
         facts = mine.receive()[0]["facts"]

@@ -65,6 +65,28 @@ def speedup(baseline_ms: Rounds, model_ms: Rounds, seed: int) -> tuple[float, In
     return ratio(range(len(pairs))), [float(low), float(high)]
 
 
+def paired_ratio(baseline: Sequence[float], model: Sequence[float], seed: int) -> tuple[float, Interval]:
+    """Return the median of baseline divided by model, pair by pair, and its 95 % interval.
+
+    Where the two of a pair were measured within a moment, each ratio is free of what the machine did at that moment,
+    and of a few pairs that were disturbed half way a median takes no notice.
+
+    Args:
+        baseline, model: one value of each for each pair.
+
+    >>> paired_ratio([4.0, 8.0, 40.0], [2.0, 4.0, 5.0], seed=0)[0]
+    2.0
+
+    Raises:
+        ValueError: they are not as many.
+    """
+    if len(baseline) != len(model):
+        raise ValueError(f"{len(baseline)} values of the baseline do not pair with {len(model)} of the model")
+    ratios = np.asarray(baseline, dtype=np.float64) / np.asarray(model, dtype=np.float64)
+    low, high = np.percentile(np.median(ratios[_draws(len(ratios), seed)], axis=1), _TAILS)
+    return float(np.median(ratios)), [float(low), float(high)]
+
+
 def unpaired_speedup(baseline: Rounds, model: Rounds, seed: int) -> tuple[float, Interval]:
     """Return p50 of the baseline divided by p50 of the model, and its 95 % interval, of two separate measurements.
 
