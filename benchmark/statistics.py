@@ -7,7 +7,7 @@ from single queries, or from rounds as if they were independent, would be too na
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -15,6 +15,7 @@ RESAMPLES = 1000
 LEVEL = 0.95
 PLATEAU_TOLERANCE = 0.03
 PLATEAU_WINDOWS = 3
+_AT_ONCE = 2**20  # samples of resamples that are sorted together: 8 MB
 _NAMES: tuple[str, ...] = ("p50_ms", "p90_ms", "p99_ms", "mean_ms")
 _TAILS = (50 * (1 - LEVEL), 100 - 50 * (1 - LEVEL))
 
@@ -30,11 +31,9 @@ def summarise(rounds_ms: Rounds, seed: int) -> tuple[dict[str, float], dict[str,
     >>> summarise([[1.0, 2.0], [3.0, 4.0]], seed=0)[0]["p50_ms"]
     2.5
     """
-    rounds = [np.asarray(samples, dtype=np.float64) for samples in rounds_ms]
-    drawn = _draws(len(rounds), seed)
-    resampled = np.array([_statistics(np.concatenate([rounds[i] for i in draw])) for draw in drawn])
+    resampled = _resampled(rounds_ms, _draws(len(rounds_ms), seed), _statistics)
     low, high = np.percentile(resampled, _TAILS, axis=0)
-    values = dict(zip(_NAMES, _statistics(np.concatenate(rounds)).tolist(), strict=True))
+    values = dict(zip(_NAMES, _statistics(_flat(rounds_ms)[None])[0].tolist(), strict=True))
     return values, {name: [float(a), float(b)] for name, a, b in zip(_NAMES, low, high, strict=True)}
 
 
@@ -52,17 +51,9 @@ def speedup(baseline_ms: Rounds, model_ms: Rounds, seed: int) -> tuple[float, In
     """
     if len(baseline_ms) != len(model_ms):
         raise ValueError(f"{len(baseline_ms)} rounds of the baseline do not pair with {len(model_ms)} of the model")
-    pairs = [
-        (np.asarray(baseline, dtype=np.float64), np.asarray(model, dtype=np.float64))
-        for baseline, model in zip(baseline_ms, model_ms, strict=True)
-    ]
-
-    def ratio(draw: Sequence[int] | np.ndarray) -> float:
-        baseline, model = (np.concatenate([pairs[i][side] for i in draw]) for side in (0, 1))
-        return float(np.median(baseline) / np.median(model))
-
-    low, high = np.percentile([ratio(draw) for draw in _draws(len(pairs), seed)], _TAILS)
-    return ratio(range(len(pairs))), [float(low), float(high)]
+    draws = _draws(len(baseline_ms), seed)
+    low, high = np.percentile(_resampled(baseline_ms, draws, _medians) / _resampled(model_ms, draws, _medians), _TAILS)
+    return float(np.median(_flat(baseline_ms)) / np.median(_flat(model_ms))), [float(low), float(high)]
 
 
 def paired_ratio(baseline: Sequence[float], model: Sequence[float], seed: int) -> tuple[float, Interval]:
@@ -96,15 +87,10 @@ def unpaired_speedup(baseline: Rounds, model: Rounds, seed: int) -> tuple[float,
     >>> unpaired_speedup([[4.0, 4.0], [4.0]], [[2.0, 2.0]], seed=0)
     (2.0, [2.0, 2.0])
     """
-
-    def medians(rounds: Rounds, seed: int) -> tuple[float, np.ndarray]:
-        parts = [np.asarray(samples, dtype=np.float64) for samples in rounds]
-        drawn = [np.median(np.concatenate([parts[i] for i in draw])) for draw in _draws(len(parts), seed)]
-        return float(np.median(np.concatenate(parts))), np.array(drawn)
-
-    (first, firsts), (second, seconds) = medians(baseline, seed), medians(model, seed + 1)
+    firsts = _resampled(baseline, _draws(len(baseline), seed), _medians)
+    seconds = _resampled(model, _draws(len(model), seed + 1), _medians)
     low, high = np.percentile(firsts / seconds, _TAILS)
-    return first / second, [float(low), float(high)]
+    return float(np.median(_flat(baseline)) / np.median(_flat(model))), [float(low), float(high)]
 
 
 def on_plateau(medians_ms: Sequence[float]) -> bool:
@@ -141,5 +127,27 @@ def _draws(rounds: int, seed: int) -> np.ndarray:
     return ((starts + np.arange(length)) % rounds).reshape(RESAMPLES, -1)[:, :rounds]
 
 
+def _resampled(rounds: Rounds, draws: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Return the statistic of each resample, shape (resamples, …).
+
+    Args:
+        draws: as `_draws` returns them.
+        statistic: of samples of shape (resamples, queries), along the queries.
+    """
+    if len({len(samples) for samples in rounds}) > 1:
+        return np.concatenate([statistic(_flat([rounds[i] for i in draw])[None]) for draw in draws])
+    samples = np.asarray(rounds, dtype=np.float64)
+    parts = -(-draws.size * samples.shape[1] // _AT_ONCE)
+    return np.concatenate([statistic(samples[part].reshape(len(part), -1)) for part in np.array_split(draws, parts)])
+
+
+def _flat(rounds: Rounds) -> np.ndarray:
+    return np.concatenate([np.asarray(samples, dtype=np.float64) for samples in rounds])
+
+
+def _medians(samples_ms: np.ndarray) -> np.ndarray:
+    return np.median(samples_ms, axis=1)
+
+
 def _statistics(samples_ms: np.ndarray) -> np.ndarray:
-    return np.append(np.percentile(samples_ms, (50, 90, 99)), samples_ms.mean())
+    return np.column_stack([*np.percentile(samples_ms, (50, 90, 99), axis=1), samples_ms.mean(axis=1)])
