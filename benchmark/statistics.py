@@ -137,7 +137,7 @@ def _resampled(rounds: Rounds, draws: np.ndarray, statistic: Callable[[np.ndarra
     if len({len(samples) for samples in rounds}) > 1:
         return np.concatenate([statistic(_flat([rounds[i] for i in draw])[None]) for draw in draws])
     samples = np.asarray(rounds, dtype=np.float64)
-    parts = -(-draws.size * samples.shape[1] // _AT_ONCE)
+    parts = 1 + draws.size * samples.shape[1] // _AT_ONCE
     return np.concatenate([statistic(samples[part].reshape(len(part), -1)) for part in np.array_split(draws, parts)])
 
 
