@@ -28,8 +28,8 @@ from benchmark import statistics
 # The other network has just used the caches: the first queries of a burst bring them back and are not counted. With one
 # only, small networks seemed slower on one machine than `benchmark.latency` finds them.
 LEAD_IN = 2
-# What slows a virtual machine down comes and goes within some ten queries: bursts of two, each beside one of the other
-# network, share it, longer ones do not (docs/results.md, "Latency as the target").
+# What slows a virtual machine down comes and goes fast: bursts of two, each beside one of the other network, share it,
+# longer ones do less (docs/results.md, "How long a burst should be").
 BURST = 2
 WARM_UP = 3
 MIN_ROUNDS, MAX_ROUNDS = 20, 60
@@ -66,7 +66,7 @@ def measure(
     record: dict[str, list[float]] = {"dense": [], "whole": []}
     while not is_enough(record["dense"], record["whole"], max_interval, seed):
         for name, query in (("dense", reference.run), ("whole", network.run)):
-            record[name].append(_burst(query, clock))
+            record[name].append(burst_ms(query, clock))
         network.burst_by_layer()
     segments = [{"name": s.name, "shape": s.shape, "cost": round(s.cost, 6)} for s in network.segments()]
     return {**record, "segments": segments, "version": reference.version, "precision": reference.precision}
@@ -98,13 +98,21 @@ def speedup(dense: list[float], whole: list[float], seed: int) -> tuple[float, s
     return ratio, interval, (interval[1] - interval[0]) / ratio
 
 
-def _burst(query: Callable[[], object], clock: Callable[[], int]) -> float:
+def burst_ms(
+    query: Callable[[], object], clock: Callable[[], int], lead_in: int = LEAD_IN, counted: int = BURST
+) -> float:
+    """Return the median time of the queries of a burst that count, in ms.
+
+    Args:
+        clock: ns of the time that counts.
+        lead_in: queries before them that do not.
+    """
     samples = []
-    for _ in range(LEAD_IN + BURST):
+    for _ in range(lead_in + counted):
         start = clock()
         query()
         samples.append((clock() - start) / 1e6)
-    return round(median(samples[LEAD_IN:]), 5)
+    return round(median(samples[lead_in:]), 5)
 
 
 class _Network:

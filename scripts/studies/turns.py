@@ -14,32 +14,22 @@ import importlib
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 
 from benchmark import statistics, system
+from benchmark.layer_times import burst_ms
 from compress import manifest
 
 LENGTHS = ((2, 16), (2, 8), (2, 4), (2, 2), (1, 2), (1, 1))  # queries that do not count, queries that do
-
-
-def burst_ms(query: Callable[[], object], lead_in: int, counted: int) -> float:
-    """Return the median CPU time of the queries that count, in ms."""
-    samples = []
-    for _ in range(lead_in + counted):
-        start = time.thread_time_ns()
-        query()
-        samples.append((time.thread_time_ns() - start) / 1e6)
-    return median(samples[lead_in:])
 
 
 def take_turns(queries: list[Callable[[], object]], lead_in: int, counted: int, seconds: float) -> dict[str, Any]:
     """Let two models take turns and return what each estimate makes of it."""
     rounds, end = [], time.monotonic() + seconds
     while time.monotonic() < end or len(rounds) < 2:
-        rounds.append([burst_ms(query, lead_in, counted) for query in queries])
+        rounds.append([burst_ms(query, time.thread_time_ns, lead_in, counted) for query in queries])
     first, second = np.array(rounds).T
     of_medians, wide = statistics.speedup([[value] for value in first], [[value] for value in second], seed=0)
     of_pairs, narrow = statistics.paired_ratio(first, second, seed=0)
