@@ -69,9 +69,9 @@ def measure(
 
     Returns:
         `cells` (per model and runtime: percentiles in ms with 95 % intervals, all samples in ms per round, memory,
-        cold start; or, where `unit` is instructions, those of each query), `comparisons` (per runtime: speed-up of
-        p50 over the first model, 95 % interval), `device`, `protocol`, `noisy` and, if so, the reasons in `noise`;
-        `measured_at`, when it began, UTC.
+        cold start; or, where `unit` is instructions, those of each query), `comparisons` (per runtime: median of the
+        rounds' speed-ups over the first model, 95 % interval), `device`, `protocol`, `noisy` and, if so, the reasons in
+        `noise`; `measured_at`, when it began, UTC.
 
     Raises:
         BenchmarkError: an unknown mode or runtime, a file that is missing, a model that cannot be run or returns

@@ -94,7 +94,7 @@ def speedup(dense: list[float], whole: list[float], seed: int) -> tuple[float, s
     >>> speedup([8.0, 8.0], [4.0, 4.0], seed=0)
     (2.0, [2.0, 2.0], 0.0)
     """
-    ratio, interval = statistics.paired_ratio(dense, whole, seed)
+    ratio, interval = statistics.speedup([[ms] for ms in dense], [[ms] for ms in whole], seed)
     return ratio, interval, (interval[1] - interval[0]) / ratio
 
 

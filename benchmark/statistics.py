@@ -31,50 +31,35 @@ def summarise(rounds_ms: Rounds, seed: int) -> tuple[dict[str, float], dict[str,
     >>> summarise([[1.0, 2.0], [3.0, 4.0]], seed=0)[0]["p50_ms"]
     2.5
     """
-    resampled = _resampled(rounds_ms, _draws(len(rounds_ms), seed), _statistics)
+    resampled = _resampled(rounds_ms, block_draws(len(rounds_ms), seed), _statistics)
     low, high = np.percentile(resampled, _TAILS, axis=0)
     values = dict(zip(_NAMES, _statistics(_flat(rounds_ms)[None])[0].tolist(), strict=True))
     return values, {name: [float(a), float(b)] for name, a, b in zip(_NAMES, low, high, strict=True)}
 
 
 def speedup(baseline_ms: Rounds, model_ms: Rounds, seed: int) -> tuple[float, Interval]:
-    """Return p50 of the baseline divided by p50 of the model, and its 95 % interval from a paired bootstrap.
+    """Return the median, over the rounds, of p50 of the baseline divided by p50 of the model; and its 95 % interval.
 
-    The i-th rounds of both were measured next to each other: they are drawn together, so that what slowed both down
-    at that moment cancels out.
+    The i-th rounds of both were measured next to each other, so each ratio is free of what the machine did at that
+    moment, and of a few rounds that were disturbed half way a median takes no notice. The ratio of the two p50s of
+    all queries, which may come from different moments, is known half as well (docs/results.md, "How long a burst
+    should be").
 
-    >>> speedup([[4.0, 4.0], [8.0, 8.0]], [[2.0, 2.0], [4.0, 4.0]], seed=0)
-    (2.0, [2.0, 2.0])
+    Args:
+        baseline_ms, model_ms: the times of each round; any unit does.
+
+    >>> speedup([[4.0, 4.0], [8.0], [40.0]], [[2.0, 2.0], [4.0], [5.0]], seed=0)[0]
+    2.0
 
     Raises:
         ValueError: the two were not measured in the same number of rounds.
     """
     if len(baseline_ms) != len(model_ms):
         raise ValueError(f"{len(baseline_ms)} rounds of the baseline do not pair with {len(model_ms)} of the model")
-    draws = _draws(len(baseline_ms), seed)
-    low, high = np.percentile(_resampled(baseline_ms, draws, _medians) / _resampled(model_ms, draws, _medians), _TAILS)
-    return float(np.median(_flat(baseline_ms)) / np.median(_flat(model_ms))), [float(low), float(high)]
-
-
-def paired_ratio(baseline: Sequence[float], model: Sequence[float], seed: int) -> tuple[float, Interval]:
-    """Return the median of baseline divided by model, pair by pair, and its 95 % interval.
-
-    Where the two of a pair were measured within a moment, each ratio is free of what the machine did at that moment,
-    and of a few pairs that were disturbed half way a median takes no notice.
-
-    Args:
-        baseline, model: one value of each for each pair.
-
-    >>> paired_ratio([4.0, 8.0, 40.0], [2.0, 4.0, 5.0], seed=0)[0]
-    2.0
-
-    Raises:
-        ValueError: they are not as many.
-    """
-    if len(baseline) != len(model):
-        raise ValueError(f"{len(baseline)} values of the baseline do not pair with {len(model)} of the model")
-    ratios = np.asarray(baseline, dtype=np.float64) / np.asarray(model, dtype=np.float64)
-    low, high = np.percentile(np.median(ratios[_draws(len(ratios), seed)], axis=1), _TAILS)
+    ratios = np.array(
+        [np.median(first) / np.median(second) for first, second in zip(baseline_ms, model_ms, strict=True)]
+    )
+    low, high = np.percentile(np.median(ratios[block_draws(len(ratios), seed)], axis=1), _TAILS)
     return float(np.median(ratios)), [float(low), float(high)]
 
 
@@ -87,8 +72,8 @@ def unpaired_speedup(baseline: Rounds, model: Rounds, seed: int) -> tuple[float,
     >>> unpaired_speedup([[4.0, 4.0], [4.0]], [[2.0, 2.0]], seed=0)
     (2.0, [2.0, 2.0])
     """
-    firsts = _resampled(baseline, _draws(len(baseline), seed), _medians)
-    seconds = _resampled(model, _draws(len(model), seed + 1), _medians)
+    firsts = _resampled(baseline, block_draws(len(baseline), seed), _medians)
+    seconds = _resampled(model, block_draws(len(model), seed + 1), _medians)
     low, high = np.percentile(firsts / seconds, _TAILS)
     return float(np.median(_flat(baseline)) / np.median(_flat(model))), [float(low), float(high)]
 
@@ -116,7 +101,7 @@ def drift(rounds_ms: Rounds) -> float | None:
     return float(np.median(last) / np.median(first))
 
 
-def _draws(rounds: int, seed: int) -> np.ndarray:
+def block_draws(rounds: int, seed: int) -> np.ndarray:
     """Return the rounds of each resample, shape (RESAMPLES, rounds): blocks of neighbours, the last next to the first.
 
     Blocks hold about rounds^(1/3) (circular block bootstrap, Politis and Romano 1992; length after Hall, Horowitz and
