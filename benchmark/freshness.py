@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,33 +10,44 @@ from benchmark import runtimes, system
 from compress import manifest
 
 
-def outdated_record(record: dict[str, Any], stage: Path, gpu: str | None = None) -> str | None:
+def outdated_record(record: dict[str, Any], stage: Path) -> str | None:
     """Return why a latency record of this machine no longer speaks of it; null where it does.
 
     Args:
         stage: the folder of the finished stage that holds it.
-        gpu: as for `outdated`.
     """
     tools = manifest.read_json(stage / manifest.MANIFEST).get("tools", {})
-    return outdated(record["device"]["cpu"], tools, [cell["runtime"] for cell in record["cells"]], gpu)
+    measured = [cell["runtime"] for cell in record["cells"]]
+    return outdated(processor(record["device"], measured), tools, measured)
 
 
-def outdated(cpu: str | None, tools: Mapping[str, str], measured: Iterable[str], gpu: str | None = None) -> str | None:
+def outdated(before: str | None, tools: Mapping[str, str], measured: Collection[str]) -> str | None:
     """Return why a measurement of this machine no longer speaks of it; null where it does.
 
     Args:
-        cpu: on which it was measured, as `system.device` says.
+        before: the `processor` on which it was measured.
         tools: versions that were installed then, see `manifest.tool_versions`.
         measured: runtimes, or variants of them.
-        gpu: on which it was measured; null where none was, or none is known.
     """
-    here = system.device()
-    for before, now in ((cpu, here["cpu"]), (gpu or here["gpu"], here["gpu"])):
-        if before != now:
-            return f"was measured on {before}, this is {now}"
+    if before != (now := processor(system.device(), measured)):
+        return f"was measured on {before}, this is {now}"
     installed = manifest.tool_versions()
     for name in sorted({runtimes.base(runtime) for runtime in measured}):
         before, now = tools.get(name), installed.get(name)
         if before and before != now:
             return f"was measured in {name} {before}, {now} is installed"
     return None
+
+
+def processor(device: Mapping[str, Any], measured: Iterable[str]) -> str | None:
+    """Return what decides how fast runtimes are: the CPU, and before it the GPU where one of them computes on that.
+
+    Args:
+        device: as `system.device` describes it.
+        measured: runtimes, or variants of them.
+
+    >>> processor({"cpu": "EPYC", "gpu": "NVIDIA L4"}, ["onnxruntime-cuda"])
+    'NVIDIA L4 on EPYC'
+    """
+    cpu, gpu = device["cpu"], device.get("gpu")
+    return f"{gpu} on {cpu}" if gpu and any(map(runtimes.on_gpu, measured)) else cpu

@@ -286,7 +286,7 @@ def _outdated(record: dict[str, Any], output: Path, device: Device) -> str | Non
     """Return why a record of this machine no longer speaks of it; null where it does, and for any other device."""
     if device.transport != "local":
         return None
-    return freshness.outdated_record(record, output, record["device"].get("gpu") if device.name != "cpu" else None)
+    return freshness.outdated_record(record, output)
 
 
 def _layers_remark(record: dict[str, Any], output: Path) -> str:

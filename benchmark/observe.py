@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from benchmark import programs, sites
+from benchmark import freshness, programs, sites
 from benchmark.layer_times import BURST, LEAD_IN, RUNTIMES, is_enough, join, ncnn_shapes, speedup
 from benchmark.sites import Site
 from compress.devices import Device, check_runtime, load_device
@@ -82,9 +82,9 @@ def reach(wanted: Wanted) -> AbstractContextManager[Site]:
     return sites.open_site(wanted.site, wanted.host, wanted.python, [wanted.runtime], put_packages=wanted.bootstrap)
 
 
-def machine(site: Site) -> str | None:
-    """Return what the device says about its CPU."""
-    return sites.snapshot(site)["device"]["cpu"]
+def machine(site: Site, runtime: str) -> str | None:
+    """Return what the device says about the processor that a runtime computes on."""
+    return freshness.processor(sites.snapshot(site)["device"], [runtime])
 
 
 def observe(

@@ -76,7 +76,7 @@ def profile(model: nn.Module, wanted: Wanted, output: Path | None = None) -> tup
             print(f"profile: {path} {reason}: it is measured anew, the old one is now {_set_aside(path)}")
         graph = build_graph(model, wanted.imgsz)
         with observe.reach(wanted) as site:
-            machine = observe.machine(site)
+            machine = observe.machine(site, wanted.runtime)
             points = _measure(model, graph, wanted, structure, path, site, machine)
         table = _fit(graph, points, wanted, structure, machine)
         from compress.latency.table import save_table

@@ -31,6 +31,7 @@ VARIANTS = {
     "onnxruntime-hugepages": "onnxruntime",
     "ncnn-hugepages": "ncnn",
 }
+ON_GPU = ("tensorrt", "onnxruntime-tensorrt", "ncnn-vulkan", *(name for name in VARIANTS if "-cuda" in name))
 # Of these a worker may say nothing for minutes: the first inference compiles, or an engine is built.
 BUILT_WHEN_OPENED = ("torch-compiled", "onnxruntime-tensorrt")
 # With it glibc asks Linux for pages of 2 MB. It is read when a process starts, so no runner can ask for it.
@@ -54,6 +55,11 @@ def names() -> list[str]:
 def base(runtime: str) -> str:
     """Return the runtime whose files a runtime or a variant takes: `torch-cuda` takes those of torch."""
     return VARIANTS.get(runtime, runtime)
+
+
+def on_gpu(runtime: str) -> bool:
+    """Tell whether a runtime or a variant computes on a GPU."""
+    return runtime in ON_GPU
 
 
 def runner(runtime: str) -> str:

@@ -60,7 +60,7 @@ def plan_measured(
     target, correction = limit_of(settings, table), 1.0
     tried: list[tuple[Planned, dict[str, Any]]] = []
     with observe.reach(wanted) as site:
-        check_machine(table, path, observe.machine(site))
+        check_machine(table, path, observe.machine(site, table.runtime))
         scored = score(model, settings, imgsz, seed, data)
         while len(tried) <= MAX_REPLANS:
             try:

@@ -519,16 +519,17 @@ def test_the_gpu_is_named_where_the_driver_tells(tmp_path: Path, monkeypatch: py
 
 
 def test_another_gpu_is_another_device() -> None:
-    here = {"cpu": system.device()["cpu"], "gpu": "NVIDIA L4"}
-    record = {"device": here, "cells": []}
-    cuda = load_device("cuda")
+    here = {"cpu": "EPYC", "gpu": "NVIDIA L4"}
+    fused, plain = ({"device": here, "cells": [{"runtime": runtime}]} for runtime in ("torch-cudagraph", "torch"))
+    device = load_device("cuda")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(manifest, "read_json", lambda _: {})
         patch.setattr(system, "device", lambda: {**here, "gpu": "NVIDIA A10"})
-        assert latency._outdated(record, Path(), cuda) == "was measured on NVIDIA L4, this is NVIDIA A10"
-        assert latency._outdated(record, Path(), load_device("cpu")) is None
+        now = "was measured on NVIDIA L4 on EPYC, this is NVIDIA A10 on EPYC"
+        assert latency._outdated(fused, Path(), device) == now
+        assert latency._outdated(plain, Path(), device) is None
         patch.setattr(system, "device", lambda: here)
-        assert latency._outdated(record, Path(), cuda) is None
+        assert latency._outdated(fused, Path(), device) is None
 
 
 def test_command_line_takes_several_models_after_one_option(
