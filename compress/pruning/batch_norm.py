@@ -16,7 +16,8 @@ def recalibrate_batch_norm(model: nn.Module, images: list[Path], imgsz: int) -> 
     averages over all given images are taken (Li et al., "EagleEye", ECCV 2020, adaptive batch normalization).
 
     Args:
-        images: image files, a few hundred of the training split; a last batch of a single image is left out.
+        images: image files, a few hundred of the training split; a last batch of a single image is left out, and one
+            image alone is taken twice: maps of one pixel have no variance in it.
         imgsz: side of the square that they are letterboxed into, for a classifier cut to.
     """
     import torch
@@ -31,8 +32,7 @@ def recalibrate_batch_norm(model: nn.Module, images: list[Path], imgsz: int) -> 
         norm.reset_running_stats()
         norm.momentum = None  # a plain average over all batches
         norm.train()
-    alone = len(images) % BATCH == 1 and len(images) > 1
-    used = images[:-1] if alone else images
+    used = images * 2 if len(images) == 1 else images[:-1] if len(images) % BATCH == 1 else images
     with torch.inference_mode():
         for batch in batches(model, used, imgsz, "batch-norm statistics"):
             model(batch)
