@@ -166,6 +166,10 @@ def main(
     ] = None,
     device: Annotated[str, typer.Option(help="with a latency table: where the model will run")] = "cpu",
     host: Annotated[str | None, typer.Option(help="with --device: \\[user@]host[:port], or a serial of adb")] = None,
+    python: Annotated[str | None, typer.Option(help="with --device: interpreter on it")] = None,
+    bootstrap: Annotated[
+        bool, typer.Option("--bootstrap", help="with --device: put missing packages into a folder there")
+    ] = False,
     runtime: Annotated[str | None, typer.Option(help="with --device: one that it has; its first one")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="with --device: of the runtime; its own")] = None,
     table: Annotated[Path | None, typer.Option(help="latency table, if not where benchmark.profile puts it")] = None,
@@ -196,8 +200,8 @@ def main(
     amount = {"percent": percent, "macs": macs, "params": params, "latency": latency, "speedup": speedup}
     amount |= {"keep_importance": keep_importance}
     by_latency = front or any(amount[name] is not None for name in LATENCY_TARGETS)
-    where = {"device": device if device != "cpu" else None, "host": host, "runtime": runtime}
-    where |= {"threads": threads, "table": table}
+    where = {"device": device if device != "cpu" else None, "host": host, "python": python, "runtime": runtime}
+    where |= {"threads": threads, "table": table, "bootstrap": bootstrap or None}
     if front is not None and (asked := _first_given(amount)):
         raise SettingsError(f"--front draws what all latencies cost: leave out --{asked.replace('_', '-')}")
     if front is not None and dry_run:
@@ -211,7 +215,8 @@ def main(
     if front is not None:
         amount["speedup"] = 2.0  # only its table is read
     content = {key: value for key, value in amount.items() if value is not None}
-    content |= {"device": device, "host": host, "runtime": runtime, "threads": threads}
+    content |= {"device": device, "host": host, "python": python, "bootstrap": bootstrap}
+    content |= {"runtime": runtime, "threads": threads}
     content |= {"memory": memory} if memory is not None else {}
     content |= {"table": str(table) if table else None, "sensitivity": str(sensitivity) if sensitivity else None}
     content |= {"fold": fold, "recalibrate_images": recalibrate_images, "reconstruct_images": reconstruct_images}

@@ -124,14 +124,11 @@ def score_val(model: Path, data: Path, imgsz: int) -> float:
 
 def tabulate(model: Any, settings: Run) -> None:
     """Make the latency table of a model's structure, where it is not there yet. Latency does not depend on weights."""
-    from benchmark.observe import Wanted
     from benchmark.profile import profile
-    from compress.latency.plan import place
+    from compress.latency.measured import wanted_of
 
     cut = settings.prune
-    _, runtime, threads = place(cut)
-    wanted = Wanted(runtime, settings.imgsz, cut.budget, cut.device, threads, cut.host)
-    profile(model, wanted, Path(cut.table) if cut.table else None)
+    profile(model, wanted_of(cut, settings.imgsz), Path(cut.table) if cut.table else None)
 
 
 def _check_tensorrt(settings: ExportTrt) -> None:

@@ -55,8 +55,7 @@ def plan_measured(
     from benchmark import observe
 
     table, path = find_table(settings, imgsz, checkpoint.structure_hash(model), source)
-    _, runtime, threads = place(settings)
-    wanted = observe.Wanted(runtime, imgsz, settings.budget, settings.device, threads, settings.host, seed=seed)
+    wanted = wanted_of(settings, imgsz, seed)
     target, correction = limit_of(settings, table), 1.0
     tried: list[tuple[Planned, dict[str, Any]]] = []
     with observe.reach(wanted) as site:
@@ -93,6 +92,28 @@ def plan_measured(
             "benchmark.profile more --variants and a new --output for a better table"
         )
     return best, [{**record, "used": record is used} for _, record in tried]
+
+
+def wanted_of(settings: Prune, imgsz: int, seed: int = 0) -> Wanted:
+    """Return what is measured, and how its device is reached, where a cut is asked for by latency.
+
+    Raises:
+        SettingsError: there is no such device, or it does not run the runtime.
+    """
+    from benchmark.observe import Wanted
+
+    _, runtime, threads = place(settings)
+    return Wanted(
+        runtime,
+        imgsz,
+        settings.budget,
+        settings.device,
+        threads,
+        settings.host,
+        settings.python,
+        settings.bootstrap,
+        seed=seed,
+    )
 
 
 def _is_worth_measuring(planned: Planned, tried: list[tuple[Planned, dict[str, Any]]], target: float) -> bool:

@@ -84,6 +84,7 @@ def find_table(settings: Prune, imgsz: int, structure: str, model: str = "MODEL"
             f"--device {settings.device} --runtime {runtime} --imgsz {imgsz} --threads {threads} "
             f"{_rules(settings.budget)}"
             + (f" --host {settings.host}" if settings.host else "")
+            + (f" --python {settings.python}" if settings.python else "")
             + (f" --output {path}" if settings.table else "")
         )
     table = latency_table.load_table(path)

@@ -138,6 +138,7 @@ def _such_as(pattern: str, example: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+_OF_TABLE = ("runtime", "threads", "table")
 _REPAIRS = ("fold", "recalibrate_images", "reconstruct_images")
 _OF_LATENCY = " or ".join(", ".join(LATENCY_TARGETS).rsplit(", ", 1))
 
@@ -168,6 +169,13 @@ class Prune(Strict):
     )
     device: str = Field(default="cpu", description="of a target of latency: where the model will run")
     host: str | None = Field(default=None, description="of a target of latency: how the device is reached")
+    # Excluded: by which interpreter a latency was measured makes no other cut, and finished stages stay valid.
+    python: str | None = Field(
+        default=None, exclude=True, description="of a target of latency: interpreter on the device"
+    )
+    bootstrap: bool = Field(
+        default=False, exclude=True, description="of a target of latency: put missing packages into a folder there"
+    )
     runtime: Runtime | Variant | None = Field(
         default=None, description="of a target of latency; the device's first one"
     )
@@ -195,7 +203,7 @@ class Prune(Strict):
             raise ValueError(f"exactly one of {', '.join(TARGETS)} is needed, got {', '.join(given) or 'none'}")
         if self.memory is not None and not self.by_latency:
             raise ValueError(f"memory goes with {_OF_LATENCY}")
-        place = {name: getattr(self, name) for name in ("host", "runtime", "threads", "table")}
+        place = {name: getattr(self, name) or None for name in ("host", "python", "bootstrap", *_OF_TABLE)}
         place["device"] = self.device if self.device != "cpu" else None
         if not self.by_latency and (asked := [name for name, value in place.items() if value is not None]):
             raise ValueError(

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from compress.errors import SettingsError
+from compress.latency.measured import wanted_of
 from compress.settings import (
     Budget,
     Export,
@@ -128,6 +129,13 @@ def test_exactly_one_target(given: dict[str, float], named: str) -> None:
     assert text == f"run.yaml: prune: exactly one of {targets} is needed, {named}"
 
 
+def test_how_a_device_is_reached_does_not_tell_two_cuts_apart() -> None:
+    asked = Prune(speedup=2.0, device="rpi5", host="pi", python="venv/bin/python", bootstrap=True)
+    wanted = wanted_of(asked, 320)
+    assert (wanted.host, wanted.python, wanted.bootstrap) == ("pi", "venv/bin/python", True)
+    assert asked.model_dump() == Prune(speedup=2.0, device="rpi5", host="pi").model_dump()
+
+
 @pytest.mark.parametrize(
     ("given", "named"),
     [
@@ -135,6 +143,10 @@ def test_exactly_one_target(given: dict[str, float], named: str) -> None:
         (
             {"percent": 0.5, "threads": 2, "table": "t.json"},
             "threads, table: only with latency, speedup or keep_importance",
+        ),
+        (
+            {"macs": 0.5, "device": "rpi5", "python": "venv/bin/python", "bootstrap": True},
+            "python, bootstrap, device: only with latency, speedup or keep_importance",
         ),
     ],
 )

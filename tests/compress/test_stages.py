@@ -617,6 +617,7 @@ def test_a_mistake_is_one_line_and_nothing_is_begun(
             ["--macs", "0.5", "--threads", "2"],
             "--threads goes with --latency, --speedup, --keep-importance or --front",
         ),
+        (prune.app, ["--macs", "0.5", "--python", "python3.11"], "--python goes with --latency, --speedup, --keep-imp"),
         (prune.app, ["--macs", "0.5", "--device", "rpi5"], "the widths that rpi5 likes are --budget rpi5"),
         (sparsify.app, ["--sr", "inf"], "sr: Input should be a finite number"),
         (sparsify.app, ["--share", "0.5"], "share goes with sr: auto, sr is 0.0001"),
