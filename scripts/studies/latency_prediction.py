@@ -273,6 +273,7 @@ def study(case: Case, plans: int, folder: Path) -> dict[str, Any]:
         for name in ("error", "error_beside_dense")
         for values in [np.abs([row[name] for row in random_plans])]
     }
+    dense = float(case.latency(case.graph.widths))
     return {
         "model": case.name,
         "runtime": case.runtime,
@@ -282,12 +283,16 @@ def study(case: Case, plans: int, folder: Path) -> dict[str, Any]:
         "targets": meet_targets(case, folder),
         "half_macs": half_macs(case, folder / "half"),
         "best_realised_at_half_macs": best_realised(case),
+        "share_that_no_width_changes": round(float(case.latency.terms[:, 0].sum() + case.latency.offset) / dense, 4),
         "kept_at_equal_latency": compare_choices(case),
     }
 
 
 def plot(cases: list[dict[str, Any]], path: Path) -> None:
-    """Draw predicted over measured latency of random plans and of plans for a target, on equal axes."""
+    """Draw predicted over measured latency of random plans and of plans for a target, as shares of the dense model's.
+
+    As shares, since on another day the whole machine may be faster or slower than when the table was made.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -297,7 +302,8 @@ def plot(cases: list[dict[str, Any]], path: Path) -> None:
     for axes, case in zip(panels, cases, strict=True):
         points = case["random_plans"]
         met = [row["measured"] for row in case["targets"] if "measured" in row]
-        most = 1.05 * max(p[key] for p in [*points, *met] for key in ("measured_ms", "predicted_ms"))
+        dense_ms = case["table"]["dense"]
+        most = 1.05 * max(max(1 / p["speedup"], p["predicted_ms"] / dense_ms) for p in [*points, *met])
         axes.fill_between(
             [0, most], [0, 0.95 * most], [0, 1.05 * most], color="#dde3df", label="within 5 %", linewidth=0
         )
@@ -306,14 +312,15 @@ def plot(cases: list[dict[str, Any]], path: Path) -> None:
             (points, "o", "#2a7fd4", "random widths"),
             (met, "s", "#d2691e", "plan for a target"),
         ):
-            place = [[p[key] for p in found] for key in ("measured_ms", "predicted_ms")]
-            axes.plot(
-                *place, sign, markersize=5, color=colour, markeredgecolor="white", markeredgewidth=0.5, label=label
-            )
+            measured, predicted = [1 / p["speedup"] for p in found], [p["predicted_ms"] / dense_ms for p in found]
+            look = {"markersize": 5, "color": colour, "markeredgecolor": "white", "markeredgewidth": 0.5}
+            axes.plot(measured, predicted, sign, label=label, **look)
         axes.set_title(f"{case['model']}, {case['runtime']}", fontsize=10, loc="left")
-        axes.set(xlabel="measured p50, ms", xlim=(0, most), ylim=(0, most), aspect="equal")
+        axes.set(xlabel="measured share of the dense latency", xlim=(0, most), ylim=(0, most), aspect="equal")
+        axes.xaxis.set_major_formatter("{x:.0%}")
+        axes.yaxis.set_major_formatter("{x:.0%}")
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("predicted, ms")
+    panels[0].set_ylabel("predicted share")
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9
     )
