@@ -112,7 +112,7 @@ class Sparse(Planned):
         decided: list[Any] = [0.0, None]
         if RANK in (-1, 0) and self.epoch >= (watched := self.steering.watched(self.epochs)):
             if self.steering.units is None and self.penalty.watched:  # a resumed training watches one epoch more
-                units = self.penalty.least(self.share)
+                units = self.penalty.least(self.steering.pulled(self.share))
                 self.steering.choose(units.nonzero().flatten().tolist(), self.penalty.values(units))
             pulls = [full * schedule(epoch) for epoch in range(watched, self.epochs)]
             if self.steering.units is not None:

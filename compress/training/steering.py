@@ -183,6 +183,15 @@ class Steering:
         write_json(self.path, {**course, "epochs": [asdict(epoch) for epoch in self.history]})
 
     @staticmethod
+    def pulled(share: float) -> float:
+        """Return which share of the γ is pulled for a share of them to be near zero: those that may hold out, too.
+
+        >>> Steering.pulled(0.475)
+        0.5
+        """
+        return min(share / LARGEST, 1.0)
+
+    @staticmethod
     def watched(epochs: int) -> int:
         """Return how many epochs pass before anything is pulled; at least one, as there is nothing to go by else."""
         return max(1, round(WATCH * epochs))

@@ -75,7 +75,7 @@ def test_it_steers_a_simulated_training_to_its_share(tmp_path: Path, resistance:
     """γ of 1000 channels, of which the loss holds each back by up to `resistance` of the pull."""
     generator = np.random.default_rng(0)
     gammas = generator.uniform(0.5, 1.5, 1000)
-    pulled = np.arange(1000) < share * 1000
+    pulled = np.arange(1000) < Steering.pulled(share) * 1000
     steering = Steering(tmp_path, 0.05)
     watched, end = steering.watched(EPOCHS), steering.end(EPOCHS)
     assert (watched, end) == (5, 20)

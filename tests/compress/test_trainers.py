@@ -235,7 +235,7 @@ def test_the_pull_decays_over_the_epochs(sparsity) -> None:
 def test_lambda_steers_itself(sparsity, tmp_path: Path) -> None:
     """Half of the γ of 1 shall be 0.05 after 6 of 8 epochs of 4 steps of lr 1: λ = 0.95 / 24, which nothing resists."""
     model: Any = Chain()
-    trainer = sparsity(model, sr="auto", epochs=10, share=0.5)
+    trainer = sparsity(model, sr="auto", epochs=10, share=0.475)
     vars(trainer).update(lf=lambda _: 1.0, accumulate=1, fitness=0.3, world_size=1)
     trainer.args.momentum = 0.0
     for trainer.epoch in range(10):
@@ -260,7 +260,7 @@ def test_lambda_steers_itself(sparsity, tmp_path: Path) -> None:
 def test_a_training_that_is_resumed_before_it_has_chosen_watches_first(sparsity, tmp_path: Path) -> None:
     """Killed after the two epochs that watch: what they saw is gone, and one more is watched before any is pulled."""
     model: Any = Chain()
-    trainer = sparsity(model, sr="auto", epochs=10, share=0.5)
+    trainer = sparsity(model, sr="auto", epochs=10, share=0.475)
     vars(trainer).update(lf=lambda _: 1.0, accumulate=1, fitness=0.3, world_size=1)
     trainer.args.momentum = 0.0
     for trainer.epoch in (2, 3):
