@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from benchmark import prepare, runtimes, sites, store
+from benchmark import freshness, prepare, runtimes, sites, store, system
 from benchmark.outputs import Network
 from benchmark.worker import explain, open_model
 from compress import manifest, usable_cores
@@ -233,13 +233,22 @@ def main(
     cores = usable_cores() if target.transport == "local" else None
     wanted = prepare.request(
         target, [*model, *(more or [])], runtime=runtime, precision=precision, imgsz=imgsz, threads=threads or cores,
-        data=data, split=split, host=host, keep_outputs=keep_outputs,
+        data=data, split=split, host=host, python=python, keep_outputs=keep_outputs,
     )  # fmt: skip
-    sites.transport_of(wanted.device, host, python, bootstrap)  # a mistake there moves no earlier work aside
+    # Before anything is moved aside:
+    sites.transport_of(wanted.device, host, python, bootstrap)
+    wanted.check_outside(output)
     config = {key: value for key, value in wanted.config().items() if key != "threads"}
     parents = wanted.parents()
+    used = {own for files in wanted.models.values() for own in files}
     with manifest.lock(output):
-        if manifest.is_finished(output, STAGE, config, parents):
+        finished = manifest.is_finished(output, STAGE, config, parents)
+        if finished and target.transport == "local" and (reason := freshness.outdated_scores(output, used)):
+            kept = manifest.free_name(output)
+            output.rename(kept)
+            print(f"accuracy: {output} {reason}: it is taken anew, the old one is now {kept}")
+            finished = False
+        if finished:
             print(f"accuracy: finished before, unchanged: {output}")
             records = manifest.read_json(output / RESULT)
         else:
@@ -249,6 +258,7 @@ def main(
             records = list(scores.values())
             manifest.write_json(output / RESULT, records)
             metrics = {name: record.get("map50_95", record.get("top1")) for name, record in scores.items()}
+            metrics["processor"] = freshness.processor(system.device(), used) if target.transport == "local" else None
             manifest.finish(output, STAGE, config, parents, [RESULT], metrics)
             prepare.clean_up(output, keep_outputs)
     _print_table(records, split, wanted.imgsz)

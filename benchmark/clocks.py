@@ -25,6 +25,16 @@ _POWER = re.compile(r"\b(?:VDD_IN|POM_5V_IN) (\d+)(?:mW)?/")
 _GPU_MHZ = re.compile(r"\bGR3D_FREQ \d+%@\[?(\d+)")
 
 
+def check_lock(device: Device) -> None:
+    """Check that a device's file says how its clocks are fixed.
+
+    Raises:
+        DeviceError: it does not.
+    """
+    if not device.lock:
+        raise DeviceError(f"{device.name} has no commands that lock clocks: leave out --lock-clocks")
+
+
 @contextmanager
 def locked(device: Device, place: Transport) -> Iterator[None]:
     """Fix the device's clocks as its file says, and undo it afterwards.
@@ -32,8 +42,7 @@ def locked(device: Device, place: Transport) -> Iterator[None]:
     Raises:
         DeviceError: the device has no commands for it, or one fails.
     """
-    if not device.lock:
-        raise DeviceError(f"{device.name} has no commands that lock clocks: leave out --lock-clocks")
+    check_lock(device)
     locked = False
     try:
         for command in device.lock:

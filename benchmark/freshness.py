@@ -17,8 +17,24 @@ def outdated_record(record: dict[str, Any], stage: Path) -> str | None:
         stage: the folder of the finished stage that holds it.
     """
     tools = manifest.read_json(stage / manifest.MANIFEST).get("tools", {})
-    measured = [cell["runtime"] for cell in record["cells"]]
+    measured, before = [cell["runtime"] for cell in record["cells"]], record["device"]["cores"]
+    if before != (now := system.device()["cores"]):
+        return f"was measured on {before} cores, this machine has {now}"
     return outdated(processor(record["device"], measured), tools, measured)
+
+
+def outdated_scores(stage: Path, measured: Collection[str]) -> str | None:
+    """Return why scores that were taken on this machine are no longer those of it; null where they are.
+
+    Another processor or another version of a runtime may round otherwise; sums of 8-bit products even overflow on some.
+
+    Args:
+        stage: the folder of the finished stage that holds them.
+        measured: runtimes, or variants of them.
+    """
+    made = manifest.read_json(stage / manifest.MANIFEST)
+    before = made.get("metrics", {}).get("processor")
+    return None if before is None else outdated(before, made.get("tools", {}), measured)
 
 
 def outdated(before: str | None, tools: Mapping[str, str], measured: Collection[str]) -> str | None:
@@ -32,10 +48,11 @@ def outdated(before: str | None, tools: Mapping[str, str], measured: Collection[
     if before != (now := processor(system.device(), measured)):
         return f"was measured on {before}, this is {now}"
     installed = manifest.tool_versions()
-    for name in sorted({runtimes.base(runtime) for runtime in measured}):
+    used = {runtimes.base(runtime) for runtime in measured}
+    for name in sorted(used | ({"tensorrt_rtx"} if "tensorrt" in used else set())):
         before, now = tools.get(name), installed.get(name)
         if before and before != now:
-            return f"was measured in {name} {before}, {now} is installed"
+            return f"was measured in {name} {before}, {now or 'none'} is installed"
     return None
 
 

@@ -157,15 +157,16 @@ def diff(
 @app.command()
 def check(
     context: typer.Context,
-    latest: Annotated[bool, typer.Option("--latest", help="judge only the record that came last")] = False,
+    latest: Annotated[bool, typer.Option("--latest", help="judge only the last latencies and the last scores")] = False,
     tolerance: Annotated[float, typer.Option(min=0, help="share by which a latency may grow")] = TOLERANCE,
     map_tolerance: Annotated[float, typer.Option(min=0, help="by which a score may fall")] = MAP_TOLERANCE,
     store: Store = None,
 ) -> None:
     """Exit with 1 if the newest measurement of anything is clearly worse than the best one before it."""
     rows = stored.find(store or context.obj)
-    last = max((row.record for row in rows), default=None)
-    judged = [group for group in series(rows) if len(group) > 1 and not (latest and group[-1].record != last)]
+    # Of each kind: one command may leave two records, latencies and scores.
+    last = {kind: max(row.record for row in rows if row.kind == kind) for kind in {row.kind for row in rows}}
+    judged = [g for g in series(rows) if len(g) > 1 and not (latest and g[-1].record != last[g[-1].kind])]
     found = regressions([row for group in judged for row in group], tolerance, map_tolerance)
     for item in found:
         print(printable(_complaint(item)))

@@ -52,7 +52,7 @@ def measure(
     load: Load = SINGLE,
     layers: bool = False,
 ) -> dict[str, Any]:
-    """Measure the latency of models on a device and compare each with the first one, at equal batch.
+    """Measure the latency of models on a device and compare each with the first one in its runtime, at equal batch.
 
     Only the runtime's inference is timed: no reading, letterbox or suppression. Each query has the same noise image.
 
@@ -70,8 +70,8 @@ def measure(
     Returns:
         `cells` (per model and runtime: percentiles in ms with 95 % intervals, all samples in ms per round, memory,
         cold start; or, where `unit` is instructions, those of each query), `comparisons` (per runtime: median of the
-        rounds' speed-ups over the first model, 95 % interval), `device`, `protocol`, `noisy` and, if so, the reasons in
-        `noise`; `measured_at`, when it began, UTC.
+        rounds' speed-ups over the first model there, 95 % interval), `device`, `protocol`, `noisy` and, if so, the
+        reasons in `noise`; `measured_at`, when it began, UTC.
 
     Raises:
         BenchmarkError: an unknown mode or runtime, a file that is missing, a model that cannot be run or returns
@@ -85,10 +85,9 @@ def measure(
             runtimes.require(path)
     site = site or sites.here()
     counted = site.device.counter is not None
+    _check_load(site.device, load, lock_clocks)
     sizes = dict.fromkeys(models, imgsz) if isinstance(imgsz, int) else imgsz
     options: dict[str, Any] = {"threads": threads, "seed": seed}
-    if counted and load != SINGLE:
-        raise BenchmarkError(f"{site.device.name} counts instructions of one image: leave out --batch and --streams")
     with ExitStack() as stack:
         if lock_clocks:
             stack.enter_context(clocks.locked(site.device, site.place))
@@ -222,17 +221,21 @@ def main(
     bootstrap: Annotated[bool, typer.Option("--bootstrap", help="put missing packages into a folder there")] = False,
     lock_clocks: Annotated[bool, typer.Option("--lock-clocks", help="fix the device's clocks meanwhile")] = False,
     keep_outputs: Annotated[bool, typer.Option("--keep-outputs", help="keep what the device inferred")] = False,
-    seed: Annotated[int, typer.Option(help="of the input, the order and the bootstrap")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="of the input, the order and the bootstrap")] = 0,
 ) -> None:
-    """Measure the latency of model files side by side; the first one is what the others are compared with."""
+    """Measure the latency of model files side by side; in each runtime they are compared with the first one."""
     runtimes.known("mode", mode, MODES)
     load = Load(_batches(batch), streams)
     wanted = prepare.request(
         load_device(device), [*models, *(more or [])], runtime=runtime, precision=precision, imgsz=imgsz,
-        threads=threads, data=data, split=split, host=host, keep_outputs=keep_outputs, batches=load.batches,
+        threads=threads, data=data, split=split, host=host, python=python, keep_outputs=keep_outputs,
+        batches=load.batches,
     )  # fmt: skip
-    sites.transport_of(wanted.device, host, python, bootstrap)  # a mistake there moves no earlier work aside
     output = output or Path("runs") / STAGE / wanted.device.name
+    # Before anything is moved aside:
+    sites.transport_of(wanted.device, host, python, bootstrap)
+    wanted.check_outside(output)
+    _check_load(wanted.device, load, lock_clocks)
     config = {**wanted.config(), "mode": mode, "lock_clocks": lock_clocks, "seed": seed}
     # Only where they were asked for: what was measured without them stays finished.
     asked = {
@@ -280,6 +283,14 @@ def main(
     rows = [row for name in (RESULT, ACCURACY) if (output / name).is_file() for row in store.add(output / name)]
     if moved := drift.remark(rows):
         print(printable(moved))
+
+
+def _check_load(device: Device, load: Load, lock_clocks: bool) -> None:
+    """Check that a device can be measured as it is asked for."""
+    if lock_clocks:
+        clocks.check_lock(device)
+    if device.counter and load != SINGLE:
+        raise BenchmarkError(f"{device.name} counts instructions of one image: leave out --batch and --streams")
 
 
 def _outdated(record: dict[str, Any], output: Path, device: Device) -> str | None:

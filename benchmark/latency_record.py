@@ -161,12 +161,12 @@ def _energy_mj(cell: Cell) -> float | None:
 
 
 def compare(cells: list[Cell], seed: int) -> list[dict[str, Any]]:
-    """Compare every model with the first one, on each runtime and batch that both were measured on."""
-    baselines = {(cell.runtime, cell.batch): cell for cell in cells if cell.model == cells[0].model}
+    """Compare every model with the first one that was measured on the same runtime and batch."""
+    baselines: dict[tuple[str, int], Cell] = {}
     comparisons = []
     for cell in cells:
-        baseline = baselines.get((cell.runtime, cell.batch))
-        if baseline is None or baseline is cell:
+        baseline = baselines.setdefault((cell.runtime, cell.batch), cell)
+        if baseline is cell:
             continue
         ratio, interval = statistics.speedup(baseline.rounds, cell.rounds, seed)
         comparisons.append(

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmark import runtimes, sites
+from benchmark.origins import origin as origin_of
 from benchmark.sites import Site
 from benchmark.transports import Adb, Transport
 from compress import manifest
-from compress.devices import Device
+from compress.devices import Device, always_fp32
 from compress.errors import BenchmarkError, SettingsError
 
 IMGSZ = 640
 EXPORTS, SCORES, OUTPUTS = "exports", "scores", "outputs"
 PRECISIONS = ("fp32", "fp16")
-_ALWAYS_FP32 = "onnxruntime"  # its kernels on a CPU compute in nothing less
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Request:
         models: name → runtime → the file that was named; a checkpoint is still to be exported where the runtime is
             not torch.
         data: data set YAML (or folder of classified images) to score on; null for none.
-        host: as it was typed.
+        host, python: as they were typed.
     """
 
     device: Device
@@ -43,19 +43,23 @@ class Request:
     data: Path | None
     split: str
     host: str | None
+    python: str | None = None
     batches: tuple[int, ...] = (1,)
 
     def config(self) -> dict[str, Any]:
         """Return what a manifest says of it."""
         exported = any(_is_exported(runtime, path) for files in self.models.values() for runtime, path in files.items())
-        return {
+        config = {
             "device": self.device.name,
-            "host": self.host,
+            "host": self.host or self.device.host,
             "imgsz": self.imgsz,
             "threads": self.threads,
             "precision": self.precision if exported else None,
             "split": None if self.data is None else self.split,
         }
+        if self.device.transport != "local":
+            config |= {"python": self.python or self.device.python, "counter": self.device.counter}
+        return config
 
     def parents(self) -> dict[str, str]:
         """Return the hashes of the inputs by role."""
@@ -65,6 +69,16 @@ class Request:
             for runtime, path in files.items()
         }
         return hashes if self.data_sha256 is None else {**hashes, "data": self.data_sha256}
+
+    def check_outside(self, output: Path) -> None:
+        """Check that no model lies in the folder of the results, which may be moved aside.
+
+        Raises:
+            RunError: one does.
+        """
+        for files in self.models.values():
+            for path in files.values():
+                manifest.check_outside(path, output)
 
     @cached_property
     def data_sha256(self) -> str | None:
@@ -85,6 +99,7 @@ def request(
     data: str | None,
     split: str | None,
     host: str | None,
+    python: str | None = None,
     batches: tuple[int, ...] = (1,),
     keep_outputs: bool = False,
 ) -> Request:
@@ -127,6 +142,7 @@ def request(
         data=yaml,
         split=split or "val",
         host=host,
+        python=python,
         batches=batches,
     )
 
@@ -135,12 +151,16 @@ def _check_precision(precision: str, models: dict[str, dict[str, Path]]) -> None
     exported = {own for files in models.values() for own, path in files.items() if _is_exported(own, path)}
     if not exported:
         raise SettingsError("--precision is of what is exported, and nothing is: leave it out, or give a checkpoint")
-    if precision != "fp32" and exported == {_ALWAYS_FP32}:
-        raise SettingsError(f"--precision {precision} has no effect: {_ALWAYS_FP32} computes in fp32 on a CPU")
+    if precision != "fp32" and all(map(always_fp32, exported)):
+        names = ", ".join(sorted(exported))
+        raise SettingsError(f"--precision {precision} has no effect: {names} computes in fp32 on a CPU")
 
 
 def by_name(paths: list[Path], runtime: str | None, device: Device) -> dict[str, dict[str, Path]]:
-    """Group files by model name and runtime; of files of one name and runtime the folders are part of the name.
+    """Group files by model name and runtime.
+
+    The folders are part of the name where two files of one name have one runtime, or come from different checkpoints,
+    as every stage calls its model `model`. Files of one checkpoint are one model then, by the name of its first one.
 
     A checkpoint counts as a file of the runtimes that it will be exported for, and any other file as one of those of
     its kind: all that `runtime` names, separated by commas, or the device's own choice where it names none.
@@ -156,12 +176,21 @@ def by_name(paths: list[Path], runtime: str | None, device: Device) -> dict[str,
     if left := [name for name in asked if name not in {own for _, own in owned}]:
         raise BenchmarkError(f"no model is {runtimes.kinds(left[0])}, which {left[0]} runs: give one, or a checkpoint")
     kinds = [(runtimes.stem(path), own) for path, own in owned]
-    shared = {stem for stem, own in kinds if kinds.count((stem, own)) > 1}
+    origins = [origin_of(path) for path, _ in owned]
+    made_from: dict[str, set[str]] = {}
+    for (stem, _), origin in zip(kinds, origins, strict=True):
+        made_from.setdefault(stem, set()).update([] if origin is None else [origin])
+    shared = {stem for stem, own in kinds if kinds.count((stem, own)) > 1 or len(made_from[stem]) > 1}
     distinct = runtimes.distinct_names([path.with_name(runtimes.stem(path)) for path, _ in owned])
     found: dict[str, dict[str, Path]] = {}
-    for (path, own), (stem, _), longer in zip(owned, kinds, distinct, strict=True):
-        name = longer if stem in shared else stem
-        found.setdefault(str(path) if own in found.get(name, {}) else name, {})[own] = path
+    first: dict[str | None, str] = {}
+    for (path, own), (stem, _), longer, origin in zip(owned, kinds, distinct, origins, strict=True):
+        names = [longer, str(path)]
+        if stem not in shared:
+            names.insert(0, stem)
+        elif origin is not None:
+            names.insert(0, first.setdefault(origin, longer))
+        found.setdefault(next(name for name in names if own not in found.get(name, {})), {})[own] = path
     return found
 
 
@@ -278,7 +307,7 @@ def _export(wanted: Request, runtime: str, model: Path, folder: Path, place: Tra
     if kind == "onnxruntime":
         from export import onnx
 
-        half = runtime != _ALWAYS_FP32 and wanted.precision == "fp16"
+        half = wanted.precision == "fp16" and not always_fp32(runtime)
         settings = Export(half=half, dynamic="batch" if wanted.batches != (1,) else None)
         onnx.export_stage({name: model}, wanted.data, wanted.imgsz, settings, folder)
         return folder / f"{name}.onnx"

@@ -103,8 +103,9 @@ def _outdated(table: LatencyTable, heading: dict[str, Any], wanted: Wanted) -> s
 def _otherwise(heading: dict[str, Any], wanted: Wanted) -> str:
     """Say in which of the settings that do not make it another table a finished one was measured otherwise."""
     known = heading.get("wanted", {})
-    pairs = [(name, known.get(name), getattr(wanted, name)) for name in ("variants", "max_interval", "seed")]
-    other = [f"{name} {old}, not {new}" for name, old, new in pairs if old is not None and old != new]
+    names = ("variants", "max_interval", "seed", "host", "python")
+    pairs = [(name, known.get(name), getattr(wanted, name)) for name in names]
+    other = [f"{name} {old}, not {new}" for name, old, new in pairs if None not in (old, new) and old != new]
     return f" (with {', '.join(other)}: for those choose another --output)" if other else ""
 
 
@@ -279,7 +280,7 @@ def main(
     max_interval: Annotated[
         float, typer.Option(min=0.001, max=1.0, help="widest interval, as a share of the latency")
     ] = 0.05,
-    seed: Annotated[int, typer.Option(help="of the widths and the input")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="of the widths and the input")] = 0,
 ) -> None:
     """Measure a model at the widths of a budget and write the latency table that `compress.prune --latency` reads."""
     known = load_device(device)

@@ -48,7 +48,7 @@ def read(folder: Path) -> Source | None:
             return of_pipeline(manifest.read_json(summary), manifest.read_json(latency), known)
         except (KeyError, TypeError, AttributeError) as error:
             raise RunError(f"{summary} is damaged or incomplete ({error!r}): run the pipeline again") from None
-    places = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
+    places = [folder, *sorted(path for path in folder.iterdir() if path.is_dir() and not _is_set_aside(path))]
     found = [manifest.read_json(place / LATENCY) for place in places if (place / LATENCY).is_file()]
     for record in found:
         records.measurements(record, folder)
@@ -58,6 +58,11 @@ def read(folder: Path) -> Source | None:
         if (place / PARITY).is_file() and isinstance(content := manifest.read_json(place / PARITY), dict):
             parity |= content
     return Source(name, None, found, known, parity) if found or known else None
+
+
+def _is_set_aside(folder: Path) -> bool:
+    """Tell whether a folder is NAME.1, NAME.2 … beside NAME: what a stage kept of other work, or of outdated one."""
+    return folder.suffix[1:].isdecimal() and folder.with_suffix("").is_dir()
 
 
 def of_pipeline(

@@ -45,7 +45,7 @@ class Device(Strict):
         """Return what a network that is exported for one of its runtimes is stored and computed in."""
         if runtime.startswith("torch"):
             return "fp16" if runtime.endswith("-fp16") else "fp32"
-        return "fp32" if runtime == "onnxruntime" else self.precision  # its kernels on a CPU compute in nothing less
+        return "fp32" if always_fp32(runtime) else self.precision
 
     @model_validator(mode="after")
     def _fits(self) -> Device:
@@ -56,6 +56,15 @@ class Device(Strict):
         if self.lock and not self.unlock:
             raise ValueError("lock needs unlock, which undoes it")
         return self
+
+
+def always_fp32(runtime: str) -> bool:
+    """Tell whether a runtime or a variant computes in nothing less than fp32: onnxruntime's kernels on a CPU.
+
+    >>> always_fp32("onnxruntime-hugepages"), always_fp32("onnxruntime-cuda")
+    (True, False)
+    """
+    return runtime.startswith("onnxruntime") and not runtime.endswith(("-cuda", "-tensorrt"))
 
 
 def load_device(text: str) -> Device:

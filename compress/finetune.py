@@ -72,7 +72,7 @@ def main(
     ld_temperature: Annotated[float, typer.Option(help="of the softmax over bins, with --ld")] = 10.0,
     distil_off_epochs: Annotated[int, typer.Option(min=0, help="last epochs without the teacher")] = 0,
     workers: Annotated[int, typer.Option(min=0)] = 8,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Fine-tune a pruned model; its shape comes from the plan that it carries."""
     from compress.data.dataset import resolve

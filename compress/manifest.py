@@ -24,7 +24,11 @@ STARTED = "started.json"
 _TEMPORARY = ".tmp"
 _SHOWN = 4  # differences that a line names
 _FORM = {"stage": str, "config": dict, "parents": dict, "files": dict}
-_TOOLS = ("torch", "torchvision", "ultralytics", "onnx", "onnxruntime", "onnxsim", "ncnn", "pnnx", "numpy")
+_TOOLS = (
+    *("torch", "torchvision", "ultralytics", "onnx", "onnxruntime", "onnxsim", "ncnn", "pnnx", "numpy"),
+    *("tensorrt", "tensorrt_rtx"),
+)
+_OTHER_NAMES = {"onnxruntime": ("onnxruntime-gpu",)}  # of distributions that bring the same package
 
 
 def sha256_file(path: Path) -> str:
@@ -79,10 +83,9 @@ def tool_versions() -> dict[str, str]:
     """Return the versions of Python and of the libraries that shape a result."""
     found = {"python": platform.python_version()}
     for name in _TOOLS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
+        for distribution in (name, *_OTHER_NAMES.get(name, ())):
+            with suppress(PackageNotFoundError):
+                found[name] = version(distribution)
     return found
 
 
@@ -98,9 +101,19 @@ def input_hashes(inputs: Mapping[str, Path], output: Path | None = None) -> dict
     for path in inputs.values():
         if not path.is_file():
             raise RunError(f"{path} does not exist: check the path")
-        if output is not None and path.resolve().is_relative_to(output.resolve()):
-            raise RunError(f"{path} lies in the folder of its own result, {output}: choose another --output")
+        if output is not None:
+            check_outside(path, output)
     return {role: sha256_file(path) for role, path in inputs.items()}
+
+
+def check_outside(path: Path, output: Path) -> None:
+    """Check that an input does not lie in the folder of a stage, which moves the work of before aside.
+
+    Raises:
+        RunError: it does.
+    """
+    if path.resolve().is_relative_to(output.resolve()):
+        raise RunError(f"{path} lies in the folder of its own result, {output}: choose another --output")
 
 
 def check_schema(content: Any, path: Path) -> None:

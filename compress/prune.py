@@ -186,7 +186,7 @@ def main(
         int, typer.Option(min=0, help="to refit, layer by layer, what reads removed channels; takes minutes; 0: off")
     ] = 0,
     imgsz: Annotated[int, typer.Option(min=32, help="side of the square input, px")] = 640,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
 ) -> None:
     """Prune a detector under a budget of widths.

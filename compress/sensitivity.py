@@ -247,7 +247,7 @@ def main(
         ),
     ] = True,
     imgsz: Annotated[int, typer.Option(min=32, help="side of the square input, px")] = 640,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Measure what every group of channels is worth in mAP, without training."""
     from compress.data.dataset import resolve

@@ -114,7 +114,7 @@ def main(
     optimizer: Annotated[str, typer.Option(help="as Ultralytics names them")] = "SGD",
     lr0: Annotated[float, typer.Option(help="first learning rate")] = 0.01,
     workers: Annotated[int, typer.Option(min=0)] = 8,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Train with sparsity; look at the γ with `tensorboard --logdir OUTPUT/tensorboard`."""
     from compress.data.dataset import resolve

@@ -186,7 +186,7 @@ def main(
     optimizer: Annotated[str, typer.Option(help="as Ultralytics names them")] = "auto",
     lr0: Annotated[float, typer.Option(help="first learning rate (ignored by optimizer=auto)")] = 0.01,
     workers: Annotated[int, typer.Option(min=0)] = 8,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Train a dense model, the reference of everything that follows."""
     from compress.data.dataset import resolve

@@ -250,7 +250,7 @@ def main(
     calibration: Annotated[str | None, typer.Option(help="with --int8: as for export.quantize")] = None,
     calibration_images: Annotated[int, typer.Option(help="with --int8: training images that ranges come from")] = 32,
     map_budget: Annotated[float, typer.Option(help="with --int8: largest loss of mAP50-95 on the val split")] = 0.015,
-    seed: Annotated[int, typer.Option(help="with --int8: of the choice of calibration images")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="with --int8: of the choice of calibration images")] = 0,
 ) -> None:
     """Export a model to ncnn and prove on real images that it equals PyTorch."""
     from compress.data.dataset import resolve

@@ -146,7 +146,7 @@ def main(
     ] = None,
     opset: Annotated[int, typer.Option(help="ONNX operator set, 13 to 22")] = 17,
     parity_images: Annotated[int, typer.Option(help="real images that are compared with PyTorch")] = 16,
-    seed: Annotated[int, typer.Option(help="of the choice of calibration images")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="of the choice of calibration images")] = 0,
 ) -> None:
     """Quantize a detector to 8 bits within an mAP budget, prove it against PyTorch, and say whether it is faster."""
     from compress.data.dataset import resolve

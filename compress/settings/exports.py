@@ -50,7 +50,7 @@ class Quantization(Strict):
     calibration_images: int = Field(default=32, ge=1, description="training images that the ranges are found on")
     map_budget: float = Field(default=0.010, ge=0.0, le=1.0, description="largest loss of mAP50-95 on the val split")
     parity_images: int = Field(default=16, ge=1, description="real images that are compared with PyTorch")
-    seed: int = Field(default=0, description="of the choice of calibration images")
+    seed: int = Field(default=0, ge=0, description="of the choice of calibration images")
 
 
 class Quantize(Quantization):

@@ -41,7 +41,7 @@ class Run(Strict):
     imgsz: int = Field(default=640, ge=32)
     device: Annotated[str, BeforeValidator(_device)] = Field(default="cpu", description="cpu, 0, 0,1 …")
     workers: int = Field(default=8, ge=0)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     iterations: int = Field(default=1, ge=1, description="rounds of sparsify, prune and finetune, in equal ratios")
     map_budget: float | None = Field(
         default=None,

@@ -13,6 +13,7 @@ import torch
 
 from benchmark import accuracy
 from benchmark.runners import torch_runner
+from compress import manifest
 from compress.checkpoint import build_model, load_model, save_model
 from compress.data.dataset import fingerprint
 from compress.data.pixels import letterbox
@@ -218,6 +219,14 @@ def test_the_command_writes_a_record_and_is_not_repeated(
     monkeypatch.setattr(accuracy, "evaluate", None)  # would fail if it were called
     assert run(*arguments) == 0
     assert f"{records[0]['map50_95']:.4f}" in capsys.readouterr().out
+
+    tools = manifest.tool_versions()
+    monkeypatch.setattr(manifest, "tool_versions", lambda: {**tools, "torch": "99.0"})
+    monkeypatch.setattr(accuracy, "evaluate", lambda *_, **__: records[0])
+    assert run(*arguments) == 0
+    said = f"was measured in torch {tools['torch']}, 99.0 is installed: it is taken anew, the old one is now"
+    assert said in capsys.readouterr().out
+    assert (tmp_path / "out.1" / "accuracy.json").exists()
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared weights and images beside the repository")

@@ -166,6 +166,15 @@ def test_a_regression_is_exit_code_1(run: Any, tmp_path: Path, place: Path, caps
     assert run("check", "--store", place) == 1
 
 
+def test_the_latest_latencies_are_judged_beside_the_scores_of_the_same_run(
+    run: Any, tmp_path: Path, place: Path
+) -> None:
+    for day, p50_ms in enumerate((10.0, 20.0), start=1):
+        (tmp_path / "accuracy.json").write_text(f'[{{"model": "m", "top1": 0.5{day}}}]')
+        run("add", record(tmp_path / f"{day}.json", p50_ms, day), tmp_path / "accuracy.json", "--store", place)
+    assert run("check", "--latest", "--store", place) == 1
+
+
 def test_repeats_show_the_spread_and_what_to_expect(
     run: Any, tmp_path: Path, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,13 +9,14 @@ import signal
 import sys
 from datetime import datetime, timedelta
 from functools import partial
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmark import latency, latency_record, prepare, records, runtimes, sites, statistics, system, turns
+from benchmark import freshness, latency, latency_record, prepare, records, runtimes, sites, statistics, system, turns
 from benchmark.transports import Local
 from compress import manifest
 from compress.devices import load_device
@@ -194,6 +195,19 @@ def test_the_input_is_noise(folder: Path) -> None:
     latency.measure({"a": {"torch": model(folder, "a.pt")}}, imgsz=64, threads=1, mode="quick")
     (deviation,) = {float(call[4]) for call in calls(folder)}
     assert deviation == pytest.approx(1 / np.sqrt(12), abs=0.01)  # that of a uniform distribution over [0, 1)
+
+
+def test_the_first_one_of_a_runtime_is_what_the_others_there_are_compared_with(folder: Path) -> None:
+    models = {
+        f"{name}_{kind}": {runtime: model(folder, f"{name}{ending}")}
+        for kind, runtime, ending in (("onnx", "onnxruntime", ".onnx"), ("torch", "torch", ".pt"))
+        for name in ("dense", "pruned")
+    }
+    compared = latency.measure(models, imgsz=32, threads=1, mode="quick")["comparisons"]
+    assert [(row["runtime"], row["baseline"], row["model"]) for row in compared] == [
+        ("onnxruntime", "dense_onnx", "pruned_onnx"),
+        ("torch", "dense_torch", "pruned_torch"),
+    ]
 
 
 def test_models_are_compared_with_the_first_one_on_each_runtime(folder: Path) -> None:
@@ -519,7 +533,7 @@ def test_the_gpu_is_named_where_the_driver_tells(tmp_path: Path, monkeypatch: py
 
 
 def test_another_gpu_is_another_device() -> None:
-    here = {"cpu": "EPYC", "gpu": "NVIDIA L4"}
+    here = {"cpu": "EPYC", "gpu": "NVIDIA L4", "cores": 8}
     fused, plain = ({"device": here, "cells": [{"runtime": runtime}]} for runtime in ("torch-cudagraph", "torch"))
     device = load_device("cuda")
     with pytest.MonkeyPatch.context() as patch:
@@ -575,6 +589,51 @@ def test_what_no_longer_speaks_of_this_machine_is_measured_anew(
     assert (folder / "out.1" / "latency.json").read_bytes() == old
     assert run(*arguments) == 0
     assert "finished before, unchanged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lock-clocks"], "cpu has no commands that lock clocks: leave out --lock-clocks"),
+        (["--models", "out/a.onnx"], "out/a.onnx lies in the folder of its own result, out: choose another --output"),
+        (["--seed", -1], "--seed"),
+    ],
+)
+def test_a_mistake_moves_no_finished_work_aside(
+    options: list[Any], message: str, run: Any, folder: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    arguments = ["--models", model(folder, "a.onnx"), "--imgsz", 32, "--output", "out"]
+    assert run(*arguments) == 0
+    model(folder / "out", "a.onnx")
+    capsys.readouterr()
+    assert run(*arguments, *options) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert (folder / "out" / "manifest.json").exists()
+    assert not (folder / "out.1").exists()
+
+
+def test_a_machine_of_other_cores_is_another_machine() -> None:
+    record = {"device": {**system.device(), "cores": 999}, "cells": [{"runtime": "torch"}]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifest, "read_json", lambda _: {})
+        expected = f"was measured on 999 cores, this machine has {os.cpu_count()}"
+        assert latency._outdated(record, Path(), load_device("cpu")) == expected
+
+
+def test_another_version_of_tensorrt_or_of_onnxruntimes_other_package_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"onnxruntime-gpu": "1.19.0", "tensorrt_rtx": "1.2"}
+
+    def version(name: str) -> str:
+        if name in installed:
+            return installed[name]
+        raise PackageNotFoundError
+
+    monkeypatch.setattr(manifest, "version", version)
+    before, cpu = manifest.tool_versions(), system.device()["cpu"]
+    installed |= {"onnxruntime-gpu": "1.23.0", "tensorrt_rtx": "1.3"}
+    for runtime, text in (("onnxruntime", "onnxruntime 1.19.0, 1.23.0"), ("tensorrt", "tensorrt_rtx 1.2, 1.3")):
+        assert freshness.outdated(cpu, before, [runtime]) == f"was measured in {text} is installed"
 
 
 def test_a_store_that_cannot_be_used_hides_no_table(run: Any, folder: Path, capsys: Any, monkeypatch: Any) -> None:

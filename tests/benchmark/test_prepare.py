@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
+from onnx import helper
 
 from benchmark import prepare, sites
+from benchmark.origins import KEY
 from benchmark.transports import Adb, Local, Ssh
 from compress.devices import Device, load_device
-from compress.errors import BenchmarkError, SettingsError
+from compress.errors import BenchmarkError, RunError, SettingsError
 from compress.settings import Export, ExportTrt
 
 
@@ -108,12 +112,61 @@ def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> No
     }
 
 
+def exported(path: Path, checkpoint: bytes) -> Path:
+    """Write a model file that says of which checkpoint it was made."""
+    sha256 = hashlib.sha256(checkpoint).hexdigest()
+    if path.suffix == ".onnx":
+        path.parent.mkdir(parents=True)
+        graph = helper.make_graph([], "g", [], [])
+        onnx_model = helper.make_model(graph)
+        onnx_model.metadata_props.add(key=KEY, value=sha256)
+        onnx.save(onnx_model, path)
+    else:
+        path.mkdir(parents=True)
+        (path / "metadata.yaml").write_text(f"{KEY}: {sha256}")
+    return path
+
+
+def test_files_of_one_name_and_other_checkpoints_are_other_models(tmp_path: Path) -> None:
+    dense = exported(tmp_path / "dense_onnx/model.onnx", b"dense")
+    pruned = exported(tmp_path / "pruned_ncnn/model_ncnn_model", b"pruned")
+    found = prepare.by_name([dense, pruned], None, load_device("cpu"))
+    assert found == {"dense_onnx/model": {"onnxruntime": dense}, "pruned_ncnn/model": {"ncnn": pruned}}
+
+
+def test_files_of_one_checkpoint_are_one_model_wherever_they_lie(tmp_path: Path) -> None:
+    dense = exported(tmp_path / "dense_onnx/model.onnx", b"dense")
+    also = exported(tmp_path / "dense_ncnn/model_ncnn_model", b"dense")
+    pruned = exported(tmp_path / "pruned_onnx/model.onnx", b"pruned")
+    checkpoint = tmp_path / "run" / "model.pt"
+    checkpoint.parent.mkdir()
+    checkpoint.write_bytes(b"pruned")
+    found = prepare.by_name([dense, pruned, also, checkpoint], None, load_device("cpu"))
+    assert found == {
+        "dense_onnx/model": {"onnxruntime": dense, "ncnn": also},
+        "pruned_onnx/model": {"onnxruntime": pruned, "torch": checkpoint},
+    }
+
+
+def test_what_is_measured_elsewhere_is_told_apart_by_how_it_is_reached(
+    models: list[Path], tiny_data: Path, tmp_path: Path
+) -> None:
+    given = {"data": str(tiny_data), "host": "pi"}
+    first = asked("rpi5", models, **given).config()
+    assert (first["host"], first["python"], first["counter"]) == ("pi", "python3", None)
+    assert first != asked("rpi5", models, **given, python="venv/bin/python").config()
+    assert not {"python", "counter"} & set(asked("cpu", models).config())
+    with pytest.raises(RunError, match=r"dense\.pt lies in the folder of its own result, .*: choose another --output"):
+        asked("cpu", models).check_outside(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("device", "runtime", "batches", "expected"),
     [
         ("cpu", "onnxruntime", (1,), {}),
         ("cpu", "onnxruntime", (1, 4), {"dynamic": "batch"}),
         ("cuda", "onnxruntime-cuda", (1,), {"half": True}),
+        ("cpu", "onnxruntime-hugepages", (1,), {}),
     ],
 )
 def test_what_onnxruntime_gets(
@@ -144,6 +197,11 @@ def test_the_device_says_what_was_not_asked(tiny_data: Path, models: list[Path])
         ("cpu", {"split": "test"}, "--split is of --data, which is missing"),
         ("cpu", {"precision": "fp16"}, "--precision is of what is exported, and nothing is"),
         ("cpu", {"precision": "fp16", "runtime": "onnxruntime", "data": True}, "--precision fp16 has no effect"),
+        (
+            "cpu",
+            {"precision": "fp16", "runtime": "onnxruntime,onnxruntime-hugepages", "data": True},
+            "no effect: onnxruntime, onnxruntime-hugepages computes in fp32 on a CPU",
+        ),
         ("cpu", {"keep_outputs": True, "data": True}, "--keep-outputs keeps what another device infers"),
         ("rpi5", {"keep_outputs": True}, "--keep-outputs keeps what another device infers"),
     ],

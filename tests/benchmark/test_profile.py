@@ -241,6 +241,9 @@ def test_a_finished_table_says_what_it_was_measured_with(
     profile.profile(model, wanted(), tmp_path / "table.json")
     profile.profile(model, wanted(variants=20), tmp_path / "table.json")
     assert "finished before (with variants 14, not 20: for those choose another --output)" in capsys.readouterr().out
+    old = {"wanted": {"host": "pi", "python": "python3", "variants": 14}}
+    said = profile._otherwise(old, wanted(device="rpi5", host="other", python=None))
+    assert said == " (with host pi, not other: for those choose another --output)"
 
 
 def test_a_table_of_something_else_is_not_overwritten(model: Any, stand_in: list[str], tmp_path: Path) -> None:

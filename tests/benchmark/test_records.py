@@ -168,6 +168,14 @@ def test_a_folder_of_records_one_level_down(tmp_path: Path) -> None:
     assert found.parity == {"a": {"passed": True}}
 
 
+def test_what_a_stage_set_aside_is_not_shown_again(tmp_path: Path) -> None:
+    for name, p50_ms in (("latency", 2.0), ("latency.1", 3.0), ("yolo.11", 4.0)):
+        write(tmp_path / name, "latency.json", latency(cell("a", p50_ms)))
+    found = sources.read(tmp_path)
+    assert found is not None
+    assert [record["cells"][0]["p50_ms"] for record in found.records] == [2.0, 4.0]
+
+
 def test_folders_and_files_without_a_record_are_none(tmp_path: Path) -> None:
     assert sources.read(tmp_path) is None
     (tmp_path / "file").write_text("x")
