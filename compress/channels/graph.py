@@ -7,6 +7,7 @@ group*, whose width can be chosen. Groups may be tied: they keep the same share 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from compress.channels import rules_shapes  # noqa: F401  (its rules join those of `rules`)
-from compress.channels.capture import capture
+from compress.channels.capture import capture, training_head
 from compress.channels.cost import Cost
 from compress.channels.rules import RULES, freeze_all
 from compress.channels.slots import FIXED, Ledger
@@ -78,6 +79,7 @@ class Graph:
         positions: output positions per weight, to turn its size into MACs.
         shapes: shapes of all weights and buffers.
         parameters: names of those that are parameters.
+        training_only: names of those that inference does without: they cost nothing on a device.
         program: the exported program, for the oracle.
         descriptions: what walking found for each node of the program, as (group, unit) arrays.
     """
@@ -87,6 +89,7 @@ class Graph:
     positions: dict[str, int]
     shapes: dict[str, tuple[int, ...]]
     parameters: frozenset[str]
+    training_only: frozenset[str]
     program: ExportedProgram
     descriptions: dict[str, tuple[np.ndarray, np.ndarray]] = field(repr=False)
 
@@ -97,13 +100,14 @@ class Graph:
 
     @cached_property
     def macs(self) -> Cost:
-        """Multiply-accumulates of the convolutions and linear layers, for one image."""
-        return Cost.build(self, {name: float(count) for name, count in self.positions.items()})
+        """Multiply-accumulates of the convolutions and linear layers, for one image in inference."""
+        used = {name: float(count) for name, count in self.positions.items() if name not in self.training_only}
+        return Cost.build(self, used)
 
     @cached_property
     def params(self) -> Cost:
-        """Number of parameters."""
-        return Cost.build(self, dict.fromkeys(self.parameters, 1.0))
+        """Number of parameters that inference needs."""
+        return Cost.build(self, dict.fromkeys(sorted(self.parameters - self.training_only), 1.0))
 
     def frozen(self) -> dict[str, str]:
         """Return the reason of every frozen group, by its name."""
@@ -130,7 +134,7 @@ def build_graph(model: nn.Module, imgsz: int, channels: int = 3) -> Graph:
     _tie_attention(walk, program)
     _freeze_outputs(walk, program, _SHAPE_ONLY_OUTPUTS if _has_detection_head(model) else set())
     shapes = {name: tuple(t.shape) for name, t in program.state_dict.items()}
-    graph = _collect(walk, program, shapes, aliases)
+    graph = _collect(walk, program, shapes, aliases, _training_only(model))
     return freeze_what_breaks(graph, model)
 
 
@@ -161,6 +165,17 @@ def _has_detection_head(model: nn.Module) -> bool:
     return any(kind.__module__ == "ultralytics.nn.modules.head" for kind in kinds)
 
 
+def _training_only(model: nn.Module) -> frozenset[str]:
+    """Return the weights that Ultralytics' head drops for inference, such as the second head of v10 and 26."""
+    head = training_head(model).head
+    if head is None or not _has_detection_head(model) or not hasattr(head, "fuse"):
+        return frozenset()
+    deployed = copy.deepcopy(head)
+    deployed.fuse()
+    prefix = next(name for name, module in model.named_modules() if module is head)
+    return frozenset(f"{prefix}.{name}" for name in head.state_dict().keys() - deployed.state_dict().keys())
+
+
 def _freeze_outputs(walk: Walk, program: ExportedProgram, shape_only: set[str]) -> None:
     from torch.utils import _pytree as pytree
 
@@ -176,7 +191,11 @@ def _freeze_outputs(walk: Walk, program: ExportedProgram, shape_only: set[str]) 
 
 
 def _collect(
-    walk: Walk, program: ExportedProgram, shapes: dict[str, tuple[int, ...]], aliases: dict[str, str]
+    walk: Walk,
+    program: ExportedProgram,
+    shapes: dict[str, tuple[int, ...]],
+    aliases: dict[str, str],
+    training_only: frozenset[str],
 ) -> Graph:
     """Turn slots into units, units into groups, and rewrite all arrays in terms of (group, unit)."""
     ledger = walk.ledger
@@ -216,7 +235,9 @@ def _collect(
     }
     names = program.graph_signature.inputs_to_parameters.values()
     parameters = frozenset(aliases.get(name, name) for name in names)
-    return Graph(groups, _unique(axes), dict(ledger.positions), shapes, parameters, program, descriptions)
+    return Graph(
+        groups, _unique(axes), dict(ledger.positions), shapes, parameters, training_only, program, descriptions
+    )
 
 
 def _ties(ledger: Ledger, group_of: np.ndarray, frozen: list[str | None]) -> list[int]:

@@ -17,6 +17,7 @@ import time
 import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,13 @@ def row(name: str) -> dict[str, Any]:
     model = with_trained_norms(zoo.build(name), zoo.imgsz(name))
     graph = build_graph(model, zoo.imgsz(name))
     traced = time.perf_counter()
+    whole = replace(graph, training_only=frozenset())  # both heads of an end-to-end model can be pruned
     result: dict[str, Any] = {
         "model": name,
         "imgsz": zoo.imgsz(name),
         "groups": len(graph.groups),
-        "prunable_params": prunable_share(graph, graph.params) * graph.params(graph.widths) / parameters(model),
-        "prunable_macs": prunable_share(graph, graph.macs),
+        "prunable_params": prunable_share(whole, whole.params) * whole.params(whole.widths) / parameters(model),
+        "prunable_macs": prunable_share(whole, whole.macs),
         "params": parameters(model),
         "frozen": reasons(graph),
         "graph_s": round(traced - start, 2),

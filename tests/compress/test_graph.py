@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,6 +83,29 @@ def test_params_and_macs_at_full_width(name: str, kind: type[nn.Module]) -> None
     graph = build_graph(model, 16)
     assert graph.params(graph.widths) == sum(p.numel() for p in model.parameters()), name
     assert graph.macs(graph.widths) > 0
+
+
+@pytest.mark.parametrize("name", ["yolov10n.yaml", "yolo26n-seg.yaml", "yolov8n.yaml"])
+def test_costs_are_those_of_inference(name: str) -> None:
+    """What an end-to-end model has for training alone, a second head above all, costs nothing on a device."""
+    model = build_model(name).eval()
+    graph = build_graph(model, 64)
+    head: Any = model.model[-1]  # type: ignore[index]
+    head.fuse()
+    assert graph.params(graph.widths) == sum(p.numel() for p in model.parameters())
+    counted = 0
+
+    def count(module: Any, inputs: Any, output: torch.Tensor) -> None:
+        nonlocal counted
+        maps = inputs[0] if isinstance(module, nn.ConvTranspose2d) else output
+        counted += maps.shape[2] * maps.shape[3] * module.weight.numel()
+
+    for name_of, module in model.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and "dfl" not in name_of:  # the decoder's
+            module.register_forward_hook(count)
+    with torch.inference_mode():
+        model(torch.zeros(1, 3, 64, 64))
+    assert graph.macs(graph.widths) == counted
 
 
 def test_macs_by_hand() -> None:
