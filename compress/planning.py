@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import checkpoint
-from compress.errors import CheckpointError, SettingsError
+from compress.errors import CheckpointError, SettingsError, warn
 from compress.settings import Prune, check_imgsz
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def score(model: nn.Module, settings: Prune, imgsz: int, seed: int = 0, data: Pa
         CheckpointError: weights of the model are no finite numbers.
     """
     from compress.channels.graph import build_graph
+    from compress.pruning.budget import without_effect
     from compress.pruning.importance import importance
     from compress.pruning.sensitivity_file import load_sensitivity, rescaled
     from compress.pruning.taylor import taylor_scores
@@ -97,6 +98,8 @@ def score(model: nn.Module, settings: Prune, imgsz: int, seed: int = 0, data: Pa
     if settings.sensitivity:
         measured = load_sensitivity(Path(settings.sensitivity), checkpoint.structure_hash(model))
     graph = build_graph(model, imgsz)
+    for pattern in without_effect(graph, settings.budget):
+        warn(f"no layer that could be cut is called '{pattern}', as a rule of the budget is for: see compress.inspect")
     if settings.importance != "taylor":
         scores = importance(graph, model, settings.importance, seed)
     elif data is None:

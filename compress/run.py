@@ -46,7 +46,7 @@ def run(settings: Run, command: str, runs: Path = Path("runs")) -> dict[str, Any
         _write_run(folder, settings, command, "running")
 
         dense = train(settings.model, data, settings.train, common, folder / "01_train")
-        start = str(dense) if settings.sparsify.start == "train" else settings.model
+        start = str(dense) if settings.sparsify.from_trained else settings.model
         if settings.iterations == 1:
             sparse = sparsify(start, data, settings.sparsify, common, folder / "02_sparsify", settings.prune)
             cut = prune(sparse, data, settings.prune, settings.imgsz, settings.seed, folder / "03_prune")
@@ -247,7 +247,7 @@ def summarise(
 ) -> dict[str, Any]:
     """Put dense and pruned side by side: accuracy, size, latency, and how much of the MACs cut became speed."""
     cut = rounds.outcome(folder, settings.iterations)
-    before_cut = settings.train.epochs if settings.sparsify.start == "train" else 0
+    before_cut = settings.train.epochs if settings.sparsify.from_trained else 0
     epochs = {
         "dense": settings.train.epochs,
         "pruned": before_cut + cut["rounds"] * (settings.sparsify.epochs + settings.finetune.epochs),

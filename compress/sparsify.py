@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from compress import checkpoint
+from compress import checkpoint, manifest
 from compress.errors import SettingsError, run_app
 from compress.planning import Planned, plan_pruning
 from compress.settings import AUTO, Budget, Prune, Sparsity, load_budget, parse, training_args
@@ -42,6 +42,9 @@ def sparsify(
     share = _share(model, settings, cut, data, common.imgsz) if settings.sr == AUTO else None
     table = _table(model, cut, data, common.imgsz) if cut and cut.by_latency else None
     fade = cut.without_repairs().model_dump(mode="json", exclude_none=True) if cut and settings.fade else None
+    notes = {"sr": settings.sr, "sr_decay": settings.sr_decay, "fade": fade, "share": share}
+    if fade and cut and cut.sensitivity:  # by which the channels that fade are chosen, and which may be measured anew
+        notes |= manifest.input_hashes({"sensitivity_sha256": Path(cut.sensitivity)})
     return training_stage(
         "sparsify",
         "SPARSITY_TRAINERS",
@@ -50,7 +53,7 @@ def sparsify(
         settings,
         common,
         output,
-        notes={"sr": settings.sr, "sr_decay": settings.sr_decay, "fade": fade, "share": share},
+        notes=notes,
         shown={"table": table},
         keep_last=True,
         repair=repair,

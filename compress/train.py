@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import Field
 
 from compress import checkpoint, manifest
 from compress.errors import DataError, run_app, warn
@@ -23,7 +24,7 @@ class Common(Strict):
     imgsz: int = 640
     device: str = "cpu"
     workers: int = 8
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
 
 
 def train(model: str, data: Path, settings: Training, common: Common, output: Path) -> Path:

@@ -21,6 +21,7 @@ IMAGE_SUFFIXES = frozenset(
 GENERATED = "shapes"
 _CHECKED = 5000
 _SETTLED_NS = 1_000_000_000
+_UNCOMPRESSED = frozenset((".bmp", ".tif", ".tiff"))
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # what a torn file lacks
 _END_BYTES = 1 << 16  # phones write their own data behind the end
 _DEEP = ("F", "I")  # 32 bits a pixel, of which OpenCV reads few kinds
@@ -186,6 +187,8 @@ def label_file(image: Path) -> Path:
 def fingerprint(data: Path) -> str:
     """Return a hash that changes when the YAML, name or size of any image, or any label changes. Fast.
 
+    Of images that are not compressed, which are all of one size, the bytes are read as of labels.
+
     A split that the YAML names and the disk lacks, as many copies of COCO lack `test`, counts as empty.
     """
     content: Any = class_names(data) if data.is_dir() else _read(data)
@@ -194,23 +197,24 @@ def fingerprint(data: Path) -> str:
     for split in ("train", "val", "test"):
         for image in _images_if_any(data, split):
             label = label_file(image)
-            entries.append([split, _name(image, root), image.stat().st_size, _label_hash(label)])
+            entry = [split, _name(image, root), image.stat().st_size, _hash_of(label)]
+            entries.append([*entry, _hash_of(image)] if image.suffix.lower() in _UNCOMPRESSED else entry)
     return sha256_json([content, entries])
 
 
-def _label_hash(label: Path) -> str | None:
+def _hash_of(file: Path) -> str | None:
     """Return the sha256 of a label file, None without one: another class of a box leaves its size as it was."""
     try:
-        found = label.stat()
+        found = file.stat()
     except OSError:
         return None
     # A file that has just been written may be written again without a later time: clocks of file systems are coarse.
     hashed = _hash if time.time_ns() - found.st_mtime_ns < _SETTLED_NS else _hash_as_of
-    return hashed(label, found.st_size, found.st_mtime_ns, found.st_ino)
+    return hashed(file, found.st_size, found.st_mtime_ns, found.st_ino)
 
 
-def _hash(label: Path, *_state: int) -> str:
-    return hashlib.sha256(label.read_bytes()).hexdigest()
+def _hash(file: Path, *_state: int) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 _hash_as_of = cache(_hash)  # each stage of a run asks for all of them

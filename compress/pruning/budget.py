@@ -95,6 +95,12 @@ def rule_for(layers: tuple[str, ...], budget: Budget) -> tuple[Budget, bool]:
     return Budget(**values), frozen
 
 
+def without_effect(graph: Graph, budget: Budget) -> list[str]:
+    """Return the patterns of the rules that no layer of a channel group has the name of."""
+    layers = [layer for group in graph.groups for layer in group.layers]
+    return [rule.layers for rule in budget.rules if not any(fnmatchcase(layer, rule.layers) for layer in layers)]
+
+
 def choose(graph: Graph, scores: list[np.ndarray], target: Target, budget: Budget) -> Choice:
     """Choose widths that meet a target under a budget, at the least loss of importance per gain.
 

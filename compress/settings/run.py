@@ -20,7 +20,7 @@ from compress.settings.strict import Strict, parse
 class Benchmark(Strict):
     """Latency and accuracy of the dense and the pruned model."""
 
-    runtimes: tuple[Runtime, ...] = ("torch", "onnxruntime")
+    runtimes: tuple[Runtime, ...] = Field(default=("torch", "onnxruntime"), min_length=1)
     threads: int = Field(default=1, ge=1)
     mode: Literal["quick", "standard", "mlperf"] = "quick"
     split: Literal["train", "val", "test"] = "val"

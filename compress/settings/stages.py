@@ -56,6 +56,11 @@ class Sparsity(Training):
         default="train", description="start from the trained model or from `model` itself"
     )
 
+    @property
+    def from_trained(self) -> bool:
+        """Whether what follows starts from the trained model: without a sparsity training there is no other."""
+        return self.start == "train" or self.epochs == 0
+
     @model_validator(mode="after")
     def _share_of_auto(self) -> Sparsity:
         if self.share is not None and self.sr != "auto":

@@ -45,6 +45,8 @@ class Job:
         content = [self._dense(), settings.model_dump(mode="json")]
         if cut_counts:
             content.append(self.settings.prune.without_repairs().model_dump(mode="json"))
+        if settings.fade and self.settings.prune.sensitivity:
+            content.append(manifest.input_hashes({"sensitivity": Path(self.settings.prune.sensitivity)}))
         return self.folder / "shared" / f"sparsify-{manifest.sha256_json(content)[:12]}"
 
     def _dense(self) -> Any:
@@ -66,7 +68,7 @@ def train_sparse(job: Job) -> None:
     from compress.sparsify import sparsify
 
     settings = job.settings
-    start = str(job.dense / "model.pt") if settings.sparsify.start == "train" else settings.model
+    start = str(job.dense / "model.pt") if settings.sparsify.from_trained else settings.model
     sparsify(start, resolve(settings.data), settings.sparsify, _common(job), job.sparse, settings.prune)
 
 

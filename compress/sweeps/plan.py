@@ -82,6 +82,8 @@ def expand(sweep: Sweep, overrides: Sequence[str] = (), texts: dict[str, str] | 
     """
     if "target" in sweep.grid:
         raise SettingsError(f"sweep {sweep.name}: 'target' is no setting of a pipeline: write targets: [macs=0.5]")
+    if both := [key for key in texts or {} if key in sweep.grid]:
+        raise SettingsError(f"sweep {sweep.name}: --{both[0]} and the grid both name one: leave one of them out")
     axes = [[(key, value) for value in values] for key, values in sweep.grid.items()]
     if sweep.targets:
         axes.insert(0, [("target", _target(text)) for text in sweep.targets])

@@ -142,7 +142,9 @@ class Sparse(Planned):
         """Return the optimizer's options of batch-norm scales."""
         optimizer: Any = self.optimizer
         groups = optimizer.param_groups
-        return next((group for group in groups if group.get("param_group") == "bn"), groups[0])
+        scales = [group for group in groups if group.get("param_group") == "bn"]
+        # MuSGD has two: those of the head learn three times as fast, and are few.
+        return max(scales or groups[:1], key=lambda group: len(group["params"]))
 
     def current_sr(self) -> float:
         """Return λ of this epoch: from `sr` it falls linearly to `sr · sr_decay`; or what was steered."""

@@ -8,9 +8,10 @@ import pytest
 from compress.channels.graph import build_graph
 from compress.checkpoint import build_model
 from compress.errors import BudgetError
-from compress.pruning.budget import Target, allowed_widths, choose, rule_for
+from compress.planning import plan_pruning
+from compress.pruning.budget import Target, allowed_widths, choose, rule_for, without_effect
 from compress.pruning.importance import importance
-from compress.settings import Budget, LayerRule
+from compress.settings import Budget, LayerRule, Prune
 from topologies import Chain, ChunkTie, Residual, randomised
 
 ANY = Budget(multiple_of=1, min_width=1, max_removed=1.0)
@@ -67,6 +68,15 @@ def test_targets_are_met_from_below_and_not_by_far(kind, share: float) -> None:
     reached = cost(choice.widths) / cost(graph.widths)
     assert share - 0.03 < reached <= share
     assert all(w % 8 == 0 for g, w in zip(graph.groups, choice.widths, strict=True) if w < g.width)
+
+
+def test_a_rule_without_a_layer_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """A forgotten .* would else prune the very layers that were meant to stay."""
+    rules = (LayerRule(layers="model.22.cv2", freeze=True), LayerRule(layers="model.22.cv2.*", freeze=True))
+    model = build_model("yolov8n.yaml", nc=3)
+    plan_pruning(model, Prune(macs=0.5, importance="l1", budget=Budget(rules=rules)), 64)
+    assert capsys.readouterr().err.count("no layer that could be cut is called 'model.22.cv2', as a rule") == 1
+    assert without_effect(build_graph(model, 64), Budget(rules=rules)) == ["model.22.cv2"]
 
 
 def test_every_group_keeps_what_the_budget_demands() -> None:

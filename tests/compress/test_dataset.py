@@ -183,6 +183,14 @@ def test_label_files_are_read_once_for_all_fingerprints(data, monkeypatch):
     assert opened == ["a.txt"]
 
 
+def test_another_image_that_is_not_compressed_is_another_data_set(data):
+    image = data.parent / "images" / "train" / "z.bmp"
+    Image.new("RGB", (8, 8), "red").save(image)
+    before = fingerprint(data)
+    Image.new("RGB", (8, 8), "blue").save(image)
+    assert fingerprint(data) != before
+
+
 def test_polygons_are_labels(data):
     (data.parent / "labels" / "val" / "c.txt").write_text("1 0.1 0.1 0.2 0.1 0.2 0.2\n")
     assert resolve(str(data)) == data

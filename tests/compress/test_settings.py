@@ -129,6 +129,15 @@ def test_exactly_one_target(given: dict[str, float], named: str) -> None:
     assert text == f"run.yaml: prune: exactly one of {targets} is needed, {named}"
 
 
+def test_without_a_sparsity_training_what_follows_starts_from_the_trained_model() -> None:
+    assert [Sparsity(epochs=epochs, start="model").from_trained for epochs in (0, 1)] == [True, False]
+    assert Sparsity(epochs=1).from_trained
+
+
+def test_a_benchmark_needs_a_runtime() -> None:
+    assert "benchmark.runtimes" in refusal(Run, content(benchmark={"runtimes": []}))
+
+
 def test_how_a_device_is_reached_does_not_tell_two_cuts_apart() -> None:
     asked = Prune(speedup=2.0, device="rpi5", host="pi", python="venv/bin/python", bootstrap=True)
     wanted = wanted_of(asked, 320)

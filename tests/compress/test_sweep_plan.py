@@ -29,6 +29,9 @@ PIPELINE = {
 }
 
 
+SENSITIVE = "prune.sensitivity=sens.json"
+
+
 @pytest.fixture
 def make(tmp_path: Path, monkeypatch) -> Any:
     """Make a sweep of a pipeline that removes 30 % of the channels."""
@@ -167,6 +170,21 @@ def test_equal_trainings_share_a_folder_and_others_do_not(make) -> None:
     assert len({job.sparse for job in jobs}) == 2 + 4  # what fades depends on the target
     again = [job.settings.model_copy(update={"prune": repaired(job.settings.prune)}) for job in jobs]
     assert {Job(p, Path("runs/many"), "").sparse for p in again} == {job.sparse for job in jobs}
+
+
+def test_a_sparsity_training_that_fades_depends_on_what_the_sensitivity_file_says(make, tmp_path: Path) -> None:
+    (tmp_path / "sens.json").write_text("{}")
+    for fade in (True, False):
+        (job,) = [Job(p, Path("runs/many"), "") for p in expand(make(grid={"sparsify.fade": [fade]}), [SENSITIVE])]
+        before = job.sparse
+        (tmp_path / "sens.json").write_text('{"again": true}')
+        assert (job.sparse != before) == fade
+        (tmp_path / "sens.json").write_text("{}")
+
+
+def test_a_model_of_the_command_line_does_not_silence_the_grid(make) -> None:
+    with pytest.raises(SettingsError, match="sweep many: --model and the grid both name one: leave one of them out"):
+        expand(make(grid={"model": ["n.pt", "s.pt"]}), [], {"model": "n.pt"})
 
 
 def repaired(cut: Prune) -> Prune:

@@ -232,6 +232,16 @@ def test_the_pull_decays_over_the_epochs(sparsity) -> None:
     assert trainer.current_sr() == 1.0
 
 
+def test_the_rate_that_counts_is_that_of_most_gammas(sparsity) -> None:
+    """MuSGD has a group of its own for the head, with three times the rate."""
+    model: Any = Chain()
+    trainer = sparsity(model, sr=0.1)
+    head, others = list(model.a.parameters())[:1], list(model.b.parameters())
+    groups = [{"params": head, "lr": 0.03, "param_group": "bn"}, {"params": others, "lr": 0.01, "param_group": "bn"}]
+    trainer.optimizer = torch.optim.SGD(groups, lr=1.0)
+    assert trainer._gamma_options()["lr"] == 0.01
+
+
 def test_lambda_steers_itself(sparsity, tmp_path: Path) -> None:
     """Half of the γ of 1 shall be 0.05 after 6 of 8 epochs of 4 steps of lr 1: λ = 0.95 / 24, which nothing resists."""
     model: Any = Chain()
