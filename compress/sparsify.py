@@ -17,7 +17,13 @@ _REPAIR_IMAGES = 256
 
 
 def sparsify(
-    model: str, data: Path, settings: Sparsity, common: Common, output: Path, cut: Prune | None = None
+    model: str,
+    data: Path,
+    settings: Sparsity,
+    common: Common,
+    output: Path,
+    cut: Prune | None = None,
+    budget: Budget | None = None,
 ) -> Path:
     """Train with a penalty on the γ of prunable channels and return the checkpoint, `output/model.pt`.
 
@@ -25,6 +31,7 @@ def sparsify(
     shrinking γ, are estimated anew, and kept where they are better. Watch `output/tensorboard`.
 
     Args:
+        budget: without a `cut`, what λ `auto` may bring near zero in each layer.
         cut: what will be pruned afterwards; with `settings.fade` its channels are chosen early and faded out, and with
             λ `auto` as many γ as it removes are brought near zero. Where it asks for a latency, TensorBoard shows that.
     """
@@ -39,12 +46,15 @@ def sparsify(
         if found := repair_statistics(trained, sample, common.imgsz, score):
             print(f"sparsify: {found}")
 
-    share = _share(model, settings, cut, data, common.imgsz) if settings.sr == AUTO else None
+    rules = cut.budget if cut else budget or Budget()
+    share = _share(model, settings, cut, rules, data, common.imgsz) if settings.sr == AUTO else None
     table = _table(model, cut, data, common.imgsz) if cut and cut.by_latency else None
     fade = cut.without_repairs().model_dump(mode="json", exclude_none=True) if cut and settings.fade else None
-    notes = {"sr": settings.sr, "sr_decay": settings.sr_decay, "fade": fade, "share": share}
+    notes: dict[str, Any] = {"sr": settings.sr, "sr_decay": settings.sr_decay, "fade": fade, "share": share}
     if fade and cut and cut.sensitivity:  # by which the channels that fade are chosen, and which may be measured anew
         notes |= manifest.input_hashes({"sensitivity_sha256": Path(cut.sensitivity)})
+    if settings.sr == AUTO:
+        notes["budget"] = rules.model_dump(mode="json", exclude={"source"})
     return training_stage(
         "sparsify",
         "SPARSITY_TRAINERS",
@@ -60,9 +70,20 @@ def sparsify(
     )
 
 
-def _share(model: str, settings: Sparsity, cut: Prune | None, data: Path, imgsz: int) -> float:
+def _share(model: str, settings: Sparsity, cut: Prune | None, budget: Budget, data: Path, imgsz: int) -> float:
     """Return the share of γ that shall come near zero: what was asked for, or what the cut will remove."""
     if settings.share is not None:
+        from compress.channels.graph import build_graph
+        from compress.pruning.budget import removable
+
+        graph = build_graph(_as_trained(model, data), imgsz)
+        prunable = sum(group.width for group in graph.groups if not group.frozen)
+        reachable = removable(graph, budget).sum() / max(prunable, 1)
+        if settings.share > reachable:
+            raise SettingsError(
+                f"share {settings.share:g} is more than the {reachable:.1%} of the channels that the budget lets go: "
+                "ask for less, or loosen the budget"
+            )
         return settings.share
     if cut is None:
         raise SettingsError("--sr auto needs to know how many γ shall come near zero: give --share, such as 0.5")
@@ -108,7 +129,9 @@ def main(
     fade: Annotated[
         float | None, typer.Option(help="MACs that will remain: what that cut removes is chosen early and faded out")
     ] = None,
-    budget: Annotated[Path | None, typer.Option(help="with --fade: a file of configs/budgets/, or a device")] = None,
+    budget: Annotated[
+        Path | None, typer.Option(help="with --fade or --sr auto: a file of configs/budgets/, or a device")
+    ] = None,
     more: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help=MORE_HELP)] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 100,
     batch: Annotated[int, typer.Option(min=1)] = 16,
@@ -125,8 +148,8 @@ def main(
     given = {"epochs": epochs, "batch": batch, "optimizer": optimizer, "lr0": lr0, "args": training_args(more or [])}
     given |= {"sr": _number_or_word(sr), "sr_decay": sr_decay, "share": share, "fade": fade is not None}
     settings = parse(Sparsity, given, "sparsify")
-    if budget and fade is None:
-        raise SettingsError("--budget goes with --fade: without, no cut is planned here")
+    if budget and fade is None and settings.sr != AUTO:
+        raise SettingsError("--budget goes with --fade or --sr auto: without, no cut is planned here")
     rules = load_budget(budget) if budget else Budget()
     checkpoint.require(model)
     common, cut, place = Common(imgsz=imgsz, device=device, workers=workers, seed=seed), None, resolve(data)
@@ -135,7 +158,7 @@ def main(
         cut = parse(Prune, content, "--fade")
         # It is planned in the middle of the training: what no choice of channels can reach is said before.
         _plan_at_random(model, cut, place, imgsz)
-    sparsify(model, place, settings, common, output, cut)
+    sparsify(model, place, settings, common, output, cut, rules)
 
 
 def _number_or_word(text: str) -> float | str:

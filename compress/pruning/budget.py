@@ -218,6 +218,15 @@ def ties(graph: Graph, budget: Budget) -> list[Tie]:
     return found
 
 
+def removable(graph: Graph, budget: Budget) -> np.ndarray:
+    """Return how many units each group may lose at most, shape (groups,)."""
+    found = np.zeros_like(graph.widths)
+    for tie in ties(graph, budget):
+        for index, units in tie.units.items():
+            found[index] = graph.widths[index] - tie.parts[-1] * units
+    return found
+
+
 def round_up(graph: Graph, widths: np.ndarray, budget: Budget) -> np.ndarray:
     """Return the least widths which a budget allows that are nowhere below `widths`, both of shape (groups,)."""
     found = np.empty_like(widths)

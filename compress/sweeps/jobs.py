@@ -45,6 +45,8 @@ class Job:
         content = [self._dense(), settings.model_dump(mode="json")]
         if cut_counts:
             content.append(self.settings.prune.without_repairs().model_dump(mode="json"))
+        elif settings.sr == AUTO:
+            content.append(self.settings.prune.budget.model_dump(mode="json"))
         if settings.fade and self.settings.prune.sensitivity:
             content.append(manifest.input_hashes({"sensitivity": Path(self.settings.prune.sensitivity)}))
         return self.folder / "shared" / f"sparsify-{manifest.sha256_json(content)[:12]}"

@@ -38,7 +38,7 @@ class GroupPenalty:
         prunable = np.array([not group.frozen for group in graph.groups] + [False])  # the last entry is FIXED's
         self.device = device = next(model.parameters()).device
         names = batch_norm_scales(graph, model)
-        self.units = int(offsets[-1])
+        self.units, self.groups = int(offsets[-1]), np.repeat(np.arange(graph.widths.size), graph.widths)
         self.saliency, self.watched = torch.zeros(self.units, device=device), False
         self.gammas: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]] = []
         for axis in graph.axes:
@@ -83,16 +83,22 @@ class GroupPenalty:
         self.watched = True
 
     @torch.no_grad()
-    def least(self, share: float) -> torch.Tensor:
+    def least(self, share: float, most: np.ndarray) -> torch.Tensor:
         """Return the units that the loss misses least as watched, boolean, shape (units,), with a share of all γ.
 
         A unit of many layers has a γ in each of them.
+
+        Args:
+            most: units that each group may lose, shape (groups,). A layer that the loss hardly misses would else be
+                chosen as a whole, a cut would have to leave a part of it, and take channels elsewhere that are alive.
         """
         count = torch.zeros(self.units, dtype=torch.long, device=self.device)
         for _, unit, weight in self.gammas:
             count.index_add_(0, unit, (weight > 0).long())
         known = count.nonzero().flatten()
         order = known[self.saliency[known].argsort()]
+        group = self.groups[order.cpu().numpy()]
+        order = order[torch.from_numpy(_places(group) < most[group]).to(self.device)]
         chosen = torch.zeros(self.units, dtype=torch.bool, device=self.device)
         chosen[order[count[order].cumsum(0) - count[order] / 2 < share * count.sum()]] = True
         return chosen
@@ -111,6 +117,19 @@ class GroupPenalty:
             for gamma, unit, weight in self.gammas
         ]
         return torch.cat(kept).double().cpu().numpy()
+
+
+def _places(groups: np.ndarray) -> np.ndarray:
+    """Return for each entry how many of the same group come before it.
+
+    >>> _places(np.array([3, 3, 1, 3])).tolist()
+    [0, 1, 0, 2]
+    """
+    together = np.argsort(groups, kind="stable")
+    first = np.searchsorted(groups[together], groups[together])
+    places = np.empty_like(groups)
+    places[together] = np.arange(groups.size) - first
+    return places
 
 
 class GammaLog:

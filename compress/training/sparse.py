@@ -14,8 +14,9 @@ from compress.channels.graph import build_graph
 from compress.errors import EspalierError
 from compress.manifest import read_json
 from compress.planning import plan_pruning
+from compress.pruning.budget import removable
 from compress.pruning.plan import load_plan, save_plan
-from compress.settings import AUTO, Prune, parse
+from compress.settings import AUTO, Budget, Prune, parse
 from compress.training.fade import START, Fade, remaining
 from compress.training.penalty import NEAR_ZERO, SPARSITY, GammaLog, GroupPenalty
 from compress.training.planned import RESUME, Planned
@@ -55,6 +56,7 @@ class Sparse(Planned):
         self.pulled, self.pulled_units = 0.0, None
         if self.sr == AUTO:
             self.share = float(settings["share"])
+            self.most = removable(graph, parse(Budget, settings.get("budget") or {}, SPARSITY))
             self.add_callback("on_train_epoch_start", Sparse.steer)
             if RANK in (-1, 0):
                 self.steering = Steering(Path(self.save_dir).parent, NEAR_ZERO * float(self.penalty.values().mean()))
@@ -112,7 +114,7 @@ class Sparse(Planned):
         decided: list[Any] = [0.0, None]
         if RANK in (-1, 0) and self.epoch >= (watched := self.steering.watched(self.epochs)):
             if self.steering.units is None and self.penalty.watched:  # a resumed training watches one epoch more
-                units = self.penalty.least(self.steering.pulled(self.share))
+                units = self.penalty.least(self.steering.pulled(self.share), self.most)
                 self.steering.choose(units.nonzero().flatten().tolist(), self.penalty.values(units))
             pulls = [full * schedule(epoch) for epoch in range(watched, self.epochs)]
             if self.steering.units is not None:

@@ -493,7 +493,7 @@ def test_the_share_that_auto_brings_near_zero_is_that_of_what_may_go(dense: Path
     free = [(group.width, width) for group, width in pairs if not group.frozen]
     before, after = (sum(column) for column in zip(*free, strict=True))
     assert len(free) < len(planned.graph.groups)
-    found = sparsify._share(str(dense), Sparsity(epochs=2, sr="auto"), cut, data, 64)
+    found = sparsify._share(str(dense), Sparsity(epochs=2, sr="auto"), cut, cut.budget, data, 64)
     assert found == pytest.approx(1 - after / before)
 
 
@@ -506,7 +506,7 @@ def test_what_fades_and_what_auto_presses_is_planned_for_the_head_of_these_class
     model = tmp_path / "coco.pt"
     checkpoint.save_model(checkpoint.build_model("yolov8n.yaml"), model, {"imgsz": 64})
     with pytest.raises(PlanError, match="far enough"):
-        sparsify._share(str(model), Sparsity(epochs=2, sr="auto"), Prune(macs=0.5), data, 64)
+        sparsify._share(str(model), Sparsity(epochs=2, sr="auto"), Prune(macs=0.5), Budget(), data, 64)
     assert [len(names) for names in planned] == [6]
 
 
@@ -620,6 +620,7 @@ def test_a_mistake_is_one_line_and_nothing_is_begun(
         (prune.app, ["--macs", "0.5", "--python", "python3.11"], "--python goes with --latency, --speedup, --keep-imp"),
         (prune.app, ["--macs", "0.5", "--device", "rpi5"], "the widths that rpi5 likes are --budget rpi5"),
         (sparsify.app, ["--sr", "inf"], "sr: Input should be a finite number"),
+        (sparsify.app, ["--sr", "auto", "--share", "0.9"], "share 0.9 is more than the 64.5% of the channels"),
         (sparsify.app, ["--share", "0.5"], "share goes with sr: auto, sr is 0.0001"),
         (sparsify.app, ["--sr", "auto", "--fade", "0.5"], "sr: auto and fade: true each choose channels of their own"),
         (
@@ -629,7 +630,7 @@ def test_a_mistake_is_one_line_and_nothing_is_begun(
         ),
         (sparsify.app, ["--optimizer", "AdamW"], "sr goes with optimizer: SGD; Adam and its kin, which auto may take"),
         (sparsify.app, ["--fade", "0.001"], "the budget cannot bring macs down to 0.1% of the dense model's"),
-        (sparsify.app, ["--budget", "rpi5"], "--budget goes with --fade: without, no cut is planned here"),
+        (sparsify.app, ["--budget", "rpi5"], "--budget goes with --fade or --sr auto: without, no cut is planned here"),
     ],
 )
 def test_a_mistake_of_one_stage_is_one_line(

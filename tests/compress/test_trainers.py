@@ -21,8 +21,9 @@ from compress.checkpoint import build_model, load_model, plans_of, structure_has
 from compress.errors import CheckpointError, EspalierError, PlanError, SettingsError
 from compress.latency.table import save_table
 from compress.manifest import read_json, write_json
+from compress.pruning.budget import removable
 from compress.pruning.importance import batch_norm_scales
-from compress.settings import Training
+from compress.settings import Budget, Training
 from compress.training import launch, sparse
 from compress.training.launch import check_arguments, check_device, run_training
 from compress.training.penalty import NEAR_ZERO, SPARSITY, GammaLog, GroupPenalty, widths_without
@@ -113,6 +114,25 @@ def test_the_penalty_is_added_to_what_is_there() -> None:
     assert model.a.bn.weight.grad.tolist() == [7.5] * 8
 
 
+def penalty_most(penalty: GroupPenalty) -> np.ndarray:
+    """Any unit may go."""
+    return np.bincount(penalty.groups)
+
+
+def test_of_a_layer_that_the_loss_hardly_misses_a_cut_leaves_a_part() -> None:
+    """Of 8 and 12 units half shall go; those of a are missed least, and 6 of them may go at most."""
+    model = Chain()
+    graph = build_graph(model.eval(), 16)
+    penalty = GroupPenalty(graph, model)
+    model.a.bn.weight.grad, model.b.bn.weight.grad = torch.full((8,), 0.01), torch.arange(1.0, 13.0)
+    penalty.watch()
+    most = removable(graph, Budget(multiple_of=2, min_width=2, max_removed=0.75))
+    assert most.tolist() == [6, 8, 0]
+    chosen = penalty.least(0.5, most)
+    assert chosen[:8].sum() == 6
+    assert chosen[8:20].tolist() == [True] * 4 + [False] * 8
+
+
 def test_the_units_that_the_loss_misses_least_can_be_pulled_alone() -> None:
     """a, b and c share their channels: the loss misses (γ·gradient)² of each, added up before it is squared."""
     model = Residual()
@@ -126,7 +146,7 @@ def test_the_units_that_the_loss_misses_least_can_be_pulled_alone() -> None:
     model.c.bn.weight.grad = torch.tensor([5.0, *[0.0] * 7])
     model.a.bn.weight.grad = model.b.bn.weight.grad = torch.tensor([1.0, 0.1, *[0.5] * 6])
     penalty.watch()  # channel 0: 1 more
-    found = penalty.least(2 / 8)
+    found = penalty.least(2 / 8, penalty_most(penalty))
     assert int(found.sum()) == 2
     assert sorted(penalty.values(found).tolist()) == [0.0, 1.0, 1.0, 1.0, 3.0, 4.0]
     for parameter in model.parameters():
@@ -147,7 +167,7 @@ def test_what_is_pulled_is_a_share_of_the_gammas_not_of_the_units(lone: float, e
     model.b.bn.weight.grad = torch.ones(8)
     model.a.bn.weight.data[8:], model.b.bn.weight.data[:] = 2.0, 3.0
     penalty.watch()
-    found = penalty.values(penalty.least(0.5)).tolist()
+    found = penalty.values(penalty.least(0.5, penalty_most(penalty))).tolist()
     assert (found.count(1.0), found.count(2.0), found.count(3.0)) == (expected[0], expected[1], expected[1])
 
 
@@ -159,7 +179,7 @@ def test_what_ultralytics_freezes_is_neither_chosen_nor_counted() -> None:
     penalty = GroupPenalty(build_graph(model.eval(), 16), model)
     model.b.bn.weight.grad = torch.ones(12)
     penalty.watch()
-    assert penalty.values(penalty.least(0.5)).tolist() == [1.0] * 6
+    assert penalty.values(penalty.least(0.5, penalty_most(penalty))).tolist() == [1.0] * 6
     assert penalty.values().tolist() == [1.0] * 12
     model.requires_grad_(False)
     with pytest.raises(EspalierError, match="and that is not frozen"):
@@ -245,7 +265,7 @@ def test_the_rate_that_counts_is_that_of_most_gammas(sparsity) -> None:
 def test_lambda_steers_itself(sparsity, tmp_path: Path) -> None:
     """Half of the γ of 1 shall be 0.05 after 6 of 8 epochs of 4 steps of lr 1: λ = 0.95 / 24, which nothing resists."""
     model: Any = Chain()
-    trainer = sparsity(model, sr="auto", epochs=10, share=0.475)
+    trainer = sparsity(model, sr="auto", epochs=10, share=0.475, budget={"multiple_of": 1, "min_width": 1})
     vars(trainer).update(lf=lambda _: 1.0, accumulate=1, fitness=0.3, world_size=1)
     trainer.args.momentum = 0.0
     for trainer.epoch in range(10):
@@ -270,7 +290,7 @@ def test_lambda_steers_itself(sparsity, tmp_path: Path) -> None:
 def test_a_training_that_is_resumed_before_it_has_chosen_watches_first(sparsity, tmp_path: Path) -> None:
     """Killed after the two epochs that watch: what they saw is gone, and one more is watched before any is pulled."""
     model: Any = Chain()
-    trainer = sparsity(model, sr="auto", epochs=10, share=0.475)
+    trainer = sparsity(model, sr="auto", epochs=10, share=0.475, budget={"multiple_of": 1, "min_width": 1})
     vars(trainer).update(lf=lambda _: 1.0, accumulate=1, fitness=0.3, world_size=1)
     trainer.args.momentum = 0.0
     for trainer.epoch in (2, 3):
