@@ -176,12 +176,13 @@ def prelu(walk: Walk, node: Node) -> Result:
     *("hardsigmoid", "hardsigmoid_", "hardtanh", "hardtanh_", "sigmoid", "sigmoid_", "tanh", "tanh_", "gelu", "mish"),
     *("mish_", "elu", "elu_", "selu", "celu", "softplus", "log_sigmoid", "hardshrink", "softsign"),
     *("clamp", "clamp_", "dropout", "dropout_", "feature_dropout", "clone", "contiguous", "detach", "detach_", "alias"),
+    *("clip", "clip_", "negative", "absolute", "nan_to_num"),
     *("to", "_to_copy", "type_as", "exp", "neg", "abs", "sqrt", "rsqrt", "square", "log", "reciprocal"),
     *("sin", "cos", "erf", "expm1", "log1p", "floor", "round", "sign", "threshold", "softshrink"),
 )
 def same_channels(walk: Walk, node: Node) -> Result:
     """Activations: channel i of the result comes from channel i."""
-    if operation_name(node).startswith("clamp") and len(node.all_input_nodes) > 1:
+    if operation_name(node).startswith(("clamp", "clip")) and len(node.all_input_nodes) > 1:
         return freeze_all(walk, node)  # bounds for each channel
     return walk.slots(node.args[0])
 
@@ -202,6 +203,21 @@ def resampling(walk: Walk, node: Node) -> Result:
     return [slots] * len(walk.shapes(node)) if isinstance(node.meta.get("val"), (list, tuple)) else slots
 
 
+@rule("_assert_tensor_metadata")
+def assertion(walk: Walk, node: Node) -> Result:
+    """What torch.export notes beside `.to()` and `.float()`: nothing comes of it."""
+    return walk.fixed_like(node)
+
+
+@rule("flip", "roll")
+def moved(walk: Walk, node: Node) -> Result:
+    """Moved within space, channels pass; among channels they are frozen."""
+    slots = walk.slots(node.args[0])
+    dims: Any = argument(node, 1, "dims", ()) if operation_name(node) == "flip" else argument(node, 2, "dims", ())
+    dims = [dims] if isinstance(dims, int) else dims or range(slots.ndim)  # without dims `roll` flattens
+    return freeze_all(walk, node) if any(slots.shape[dim] > 1 for dim in dims) else slots
+
+
 @rule("pad", "constant_pad_nd")
 def pad(walk: Walk, node: Node) -> Result:
     """Padding of space passes channels; padding of channels freezes them."""
@@ -209,7 +225,10 @@ def pad(walk: Walk, node: Node) -> Result:
     return freeze_all(walk, node) if any(before[d] != after[d] for d in carried(slots)) else slots
 
 
-@rule("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "rsub", "pow", "maximum", "minimum")
+@rule(
+    *("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "rsub", "pow", "maximum", "minimum", "fmax", "fmin"),
+    *("subtract", "subtract_", "multiply", "multiply_", "divide", "divide_", "true_divide", "true_divide_"),
+)
 def elementwise(walk: Walk, node: Node) -> Result:
     """Slot i of both sides is one slot; a side of size 1 is broadcast and binds nothing."""
     sides = [side for side in node.args[:2] if walk.is_tensor(side)]

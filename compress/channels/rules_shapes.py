@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from compress.channels.walk import Walk
 
 
-@rule("cat", "concat")
+@rule("cat", "concat", "concatenate")
 def concatenation(walk: Walk, node: Node) -> Result:
     """Channels follow one another; across the other dimensions slot i of all inputs is one slot."""
     sources: Any = node.args[0]
@@ -188,7 +188,7 @@ def _shrinking(node: Node, sizes: dict[int, int]) -> int:
     return max(range(len(dims)), key=lambda place: (sizes[dims[place]], place))
 
 
-@rule("transpose", "permute", "t", "mT", "movedim")
+@rule("transpose", "swapaxes", "swapdims", "permute", "t", "mT", "movedim")
 def permute(walk: Walk, node: Node) -> Result:
     """Dimensions change places, and channels with them."""
     slots = walk.slots(node.args[0])

@@ -137,7 +137,7 @@ def choose(graph: Graph, scores: list[np.ndarray], target: Target, budget: Budge
     heap = [(step(index)[0], index) for index in range(len(tied))]
     heapq.heapify(heap)
     nearest = False
-    while spent(widths) > limit and heap and not nearest:
+    while spent(widths) > limit and heap:
         _, index = heapq.heappop(heap)
         price, removed = step(index)
         if heap and price > heap[0][0] * (1 + 1e-12):
@@ -145,7 +145,7 @@ def choose(graph: Graph, scores: list[np.ndarray], target: Target, budget: Budge
             continue
         before = spent(widths)
         if target.kind == "percent" and before - limit < limit - (before - sum(removed.values())):
-            nearest = True  # the next step overshoots by more than is missing
+            nearest = True  # this step overshoots by more than is missing; a smaller one of others may not
             continue
         for group, count in removed.items():
             widths[group] -= count

@@ -62,7 +62,8 @@ def _cut_readers(dense: nn.Module, plan: Plan) -> dict[str, tuple[np.ndarray, np
         if not isinstance(module, (_ConvNd, nn.Linear)) or isinstance(module, _ConvTransposeNd):
             continue
         dims = cuts.get(id(module.weight), {})
-        if 1 in dims and getattr(module, "groups", 1) == 1 and shared[id(module.weight)] == 1:
+        alone = all(shared[id(value)] == 1 for value in (module.weight, module.bias) if value is not None)
+        if 1 in dims and getattr(module, "groups", 1) == 1 and alone:
             found[name] = (dims[1], dims.get(0, np.ones(module.weight.shape[0], dtype=bool)))
     return found
 

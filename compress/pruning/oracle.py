@@ -116,7 +116,12 @@ def masked_outputs(graph: Graph, image: Tensor, keep: list[np.ndarray]) -> list[
     for node in program.graph.nodes:
         if node.op == "placeholder":
             name = names.get(node.name) or constants.get(node.name)
-            values[node] = stored[name] if name else image
+            # What the forward pass changes in place, its input or a counter, is neither ours nor the next run's.
+            is_weight = name is not None and node.name not in program.graph_signature.inputs_to_buffers
+            given = stored[name] if name else image
+            values[node] = given if is_weight else given.clone()
+        elif node.op == "get_attr":  # the body of `with torch.no_grad():`, which is called further below
+            values[node] = getattr(program.graph_module, node.target)
         elif node.op == "call_function":
             arguments = map_arg((node.args, node.kwargs), lambda n: values[n])
             value = node.target(*arguments[0], **arguments[1])

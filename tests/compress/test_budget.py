@@ -70,6 +70,16 @@ def test_targets_are_met_from_below_and_not_by_far(kind, share: float) -> None:
     assert all(w % 8 == 0 for g, w in zip(graph.groups, choice.widths, strict=True) if w < g.width)
 
 
+def test_a_percentage_is_met_by_smaller_steps_where_the_cheapest_overshoots() -> None:
+    """a may lose 4 of its 8 channels or none, b single ones of its 12: a twentieth of 20 is one of b's."""
+    graph = build_graph(Chain().eval(), 16)
+    scores = [np.full(8, 0.01), np.linspace(1.0, 2.0, 12), np.ones(4)]
+    rules = (LayerRule(layers="a.*", multiple_of=4),)
+    budget = Budget(multiple_of=1, min_width=1, max_removed=0.9, rules=rules)
+    widths = {share: choose(graph, scores, Target("percent", share), budget).widths.tolist() for share in (0.05, 0.2)}
+    assert widths == {0.05: [8, 11, 4], 0.2: [4, 12, 4]}
+
+
 def test_a_rule_without_a_layer_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     """A forgotten .* would else prune the very layers that were meant to stay."""
     rules = (LayerRule(layers="model.22.cv2", freeze=True), LayerRule(layers="model.22.cv2.*", freeze=True))

@@ -199,6 +199,14 @@ class Shared(nn.Module):
         return y + self.never(x) if self.training else y
 
 
+def test_a_layer_that_shares_its_bias_is_left() -> None:
+    """What mends one would change the other."""
+    model = with_constants(Shared())
+    model.never.bias = model.b.bias
+    _, plan = cut(model, {"a.conv": [1, 4]})
+    assert find_consumers(model, plan, noise(1)) == []
+
+
 def test_consumers_are_those_that_run() -> None:
     model = with_constants(Shared())
     _, plan = cut(model, {"a.conv": [1, 4]})

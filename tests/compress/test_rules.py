@@ -228,6 +228,65 @@ case(
 )(lambda m, x: m.head(m.a(x)) + m.b(m.a(x)).sum(dim=[]))
 
 
+case("another type of numbers", a=block(), b=block(8, 8), head=conv())(
+    lambda m, x: m.head(m.b(m.a(x).double().float()).softmax(-1).to(x.dtype))
+)
+case("other names of known operations", a=block(), b=block(8, 8), c=block(16), head=conv())(
+    lambda m, x: m.head(
+        m.c(
+            torch.concatenate(
+                [torch.clip(m.a(x), 0, 6).multiply(2.0), m.b(torch.absolute(m.a(x))).swapaxes(2, 3).true_divide(3.0)], 1
+            )
+        )
+    )
+)
+case("mirrored and rolled in space", a=block(), b=block(8, 8), head=conv())(
+    lambda m, x: m.head(m.b(m.a(x).flip(-1)).roll(1, 2))
+)
+case("rolled over channels", {"a.conv": "roll in the model has no rule"}, a=block(), b=block(8, 8), head=conv())(
+    lambda m, x: m.head(m.b(m.a(x).roll(1, 1)))
+)
+case("mirrored among channels", {"a.conv": "flip in the model has no rule"}, a=block(), b=block(8, 8), head=conv())(
+    lambda m, x: m.head(m.b(m.a(x).flip((1, 2))))
+)
+case("an input that is changed in place", a=block(), b=block(8, 8), head=conv())(
+    lambda m, x: m.head(m.b(m.a(x.sub_(0.5))))
+)
+
+
+def without_gradient(m: Any, x: torch.Tensor) -> torch.Tensor:
+    y = m.a(x)
+    with torch.no_grad():
+        z = m.b(y)
+    return m.head(m.c(y + z))
+
+
+case(
+    "a part without gradients",
+    {"a.conv": "wrap_with_set_grad_enabled in the model has no rule"},
+    a=block(),
+    b=block(8, 8),
+    c=block(8, 8),
+    head=conv(),
+)(without_gradient)
+
+
+def test_what_the_forward_pass_counts_stays_as_it_is() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = Block(3, 8), Block(8, 8), nn.Conv2d(8, 4, 1)
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return self.head(self.b(self.a(x)))
+
+    model: Any = randomised(Counting())
+    build_graph(model, 16)
+    assert model.calls.tolist() == [0.0]
+
+
 def test_macs_count_what_is_folded_into_the_batch() -> None:
     class Rows(nn.Module):
         def __init__(self) -> None:
