@@ -238,6 +238,8 @@ def convert_file(model: Path, output: Path, nc: int | None = None) -> dict[str, 
                 print(f"convert: finished before, unchanged: {output}")
                 return report
             raise RunError(f"{output} exists: choose another --output")
+        if path.exists() and not (path.is_file() and _is_report(path)):
+            raise RunError(f"{path} exists, where the report goes, and is none: choose another --output")
         built, report = convert(model, nc)
         # The checkpoint gets its name last, so that none is ever without its report.
         scratch = output.with_name(f".{output.name}.tmp")
@@ -251,6 +253,15 @@ def convert_file(model: Path, output: Path, nc: int | None = None) -> dict[str, 
         finally:
             scratch.unlink(missing_ok=True)
     return report
+
+
+def _is_report(path: Path) -> bool:
+    """Tell whether a file is the report of a conversion, as a crash may have left it without its checkpoint."""
+    try:
+        content = manifest.read_json(path)
+    except RunError:
+        return False
+    return isinstance(content, dict) and content.get("stage") == "convert"
 
 
 def _is_of(report: Any, output: Path, inputs: dict[str, str], nc: int | None) -> bool:

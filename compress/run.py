@@ -91,6 +91,10 @@ def check(settings: Run, data: Path) -> None:
     model = checkpoint.with_classes(model, len(class_names(data)))
     if "tensorrt" in settings.benchmark.runtimes:
         _check_tensorrt(settings.trt)
+    if settings.export.nms:
+        from export.onnx import require_boxes
+
+        require_boxes(model, Path(settings.model))
     if settings.finetune.teacher and settings.finetune.distill:
         check_teacher(model, Path(settings.finetune.teacher), data, settings.finetune, settings.imgsz)
     elif settings.finetune.distill and settings.train.epochs == 0:
@@ -132,8 +136,9 @@ def tabulate(model: Any, settings: Run) -> None:
 
 
 def _check_tensorrt(settings: ExportTrt) -> None:
-    from export import trt
+    from export import trt, trt_onnx
 
+    trt_onnx.check_static(settings)
     facts = trt.probe(trt.Local(), settings.flavour)
     trt.check_support(settings, facts)
     if facts["gpu"] is None:

@@ -259,6 +259,8 @@ def main(
     for given, name in ((half, "--half"), (dynamic, "--dynamic")):
         if given and int8:
             raise SettingsError(f"{name} and --int8 exclude each other: choose one")
+    if parity_map and int8:
+        raise SettingsError("--int8 always compares the mAP: leave out --parity-map")
     of_int8 = {"method": method, "calibration_images": calibration_images, "map_budget": map_budget, "seed": seed}
     quantization = parse(QuantizeNcnn, {**of_int8, "parity_images": parity_images}, "ncnn")
     asked = quantization.changed(*of_int8) or (calibration and "calibration")

@@ -138,7 +138,7 @@ def export_stage(models: dict[str, Path], data: Path, imgsz: int, settings: Expo
     def check(model: Path) -> None:
         network = stage.check_model(model, imgsz, data if settings.parity_map else None)
         if settings.nms:
-            _require_boxes(network, model)
+            require_boxes(network, model)
 
     return stage.run_stage(
         STAGE,
@@ -194,12 +194,12 @@ def _with_suppression(traced: Any, network: Any, model: Path, settings: Export) 
     from compress.checkpoint import task_of
     from export.suppression import Suppressed
 
-    _require_boxes(network, model)
+    require_boxes(network, model)
     nc, rotated = network.model[-1].nc, task_of(network) == "obb"
     return Suppressed(traced, nc, rotated, settings.conf, settings.iou, settings.max_det)
 
 
-def _require_boxes(network: Any, model: Path) -> None:
+def require_boxes(network: Any, model: Path) -> None:
     """Check that there are boxes to suppress: a head that was fused to its end-to-end branch has lost its `cv2`."""
     head = network.model[-1]
     if not hasattr(head, "end2end"):

@@ -208,7 +208,8 @@ def summary(parity: dict[str, Any]) -> str:
         for metric in _SCORED_BY
         if (found := parity.get(metric)) is not None
     ]
-    return f"{parity['images']} images: {', '.join(parts)}"
+    line = f"{parity['images']} images: {', '.join(parts)}"
+    return f"{line}; with suppression: {summary(parity['suppression'])}" if "suppression" in parity else line
 
 
 def finds_nothing(parity: dict[str, Any]) -> bool:

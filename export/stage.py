@@ -50,6 +50,8 @@ def check_model(model: Path, imgsz: int, scored_on: Path | None = None, *, detec
     if detector:
         _require_detector(network, model)
     check_imgsz(imgsz, int(max(network.stride)))
+    if (channels := network.yaml.get("channels", 3)) != 3:
+        raise CheckpointError(f"{model} takes images of {channels} channels: exports are proven on RGB images alone")
     if scored_on is not None:
         from benchmark.accuracy import check_data
 

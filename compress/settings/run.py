@@ -59,6 +59,12 @@ class Run(Strict):
     benchmark: Benchmark = Benchmark()
 
     @model_validator(mode="after")
+    def _one_size(self) -> Run:
+        if self.trt.imgsz not in (None, str(self.imgsz)):
+            raise ValueError(f"trt.imgsz is {self.trt.imgsz} and imgsz {self.imgsz}: leave trt.imgsz out")
+        return self
+
+    @model_validator(mode="after")
     def _rounds(self) -> Run:
         if self.map_budget is not None and self.iterations == 1:
             raise ValueError("map_budget ends rounds of pruning: set iterations above 1")

@@ -432,6 +432,16 @@ def test_another_number_of_classes_gets_new_names(tmp_path: Path) -> None:
     assert head.nc == 2
 
 
+def test_no_file_of_others_is_overwritten_by_the_report(tmp_path: Path) -> None:
+    path, output = tiny(tmp_path), tmp_path / "coco.pt"
+    (tmp_path / "coco.json").write_text('{"annotations": []}')
+    with pytest.raises(RunError, match=r"coco\.json exists, where the report goes, and is none: choose another"):
+        convert.convert_file(path, output)
+    assert (tmp_path / "coco.json").read_text() == '{"annotations": []}'
+    (tmp_path / "coco.json").write_text('{"stage": "convert"}')  # what a crash left
+    assert convert.convert_file(path, output)["stage"] == "convert"
+
+
 def test_a_finished_conversion_is_not_repeated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, output = tiny(tmp_path), tmp_path / "new" / "out.pt"
     first = convert.convert_file(path, output)

@@ -134,6 +134,11 @@ def test_without_a_sparsity_training_what_follows_starts_from_the_trained_model(
     assert Sparsity(epochs=1).from_trained
 
 
+def test_an_engine_is_of_the_size_of_the_pipeline() -> None:
+    message = "trt.imgsz is 320 and imgsz 640: leave trt.imgsz out"
+    assert message in refusal(Run, content(trt={"imgsz": "320"}))
+
+
 def test_a_benchmark_needs_a_runtime() -> None:
     assert "benchmark.runtimes" in refusal(Run, content(benchmark={"runtimes": []}))
 

@@ -359,6 +359,7 @@ def test_what_goes_with_8_bits_is_not_ignored_without_them(
     [
         ({"--half": None}, "--half and --int8 exclude each other: choose one"),
         ({"--dynamic": "size"}, "--dynamic and --int8 exclude each other: choose one"),
+        ({"--parity-map": None}, "--int8 always compares the mAP: leave out --parity-map"),
         ({"--method": "entropy"}, "method: Input should be 'percentile' or 'kl' (got 'entropy')"),
         ({"--calibration-images": "0"}, "calibration_images: Input should be greater than or equal to 1 (got 0)"),
         ({"--calibration": "empty"}, "'train' holds no images"),

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from compress import manifest
-from compress.checkpoint import load_model, save_model
+from compress.checkpoint import build_model, load_model, save_model
 from compress.errors import CheckpointError, DataError, EspalierError, ExportError, SettingsError
 from compress.settings import Export
 from export import onnx as exporter
+from export.stage import check_model
 
 SETTINGS = Export(opset=17, parity_images=2)
 
@@ -98,6 +99,14 @@ def test_imgsz_must_fit_the_stride(detector: Path, tmp_path: Path, imgsz: int, n
     with pytest.raises(SettingsError, match=message):
         exporter.export_onnx(detector, tmp_path / "a.onnx", imgsz=imgsz)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_models_of_other_images_than_rgb_are_refused(tmp_path: Path) -> None:
+    network: Any = build_model("yolov8n.yaml", nc=3)
+    network.yaml["channels"] = 1
+    save_model(network, tmp_path / "grey.pt", {})
+    with pytest.raises(CheckpointError, match=r"grey\.pt takes images of 1 channels: exports are proven on RGB"):
+        check_model(tmp_path / "grey.pt", 64)
 
 
 def test_models_of_unknown_heads_are_refused(world: Path, tmp_path: Path) -> None:

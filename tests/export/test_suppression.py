@@ -12,7 +12,7 @@ from compress.data.pixels import letterbox
 from compress.errors import ExportError, SettingsError
 from compress.settings import Export, parse
 from export import onnx as exporter
-from export import suppression
+from export import parity, suppression
 
 
 def test_oriented_boxes_overlap_as_ultralytics_says() -> None:
@@ -88,6 +88,7 @@ def test_every_task_with_boxes_is_proven_in_two_steps(
     found = record["suppression"]["detections"]
     assert 0 < found["onnxruntime"] < 2 * 84
     assert found["unmatched"] == record["suppression"]["other"]["detections"]["unmatched"] == 0
+    assert "; with suppression: 2 images: boxes within" in parity.summary(record)
     session = onnxruntime_runner.load(str(tmp_path / "a.onnx"), 1)
     facts = onnxruntime_runner.describe(session)
     assert (facts["end2end"], facts["suppression"]) == (True, {"conf": 0.25, "iou": 0.3, "max_det": 40})
