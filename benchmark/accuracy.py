@@ -244,8 +244,7 @@ def main(
     with manifest.lock(output):
         finished = manifest.is_finished(output, STAGE, config, parents)
         if finished and target.transport == "local" and (reason := freshness.outdated_scores(output, used)):
-            kept = manifest.free_name(output)
-            output.rename(kept)
+            kept = manifest.set_aside(output)
             print(f"accuracy: {output} {reason}: it is taken anew, the old one is now {kept}")
             finished = False
         if finished:

@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmark import runtimes, system
 from compress import manifest
+from compress.devices import on_gpu
 
 
 def outdated_record(record: dict[str, Any], stage: Path) -> str | None:
@@ -67,4 +68,4 @@ def processor(device: Mapping[str, Any], measured: Iterable[str]) -> str | None:
     'NVIDIA L4 on EPYC'
     """
     cpu, gpu = device["cpu"], device.get("gpu")
-    return f"{gpu} on {cpu}" if gpu and any(map(runtimes.on_gpu, measured)) else cpu
+    return f"{gpu} on {cpu}" if gpu and any(map(on_gpu, measured)) else cpu

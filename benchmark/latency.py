@@ -249,8 +249,7 @@ def main(
         finished = manifest.is_finished(output, STAGE, config, parents)
         known = manifest.read_json(output / RESULT) if finished else None
         if known and (reason := _outdated(known, output, wanted.device)):
-            kept = manifest.free_name(output)
-            output.rename(kept)
+            kept = manifest.set_aside(output)
             print(f"latency: {output} {reason}: it is measured anew, the old one is now {kept}")
             known = None
         if known and not known["noisy"]:

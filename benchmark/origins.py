@@ -25,14 +25,8 @@ def origin(model: Path) -> str | None:
 
 
 def _of_onnx(model: Path) -> str | None:
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    try:
-        properties = onnx.load(model, load_external_data=False).metadata_props
-    except (DecodeError, UnicodeDecodeError):
-        return None  # the runtime tells what is wrong with it
-    return next((entry.value for entry in properties if entry.key == KEY), None)
+    found = runtimes.read_onnx(model)
+    return next((entry.value for entry in found.metadata_props if entry.key == KEY), None) if found else None
 
 
 def _of_ncnn(metadata: Path) -> str | None:

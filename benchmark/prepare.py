@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -176,14 +177,19 @@ def by_name(paths: list[Path], runtime: str | None, device: Device) -> dict[str,
     if left := [name for name in asked if name not in {own for _, own in owned}]:
         raise BenchmarkError(f"no model is {runtimes.kinds(left[0])}, which {left[0]} runs: give one, or a checkpoint")
     kinds = [(runtimes.stem(path), own) for path, own in owned]
-    origins = [origin_of(path) for path, _ in owned]
-    made_from: dict[str, set[str]] = {}
+    folders, made_from = defaultdict[str, set[Path]](set), defaultdict[str, set[str | None]](set)
+    for (path, _), (stem, _) in zip(owned, kinds, strict=True):
+        folders[stem].add(path.parent)
+    # Within one folder there is no longer name that could tell files apart, so none of them is opened for that.
+    origins = [
+        origin_of(path) if len(folders[stem]) > 1 else None for (path, _), (stem, _) in zip(owned, kinds, strict=True)
+    ]
     for (stem, _), origin in zip(kinds, origins, strict=True):
-        made_from.setdefault(stem, set()).update([] if origin is None else [origin])
-    shared = {stem for stem, own in kinds if kinds.count((stem, own)) > 1 or len(made_from[stem]) > 1}
+        made_from[stem].add(origin)
+    shared = {stem for stem, own in kinds if kinds.count((stem, own)) > 1 or len(made_from[stem] - {None}) > 1}
     distinct = runtimes.distinct_names([path.with_name(runtimes.stem(path)) for path, _ in owned])
     found: dict[str, dict[str, Path]] = {}
-    first: dict[str | None, str] = {}
+    first: dict[str, str] = {}  # by checkpoint, the name of the first file that was made from it
     for (path, own), (stem, _), longer, origin in zip(owned, kinds, distinct, origins, strict=True):
         names = [longer, str(path)]
         if stem not in shared:

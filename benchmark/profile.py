@@ -111,10 +111,9 @@ def _otherwise(heading: dict[str, Any], wanted: Wanted) -> str:
 
 def _set_aside(path: Path) -> Path:
     """Move a table and its points to free names; return that of the table."""
-    kept = manifest.free_name(path)
-    path.rename(kept)
+    kept = manifest.set_aside(path)
     if (points := points_path(path)).exists():
-        points.rename(manifest.free_name(points))
+        manifest.set_aside(points)
     return kept
 
 

@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Collection, Sequence
 from pathlib import Path, PurePath
 from types import ModuleType
+from typing import Any
 
 from compress import manifest
 from compress.errors import BenchmarkError
@@ -31,7 +32,6 @@ VARIANTS = {
     "onnxruntime-hugepages": "onnxruntime",
     "ncnn-hugepages": "ncnn",
 }
-ON_GPU = ("tensorrt", "onnxruntime-tensorrt", "ncnn-vulkan", *(name for name in VARIANTS if "-cuda" in name))
 # Of these a worker may say nothing for minutes: the first inference compiles, or an engine is built.
 BUILT_WHEN_OPENED = ("torch-compiled", "onnxruntime-tensorrt")
 # With it glibc asks Linux for pages of 2 MB. It is read when a process starts, so no runner can ask for it.
@@ -55,11 +55,6 @@ def names() -> list[str]:
 def base(runtime: str) -> str:
     """Return the runtime whose files a runtime or a variant takes: `torch-cuda` takes those of torch."""
     return VARIANTS.get(runtime, runtime)
-
-
-def on_gpu(runtime: str) -> bool:
-    """Tell whether a runtime or a variant computes on a GPU."""
-    return runtime in ON_GPU
 
 
 def runner(runtime: str) -> str:
@@ -132,13 +127,21 @@ def require(model: Path) -> None:
 
 def _has_external_weights(model: Path) -> bool:
     import onnx
+
+    found = read_onnx(model)
+    external = onnx.TensorProto.EXTERNAL
+    return found is not None and any(tensor.data_location == external for tensor in found.graph.initializer)
+
+
+def read_onnx(model: Path) -> Any | None:
+    """Return an ONNX file as it is, without weights in other files; null where it is none, as its runtime will say."""
+    import onnx
     from google.protobuf.message import DecodeError
 
     try:
-        graph = onnx.load(model, load_external_data=False).graph
+        return onnx.load(model, load_external_data=False)
     except (DecodeError, UnicodeDecodeError):
-        return False  # the runtime tells what is wrong with it
-    return any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in graph.initializer)
+        return None
 
 
 def known(kind: str, value: str, choices: Collection[str]) -> str:

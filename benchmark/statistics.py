@@ -116,7 +116,7 @@ def _resampled(rounds: Rounds, draws: np.ndarray, statistic: Callable[[np.ndarra
     """Return the statistic of each resample, shape (resamples, …).
 
     Args:
-        draws: as `_draws` returns them.
+        draws: as `block_draws` returns them.
         statistic: of samples of shape (resamples, queries), along the queries.
     """
     if len({len(samples) for samples in rounds}) > 1:

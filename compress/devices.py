@@ -58,13 +58,22 @@ class Device(Strict):
         return self
 
 
+def on_gpu(runtime: str) -> bool:
+    """Tell whether a runtime or a variant computes on a GPU.
+
+    >>> on_gpu("torch-cudagraph-fp16"), on_gpu("onnxruntime-tensorrt"), on_gpu("ncnn-hugepages")
+    (True, True, False)
+    """
+    return any(word in runtime for word in ("cuda", "tensorrt", "vulkan"))
+
+
 def always_fp32(runtime: str) -> bool:
     """Tell whether a runtime or a variant computes in nothing less than fp32: onnxruntime's kernels on a CPU.
 
     >>> always_fp32("onnxruntime-hugepages"), always_fp32("onnxruntime-cuda")
     (True, False)
     """
-    return runtime.startswith("onnxruntime") and not runtime.endswith(("-cuda", "-tensorrt"))
+    return runtime.startswith("onnxruntime") and not on_gpu(runtime)
 
 
 def load_device(text: str) -> Device:

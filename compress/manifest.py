@@ -166,9 +166,8 @@ def begin(folder: Path, stage: str, config: Mapping[str, Any], parents: Mapping[
     if started.exists() and not (folder / MANIFEST).exists() and read_json(started) == identity:
         return True
     if _holds_work(folder):
-        kept = free_name(folder)
         reason = _difference(started if started.exists() else folder / MANIFEST, identity)
-        folder.rename(kept)
+        kept = set_aside(folder)
         print(f"{stage}: {folder} held other work ({reason}), which is now {kept}")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(started, identity)
@@ -289,9 +288,9 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
-def free_name(folder: Path) -> Path:
-    """Return the first of NAME.1, NAME.2 … that does not exist."""
+def set_aside(work: Path) -> Path:
+    """Move a file or a folder to the first of NAME.1, NAME.2 … that does not exist, and return that."""
     number = 1
-    while (other := folder.with_name(f"{folder.name}.{number}")).exists():
+    while (other := work.with_name(f"{work.name}.{number}")).exists():
         number += 1
-    return other
+    return work.rename(other)

@@ -203,7 +203,7 @@ def fingerprint(data: Path) -> str:
 
 
 def _hash_of(file: Path) -> str | None:
-    """Return the sha256 of a label file, None without one: another class of a box leaves its size as it was."""
+    """Return the sha256 of a file, None without one: another class of a box leaves the size of a label as it was."""
     try:
         found = file.stat()
     except OSError:

@@ -143,7 +143,6 @@ def _such_as(pattern: str, example: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-_OF_TABLE = ("runtime", "threads", "table")
 _REPAIRS = ("fold", "recalibrate_images", "reconstruct_images")
 _OF_LATENCY = " or ".join(", ".join(LATENCY_TARGETS).rsplit(", ", 1))
 
@@ -208,7 +207,8 @@ class Prune(Strict):
             raise ValueError(f"exactly one of {', '.join(TARGETS)} is needed, got {', '.join(given) or 'none'}")
         if self.memory is not None and not self.by_latency:
             raise ValueError(f"memory goes with {_OF_LATENCY}")
-        place = {name: getattr(self, name) or None for name in ("host", "python", "bootstrap", *_OF_TABLE)}
+        names = ("host", "python", "bootstrap", "runtime", "threads", "table")
+        place = {name: getattr(self, name) or None for name in names}
         place["device"] = self.device if self.device != "cpu" else None
         if not self.by_latency and (asked := [name for name, value in place.items() if value is not None]):
             raise ValueError(

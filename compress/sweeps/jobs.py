@@ -138,7 +138,7 @@ def link_stage(source: Path, target: Path) -> None:
         except OSError:  # a file system without hard links
             shutil.copy2(source / name, place)
     if target.exists():
-        target.rename(manifest.free_name(target))
+        manifest.set_aside(target)
     making.rename(target)
 
 

@@ -5,9 +5,9 @@ usage: python scripts/studies/latency_prediction.py --models yolov8n.pt yolo11n.
 
 For each model and runtime: a table; random plans that it has not seen, predicted and measured; plans for latency
 targets, each measured and corrected as `compress.prune` does; the speed-up at half of the MACs, and what it could be at
-best if importance did not count, as predicted; and how much importance
-the solver keeps beside other ways to choose widths at the same predicted latency. All latencies are those of
-`benchmark.latency`, in turns with the dense model. Every part is a file below --work: an interrupted study goes on.
+best if importance did not count, as predicted; and how much importance the solver keeps beside other ways to choose
+widths at the same predicted latency. All latencies are those of `benchmark.latency`, in turns with the dense model.
+Every part is a file below --work: an interrupted study goes on.
 """
 
 from __future__ import annotations
